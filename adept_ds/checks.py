@@ -1,0 +1,172 @@
+"""What is refused before anything heavy starts: inputs that are not there, and settings that cannot work together.
+
+Like `config`, this module imports neither torch nor DeepSpeed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from adept_ds.config import Config, TrainSection, read_deepspeed_config
+from adept_ds.errors import InputError
+from adept_ds.families import Family, family_of, read_model_config
+
+_OWNED_KEYS = {
+    "train_batch_size": "train.global_batch_size",
+    "train_micro_batch_size_per_gpu": "train.micro_batch_size",
+    "gradient_accumulation_steps": "train.global_batch_size",
+    "gradient_clipping": "train.clip_grad_norm",
+    "optimizer": "train.lr and train.betas",
+    "scheduler": "train.schedule",
+    "fp16": "train.precision",
+    "bf16": "train.precision",
+    "zero_allow_untested_optimizer": "",
+    "zero_force_ds_cpu_optimizer": "",
+    "steps_per_print": "",
+    "communication_data_type": "",
+    "data_types": "",
+}
+"""DeepSpeed keys that this program sets, and the key of the run configuration that the user wants instead."""
+
+
+def check_run(config: Config, num_ranks: int) -> tuple[Path, Family]:
+    """Everything that a whole run needs; returns the model's directory and family.
+
+    Raises:
+        InputError: one line naming the key, the value and the remedy.
+    """
+    model_dir, family = check_model(config)
+    if config.expand.layers is None or config.lr_policy.map != "constant":
+        check_files("probe.corpus", config.probe.corpus)
+    check_training_inputs(config, num_ranks)
+    return model_dir, family
+
+
+def check_model(config: Config) -> tuple[Path, Family]:
+    """The model can be read, its family is known, and it has the layers that are to be copied."""
+    model_dir = resolve_model_dir("model", config.model)
+    family = family_of(model_dir)
+    num_layers = family.source_layer_count(read_model_config(model_dir))
+    if config.expand.num_copies > num_layers:
+        raise InputError(
+            f"expand.k: {config.expand.num_copies} is more than the {num_layers} layers of '{config.model}'; "
+            f"choose at most {num_layers}"
+        )
+    check_layers(model_dir, config.expand.layers or [])
+    return model_dir, family
+
+
+def check_layers(model_dir: Path, layers: Sequence[int]) -> None:
+    """Every listed layer exists in the model."""
+    num_layers = family_of(model_dir).source_layer_count(read_model_config(model_dir))
+    for layer in layers:
+        if not 0 <= layer < num_layers:
+            raise InputError(f"expand.layers: {layer} is no layer of '{model_dir}'; it has 0 to {num_layers - 1}")
+
+
+def check_training_inputs(config: Config, num_ranks: int) -> None:
+    """Corpora, DeepSpeed's configuration and batch sizes."""
+    check_files("data.domain", config.data.domain)
+    if config.data.general_eval:
+        check_files("data.general_eval", config.data.general_eval)
+    if config.data.domain_eval:
+        check_files("data.domain_eval", config.data.domain_eval)
+    check_deepspeed_config(config)
+    accumulation_steps(config.train, num_ranks)
+
+
+def check_deepspeed_config(config: Config) -> dict[str, Any]:
+    """The user's DeepSpeed configuration.
+
+    Raises:
+        InputError: a key that this program sets itself, or a ZeRO stage or feature that is not supported.
+    """
+    user = read_deepspeed_config(config.deepspeed)
+    for key, instead in _OWNED_KEYS.items():
+        if key in user:
+            remedy = f"remove it and set {instead} in the run configuration" if instead else "remove it"
+            raise InputError(f"deepspeed: '{config.deepspeed}' sets '{key}', which adept-ds sets itself; {remedy}")
+    zero = user.get("zero_optimization", {})
+    if zero.get("stage") not in (1, 2, 3):
+        raise InputError(
+            f"deepspeed: zero_optimization.stage is {zero.get('stage')!r}; adept-ds trains with stage 1, 2 or 3"
+        )
+    for key in ("offload_optimizer", "offload_param"):
+        if zero.get(key, {}).get("device") == "nvme":
+            raise InputError(f"deepspeed: zero_optimization.{key}.device is 'nvme', which is not supported; use 'cpu'")
+    if zero.get("offload_optimizer", {}).get("ratio", 1.0) != 1.0:
+        raise InputError("deepspeed: zero_optimization.offload_optimizer.ratio must be 1.0 (the whole optimizer)")
+    return user
+
+
+def accumulation_steps(train: TrainSection, num_ranks: int) -> int:
+    """Micro-batches per rank and optimizer step. Raises `InputError` when the batch does not divide evenly."""
+    size, micro = train.global_batch_size, train.micro_batch_size
+    if size < num_ranks:
+        raise InputError(
+            f"train.global_batch_size: {size} blocks per step cannot feed {num_ranks} ranks; "
+            f"set it to at least {num_ranks} or start fewer ranks"
+        )
+    if size % (micro * num_ranks):
+        nearest = max(1, round(size / (micro * num_ranks))) * micro * num_ranks
+        raise InputError(
+            f"train.global_batch_size: {size} is not a multiple of train.micro_batch_size ({micro}) times the number "
+            f"of ranks ({num_ranks}); use {nearest}"
+        )
+    return size // (micro * num_ranks)
+
+
+def check_files(name: str, paths: Sequence[Path]) -> None:
+    """Every corpus of key `name` exists and is not empty."""
+    if not paths:
+        raise InputError(f"{name}: no corpus given; list one or more files of {{'text': ...}} lines")
+    for path in paths:
+        if not path.is_file():
+            raise InputError(f"{name}: '{path}' does not exist; give a .jsonl or .txt file")
+        if path.stat().st_size == 0:
+            raise InputError(f"{name}: '{path}' is empty; give a file with at least one text")
+
+
+def check_model_dir(name: str, model: Path) -> None:
+    """`model` holds a Hugging Face checkpoint whose weights can be read without running code from it."""
+    if not (model / "config.json").is_file():
+        raise InputError(f"{name}: '{model}' has no config.json; give a Hugging Face model directory")
+    if any(model.glob("*.safetensors")):
+        return
+    pickled = [*model.glob("*.bin"), *model.glob("*.pt"), *model.glob("*.pth")]
+    if pickled:
+        raise InputError(
+            f"{name}: '{model}' has only pickled weights ({pickled[0].name}), which can run code when loaded; "
+            "save it once with safetensors (model.save_pretrained(DIR)) and give that directory"
+        )
+    raise InputError(f"{name}: '{model}' has no *.safetensors weights; give a complete model directory")
+
+
+def resolve_model_dir(name: str, model: str) -> Path:
+    """The local directory of a model: itself, or the hub's snapshot of it.
+
+    Raises:
+        InputError: neither a directory nor to be had from the hub.
+    """
+    path = Path(model).expanduser()
+    if not path.exists() and _looks_like_hub_name(model):
+        from huggingface_hub import snapshot_download
+
+        try:
+            path = Path(snapshot_download(model, ignore_patterns=["*.bin", "*.pt", "*.pth", "*.gguf"]))
+        except Exception as error:
+            reason = str(error).strip().splitlines()[0]
+            raise InputError(f"{name}: '{model}' is no directory and not to be had from the hub ({reason})") from None
+    if not path.is_dir():
+        raise InputError(f"{name}: '{model}' does not exist; give a Hugging Face model directory")
+    check_model_dir(name, path)
+    return path
+
+
+def _looks_like_hub_name(model: str) -> bool:
+    parts = model.split("/")
+    offline = os.environ.get("HF_HUB_OFFLINE", "0").lower() in {"1", "true", "yes", "on"}
+    return len(parts) == 2 and all(parts) and not model.startswith((".", "~")) and not offline

@@ -1,0 +1,341 @@
+"""The `adept` command: the same without a launcher and under deepspeed, torchrun, srun and mpirun.
+
+Input is checked before torch is imported; then output of libraries is diverted to a log file per rank, the ranks
+meet, and the stage runs. Exit codes: see `errors`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from adept_ds import __version__, checks
+from adept_ds.config import Config, dump_config, load_config, parse_config
+from adept_ds.distributed import Ranks, init_distributed, ranks_from_environment, shutdown
+from adept_ds.errors import EXIT_BAD_INPUT, EXIT_STOPPED, AdeptError, InputError, StopRequestedError
+from adept_ds.families import Family, family_of
+from adept_ds.terminal import Terminal, capture_output
+
+if TYPE_CHECKING:
+    from adept_ds.stages import Run
+
+app = typer.Typer(
+    name="adept",
+    help="Domain adaptation of language models that keeps their general competence (ADEPT) on DeepSpeed.",
+    epilog="Example:  adept run config.yaml train.lr=1e-4   ·   deepspeed --module adept_ds run config.yaml",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+ConfigArg = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML configuration")]
+OverridesArg = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="overrides, dotted: train.lr=1e-4")
+]
+TargetArg = Annotated[str, typer.Argument(metavar="CONFIG|MODEL", help="YAML configuration, or a model directory")]
+JsonOption = Annotated[bool, typer.Option("--json", help="print the result as JSON")]
+
+
+def main() -> None:
+    """Entry point: maps errors to exit codes."""
+    # The deepspeed launcher hands --local_rank to the program; the environment says the same.
+    arguments = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank=")]
+    try:
+        app(arguments, standalone_mode=False)
+    except typer.Exit as end:
+        sys.exit(end.exit_code)
+    except typer.Abort:
+        sys.exit(130)
+    except InputError as error:
+        _complain(str(error))
+        sys.exit(EXIT_BAD_INPUT)
+    except StopRequestedError as stop:
+        _complain(f"{stop}; run the same command again to go on")
+        sys.exit(EXIT_STOPPED)
+    except AdeptError as error:
+        _complain(str(error), every_rank=True)
+        sys.exit(1)
+    except Exception as error:
+        if _is_usage_error(error):
+            _complain(error.format_message())  # type: ignore[attr-defined]
+            sys.exit(EXIT_BAD_INPUT)
+        _complain(f"unexpected {type(error).__name__}\n{traceback.format_exc()}", every_rank=True)
+        # A peer may be waiting in a collective for this rank: leave without waiting for it.
+        sys.stderr.flush()
+        os._exit(1)
+
+
+@app.command(epilog="Example:  adept run config.yaml train.steps=200")
+def run(config: ConfigArg, overrides: OverridesArg = None) -> None:
+    """Everything: probe, expand, train, export, evaluate, report. Run it again to resume."""
+    from_file = load_config(config, overrides or [])
+    ranks = ranks_from_environment(os.environ)
+    checks.check_run(from_file, ranks.world_size)
+    with _session(from_file, ranks) as session:
+        from adept_ds.stages import run_all
+        from adept_ds.summary import print_summary
+
+        run_all(session)
+        print_summary(session.directory, session.terminal)
+
+
+@app.command(epilog="Example:  adept probe config.yaml   ·   adept probe MODEL --corpus general.jsonl -k 4 --json")
+def probe(
+    target: TargetArg,
+    overrides: OverridesArg = None,
+    corpus: Annotated[list[Path] | None, typer.Option(help="general-competence corpus (with MODEL)")] = None,
+    k: Annotated[int, typer.Option("-k", help="layers to choose (with MODEL)")] = 4,
+    sequences: Annotated[int, typer.Option(help="blocks to probe (with MODEL)")] = 32,
+    seq_len: Annotated[int, typer.Option(help="tokens per block (with MODEL)")] = 256,
+    out: Annotated[Path | None, typer.Option(help="write the result here (with MODEL)")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Which layers does general competence hardly need?"""
+    tree: dict[str, Any] = {
+        "probe": {"corpus": [str(path) for path in corpus or []], "sequences": sequences, "seq_len": seq_len},
+        "expand": {"k": k},
+    }
+    settings = _config_or_model(target, overrides, tree)
+    checks.check_model(settings)
+    checks.check_files("probe.corpus", settings.probe.corpus)
+    checks.check_deepspeed_config(settings)
+    with _session(settings) as session:
+        from adept_ds.distributed import on_main_rank
+        from adept_ds.files import write_json
+        from adept_ds.stages import probe_stage
+        from adept_ds.summary import print_layer_importance
+
+        result = probe_stage(session)
+        if out is not None:
+            on_main_rank(lambda: write_json(out, result.to_json()))
+        _show(session.terminal, as_json, result.to_json(), lambda: print_layer_importance(result, session.terminal))
+
+
+@app.command(epilog="Example:  adept expand config.yaml   ·   adept expand MODEL OUT --layers 12,17")
+def expand(
+    target: TargetArg,
+    arguments: Annotated[
+        list[str] | None, typer.Argument(metavar="[OUT | KEY=VALUE...]", help="with MODEL: the new directory")
+    ] = None,
+    layers: Annotated[str | None, typer.Option(help="source layers to copy, for example 12,17 (with MODEL)")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Insert identity copies of layers: the expanded model computes exactly the same function."""
+    import dataclasses
+
+    if Path(target).is_dir():
+        out = _only_argument(arguments, "OUT")
+        selected = _parse_layers(layers)
+        source = checks.resolve_model_dir("MODEL", target)
+        checks.check_layers(source, selected)
+        with _quiet() as terminal, terminal.progress("expanding") as bar:
+            from adept_ds.expansion import expand_checkpoint
+
+            expansion = expand_checkpoint(source, out, selected, bar)
+            _show(terminal, as_json, dataclasses.asdict(expansion), lambda: terminal.say(f"expanded model in {out}"))
+        return
+    settings = load_config(Path(target), arguments or [])
+    checks.check_model(settings)
+    with _session(settings) as session:
+        from adept_ds.stages import expand_stage
+
+        expansion = expand_stage(session)
+        _show(session.terminal, as_json, dataclasses.asdict(expansion))
+
+
+@app.command(epilog="Example:  deepspeed --module adept_ds train config.yaml")
+def train(config: ConfigArg, overrides: OverridesArg = None) -> None:
+    """Train the copies of an expanded model, from the newest checkpoint if there is one."""
+    settings = load_config(config, overrides or [])
+    ranks = ranks_from_environment(os.environ)
+    checks.check_run(settings, ranks.world_size)
+    with _session(settings, ranks) as session:
+        from adept_ds.stages import train_stage
+
+        train_stage(session)
+
+
+@app.command("eval", epilog="Example:  adept eval config.yaml --json   ·   adept eval MODEL --text heldout.jsonl")
+def evaluate(
+    target: TargetArg,
+    overrides: OverridesArg = None,
+    text: Annotated[list[Path] | None, typer.Option(help="held-out text (with MODEL)")] = None,
+    seq_len: Annotated[int, typer.Option(help="tokens per block (with MODEL)")] = 1024,
+    as_json: JsonOption = False,
+) -> None:
+    """Held-out loss: of the base and the adapted model of a run, or of one model directory."""
+    is_model = Path(target).is_dir()
+    tree: dict[str, Any] = {"data": {"domain_eval": [str(path) for path in text or []], "seq_len": seq_len}}
+    settings = _config_or_model(target, overrides, tree)
+    checks.check_model(settings)
+    checks.check_deepspeed_config(settings)
+    checks.check_files("--text" if is_model else "data.domain_eval", settings.data.domain_eval)
+    with _session(settings) as session:
+        from adept_ds.stages import eval_stage, evaluate_model
+        from adept_ds.summary import print_losses
+
+        if is_model:
+            results = {"model": {"text": evaluate_model(session, session.model_dir, "evaluating")["domain"]}}
+        else:
+            results = eval_stage(session)
+        _show(session.terminal, as_json, results, lambda: print_losses(results, session.terminal))
+
+
+@app.command(
+    epilog="Example:  adept export config.yaml   ·   adept export run/checkpoints/step_100 OUT --base run/expanded"
+)
+def export(
+    target: Annotated[str, typer.Argument(metavar="CONFIG|CHECKPOINT")],
+    arguments: Annotated[
+        list[str] | None, typer.Argument(metavar="[OUT | KEY=VALUE...]", help="with CHECKPOINT: the new directory")
+    ] = None,
+    base: Annotated[Path | None, typer.Option(help="expanded model it was trained from (with CHECKPOINT)")] = None,
+    dtype: Annotated[str, typer.Option(help="source, float32 or bfloat16 (with CHECKPOINT)")] = "source",
+    step: Annotated[int | None, typer.Option(help="which checkpoint (with CONFIG; the newest)")] = None,
+) -> None:
+    """Turn a training checkpoint into a Hugging Face directory."""
+    if Path(target).is_dir():
+        out = _only_argument(arguments, "OUT")
+        if base is None:
+            raise InputError("--base is missing; give the expanded model that the checkpoint was trained from")
+        if dtype not in ("source", "float32", "bfloat16"):
+            raise InputError(f"--dtype: '{dtype}' is not possible; use source, float32 or bfloat16")
+        checks.check_model_dir("--base", base)
+        with _quiet() as terminal, terminal.progress("exporting") as bar:
+            from adept_ds.export import export_checkpoint
+
+            trained = export_checkpoint(base, Path(target), out, dtype, bar)
+        terminal.say(f"{trained} trained tensors; model in {out}")
+        return
+    settings = load_config(Path(target), arguments or [])
+    checks.check_model(settings)
+    with _session(settings) as session:
+        from adept_ds.stages import export_stage
+
+        export_stage(session, step)
+
+
+@app.command(epilog="Example:  adept report config.yaml   ·   adept report runs/math")
+def report(target: Annotated[Path, typer.Argument(metavar="CONFIG|RUN_DIR")], overrides: OverridesArg = None) -> None:
+    """Write report.html from what a run has written so far."""
+    from adept_ds.report import write_report
+
+    run_dir = target if target.is_dir() else load_config(target, overrides or []).run_dir
+    Terminal(sys.stdout).say(str(write_report(run_dir)))
+
+
+@app.command(epilog="Example:  adept show config.yaml train.lr=1e-4")
+def show(config: ConfigArg, overrides: OverridesArg = None, as_json: JsonOption = False) -> None:
+    """The resolved configuration, and what `adept run` would do."""
+    settings = load_config(config, overrides or [])
+    checks.check_run(settings, ranks_from_environment(os.environ).world_size)
+    from adept_ds.summary import describe_plan
+
+    plan = describe_plan(settings)
+    tree = settings.model_dump(mode="json")
+    terminal = Terminal(sys.stdout)
+    _show(
+        terminal, as_json, {"config": tree, "plan": plan}, lambda: terminal.say(dump_config(settings) + "\n".join(plan))
+    )
+
+
+@app.command()
+def version() -> None:
+    """The version of adept-ds."""
+    typer.echo(__version__)
+
+
+@contextmanager
+def _session(config: Config, ranks: Ranks | None = None) -> Iterator[Run]:
+    """Ranks joined, output diverted, model resolved: everything that a stage needs."""
+    ranks = ranks or ranks_from_environment(os.environ)
+    log = config.run_dir / "logs" / f"rank_{ranks.rank}.log"
+    with capture_output(log, is_main=ranks.is_main) as terminal, _keep_trace(log):
+        _tame_libraries()
+        with terminal.console.status("starting"):
+            init_distributed(ranks, config.dist_timeout_minutes)
+            from adept_ds.stages import Run
+        model_dir = checks.resolve_model_dir("model", config.model)
+        family: Family = family_of(model_dir)
+        yield Run(config, model_dir, family, terminal)
+        shutdown()
+
+
+@contextmanager
+def _quiet() -> Iterator[Terminal]:
+    """For commands on plain directories: one process, libraries' chatter to a temporary file."""
+    with tempfile.TemporaryDirectory() as folder, capture_output(Path(folder) / "log", is_main=True) as terminal:
+        _tame_libraries()
+        yield terminal
+
+
+@contextmanager
+def _keep_trace(log: Path) -> Iterator[None]:
+    """The traceback of an unexpected error belongs into the log as well as on the terminal."""
+    try:
+        yield
+    except AdeptError:
+        raise
+    except Exception:
+        traceback.print_exc()
+        sys.stderr.flush()
+        raise
+
+
+def _tame_libraries() -> None:
+    """After installation nothing touches the network unless the user allows it; the log keeps what libraries say."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    logging.captureWarnings(True)
+
+
+def _config_or_model(target: str, overrides: list[str] | None, tree: dict[str, Any]) -> Config:
+    """The configuration file, or one made up for a plain model directory."""
+    if not Path(target).is_dir():
+        return load_config(Path(target), overrides or [])
+    scratch = Path(tempfile.gettempdir()) / f"adept_ds_{os.getuid()}"
+    return parse_config(tree | {"model": target, "run_dir": str(scratch)}, "options")
+
+
+def _only_argument(arguments: list[str] | None, name: str) -> Path:
+    if not arguments or len(arguments) != 1:
+        raise InputError(f"{name} is missing; give the directory to write as the second argument")
+    return Path(arguments[0])
+
+
+def _parse_layers(text: str | None) -> list[int]:
+    try:
+        return sorted({int(part) for part in (text or "").split(",")})
+    except ValueError:
+        raise InputError(f"--layers: '{text or ''}' is no list of layers; write for example --layers 12,17") from None
+
+
+def _show(terminal: Terminal, as_json: bool, result: Any, as_text: Callable[[], None] | None = None) -> None:
+    if as_json:
+        terminal.console.print_json(json.dumps(result))
+    elif as_text is not None:
+        as_text()
+
+
+def _complain(message: str, *, every_rank: bool = False) -> None:
+    """One line on stderr; by default once per host, so that a launcher's ranks do not repeat each other."""
+    rank, local_rank = os.environ.get("RANK", "0"), os.environ.get("LOCAL_RANK", "0")
+    if every_rank or local_rank == "0":
+        prefix = f"adept[rank {rank}]" if every_rank and os.environ.get("WORLD_SIZE", "1") != "1" else "adept"
+        print(f"{prefix}: {message}", file=sys.stderr, flush=True)  # noqa: T201
+
+
+def _is_usage_error(error: Exception) -> bool:
+    return hasattr(error, "format_message") and hasattr(error, "exit_code")

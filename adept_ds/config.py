@@ -1,0 +1,250 @@
+"""The configuration: its schema, how it is read, and what is refused before anything heavy starts.
+
+One pydantic model per section. A key that is not declared here is an error, so a typing mistake cannot silently
+become a default. Paths are relative to the working directory. This module imports neither torch nor DeepSpeed:
+a mistake is reported within a fraction of a second.
+"""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from pathlib import Path
+from typing import Any, Literal
+
+import hjson
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from adept_ds.errors import InputError
+
+
+class Section(BaseModel):
+    """Base of all sections: unknown keys are errors, values cannot change once checked."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _empty_section_means_defaults(cls, value: Any) -> Any:
+        return {} if value is None else value
+
+
+class DataSection(Section):
+    """Texts: what is trained on and what is held out."""
+
+    seq_len: int = Field(1024, ge=8, description="tokens per packed training block")
+    domain: list[Path] = Field(default_factory=list, description="domain corpus, trained on")
+    general_eval: list[Path] = Field(default_factory=list, description="held-out general text")
+    domain_eval: list[Path] = Field(default_factory=list, description="held-out domain text")
+    eval_blocks: int = Field(128, ge=1, description="at most so many blocks of each held-out corpus are evaluated")
+
+
+class ProbeSection(Section):
+    """Stage one: the general-competence corpus and how layers are probed with it."""
+
+    corpus: list[Path] = Field(default_factory=list, description="general-competence corpus")
+    method: Literal["mask"] = "mask"
+    sequences: int = Field(32, ge=1, description="blocks of the corpus that are probed")
+    seq_len: int = Field(256, ge=8, description="tokens per probing block")
+    batch_sequences: int = Field(1, ge=1, description="blocks per rank that walk up the decoder together")
+    max_stack_tokens: int = Field(8192, ge=8, description="tokens of the variant stack that pass a layer at once")
+
+
+class ExpandSection(Section):
+    """Which layers are copied: the k least important ones, or the listed ones."""
+
+    k: int | None = Field(None, ge=1, description="number of layers to copy (4 unless layers are listed)")
+    layers: list[int] | None = Field(None, min_length=1, description="indices of the source layers to copy")
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> ExpandSection:
+        if self.k is not None and self.layers is not None:
+            raise ValueError("k and layers exclude each other: remove one of them")
+        if self.layers is not None and len(set(self.layers)) != len(self.layers):
+            raise ValueError("layers lists a layer twice: list each source layer once")
+        return self
+
+    @property
+    def num_copies(self) -> int:
+        return len(self.layers) if self.layers is not None else (self.k or 4)
+
+
+class ImportanceSection(Section):
+    """Stage two: how unit importance is estimated, and how often."""
+
+    every: int = Field(500, ge=1, description="optimizer steps between refreshes")
+    sequences: int = Field(32, ge=1, description="probe blocks per refresh, over all ranks")
+    batch_sequences: int = Field(8, ge=1, description="probe blocks per global batch, whatever the number of ranks")
+    granularity: Literal["matrix"] = "matrix"
+    initial: Literal["source", "ones"] = Field("source", description="multipliers before the first refresh")
+
+
+class LrPolicySection(Section):
+    """How importance becomes a learning-rate multiplier. `constant` is plain training of the copies."""
+
+    map: Literal["linear", "constant"] = "linear"
+    scope: Literal["norms_apart"] = "norms_apart"
+
+
+class TrainSection(Section):
+    """The training loop."""
+
+    steps: int = Field(1000, ge=1, description="optimizer steps")
+    lr: float = Field(2e-4, gt=0, description="base learning rate")
+    global_batch_size: int = Field(8, ge=1, description="blocks per optimizer step, over all ranks")
+    micro_batch_size: int = Field(1, ge=1, description="blocks per forward pass of a rank")
+    warmup_ratio: float = Field(0.03, ge=0, le=1)
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    weight_decay: float = Field(0.1, ge=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = Field(1e-8, gt=0)
+    clip_grad_norm: float = Field(1.0, ge=0, description="0 switches clipping off")
+    seed: int = 0
+    checkpoint_every: int = Field(500, ge=1)
+    keep_checkpoints: int = Field(2, ge=1, description="the newest so many checkpoints stay")
+    eval_every: int = Field(500, ge=1)
+    activation_checkpointing: bool = Field(False, description="from the lowest copy up")
+    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 on an accelerator, else fp32")
+
+
+class ExportSection(Section):
+    """The exported checkpoint."""
+
+    dtype: Literal["source", "float32", "bfloat16"] = Field("source", description="source: as the base model")
+
+
+class Config(Section):
+    """A whole run."""
+
+    model: str = Field(description="Hugging Face directory, or a hub name")
+    run_dir: Path = Field(description="where everything of this run is written")
+    deepspeed: Path | None = Field(None, description="DeepSpeed configuration; plain ZeRO-3 when absent")
+    dist_timeout_minutes: float = Field(30.0, gt=0, description="a collective that takes longer ends the run")
+    data: DataSection = DataSection()
+    probe: ProbeSection = ProbeSection()
+    expand: ExpandSection = ExpandSection()
+    importance: ImportanceSection = ImportanceSection()
+    lr_policy: LrPolicySection = LrPolicySection()
+    train: TrainSection = TrainSection()
+    export: ExportSection = ExportSection()
+
+
+def load_config(path: Path, overrides: typing.Sequence[str] = ()) -> Config:
+    """Read CONFIG and apply dotted overrides (`train.lr=1e-4`).
+
+    Raises:
+        InputError: naming the key, the value and the remedy.
+    """
+    if not path.is_file():
+        raise InputError(f"{path}: no such configuration file; give the path of a YAML file")
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        where = getattr(error, "problem_mark", None)
+        line = f" (line {where.line + 1})" if where else ""
+        raise InputError(f"{path}: not valid YAML{line}: {getattr(error, 'problem', None) or error}") from None
+    if not isinstance(tree, dict):
+        raise InputError(f"{path}: expected keys such as 'model:' and 'run_dir:', found {type(tree).__name__}")
+    for override in overrides:
+        _apply_override(tree, override)
+    return parse_config(tree, str(path))
+
+
+def parse_config(tree: dict[str, Any], origin: str = "config") -> Config:
+    """Check a nested dictionary. Raises `InputError` with one line about the first mistake."""
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        mistakes = error.errors()
+        # A misspelt required key is two mistakes; the unknown key is the one that the user can see in the file.
+        first = min(mistakes, key=lambda mistake: mistake["type"] != "extra_forbidden")
+        more = f" ({len(mistakes) - 1} more like this)" if len(mistakes) > 1 else ""
+        raise InputError(f"{origin}: {_describe(first)}{more}") from None
+
+
+def dump_config(config: Config) -> str:
+    """The resolved configuration as YAML, in the order of the schema."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def read_deepspeed_config(path: Path | None) -> dict[str, Any]:
+    """DeepSpeed's configuration as a dictionary (comments allowed, as in DeepSpeed itself)."""
+    if path is None:
+        return {"zero_optimization": {"stage": 3}}
+    if not path.is_file():
+        raise InputError(f"deepspeed: '{path}' does not exist; give a file such as ds_configs/zero3.json")
+    try:
+        return dict(hjson.loads(path.read_text(encoding="utf-8")))
+    except (hjson.HjsonDecodeError, ValueError) as error:
+        raise InputError(f"deepspeed: '{path}' is not valid JSON: {error}") from None
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise InputError(f"'{override}' is no override; write key=value, for example train.lr=1e-4")
+    *sections, leaf = key.split(".")
+    node = tree
+    for section in sections:
+        child = node.setdefault(section, {})
+        if child is None:
+            child = node[section] = {}
+        if not isinstance(child, dict):
+            raise InputError(f"override '{override}': '{section}' is not a section")
+        node = child
+    try:
+        node[leaf] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise InputError(f"override '{override}': '{text}' is not a valid YAML value") from None
+
+
+def _describe(mistake: Any) -> str:
+    location = [part for part in mistake["loc"] if isinstance(part, str)]
+    key = ".".join(location)
+    if mistake["type"] == "extra_forbidden":
+        return f"unknown key '{key}'; {_nearest_key(location)}"
+    if mistake["type"] == "missing":
+        return f"'{key}' is missing; add it"
+    message = mistake["msg"].removeprefix("Value error, ")
+    if mistake["type"] == "value_error":
+        return f"{key}: {message}"
+    return f"{key}: {mistake['input']!r} is not possible: {message[0].lower()}{message[1:]}"
+
+
+def _nearest_key(location: list[str]) -> str:
+    siblings = _fields_at(location[:-1])
+    near = difflib.get_close_matches(location[-1], siblings, n=1, cutoff=0.6)
+    if near:
+        return f"did you mean '{'.'.join([*location[:-1], near[0]])}'?"
+    leaves = {path.rsplit(".", 1)[-1]: path for path in _all_keys(Config)}
+    near = difflib.get_close_matches(location[-1], list(leaves), n=1, cutoff=0.75)
+    if near:
+        return f"did you mean '{leaves[near[0]]}'?"
+    return f"valid keys here: {', '.join(siblings)}"
+
+
+def _section_type(annotation: Any) -> type[Section] | None:
+    if isinstance(annotation, types.UnionType):
+        return None
+    return annotation if isinstance(annotation, type) and issubclass(annotation, Section) else None
+
+
+def _fields_at(location: list[str]) -> list[str]:
+    section: type[Section] = Config
+    for part in location:
+        field = section.model_fields.get(part)
+        child = _section_type(field.annotation) if field else None
+        if child is None:
+            return []
+        section = child
+    return list(section.model_fields)
+
+
+def _all_keys(section: type[Section], prefix: str = "") -> list[str]:
+    keys = []
+    for name, field in section.model_fields.items():
+        child = _section_type(field.annotation)
+        keys += _all_keys(child, f"{prefix}{name}.") if child else [f"{prefix}{name}"]
+    return keys

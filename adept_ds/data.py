@@ -1,0 +1,249 @@
+"""Text -> packed blocks -> a global order that does not depend on the number of ranks.
+
+Documents are tokenised, joined by the end-of-text token and cut into blocks of seq_len tokens: no padding inside
+training blocks, at the price that a document can be cut. Blocks are memory-mapped (Arrow), so a corpus may be
+larger than memory and is held once per host.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, Features, Value, disable_progress_bars, load_from_disk
+from datasets import Sequence as ListOf
+from datasets.exceptions import DatasetGenerationError
+
+from adept_ds.distributed import on_main_rank, share_of_rank
+from adept_ds.errors import InputError
+from adept_ds.files import new_directory, stamp_files
+from adept_ds.loss import IGNORED_LABEL
+
+FILLER = -1
+"""Index of a block that counts nothing: it lets every rank make the same number of forward passes."""
+
+_DOCUMENTS_PER_CALL = 512
+Progress = Callable[[float, str], None]
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Packed blocks of one corpus."""
+
+    dataset: Dataset
+    seq_len: int
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def batch(self, indices: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """input_ids and labels, both [len(indices), seq_len] int64; padding and fillers carry ignored labels."""
+        input_ids = torch.zeros(len(indices), self.seq_len, dtype=torch.int64)
+        labels = torch.full_like(input_ids, IGNORED_LABEL)
+        for row, index in enumerate(indices):
+            if index != FILLER:
+                tokens = torch.tensor(self.dataset[index]["input_ids"], dtype=torch.int64)
+                input_ids[row, : len(tokens)] = tokens
+                labels[row, : len(tokens)] = tokens
+        return input_ids, labels
+
+    def predicted_tokens(self, indices: Sequence[int]) -> int:
+        """How many tokens of these blocks are predicted (each block's first one is not)."""
+        return sum(len(self.dataset[index]["input_ids"]) - 1 for index in indices if index != FILLER)
+
+
+def build_blocks(
+    key: str,
+    files: Sequence[Path],
+    tokenizer_dir: Path,
+    seq_len: int,
+    cache_dir: Path,
+    *,
+    keep_tail: bool,
+    progress: Progress | None = None,
+) -> Blocks:
+    """Tokenise and pack a corpus once; later calls with the same inputs map the result.
+
+    Rank 0 writes, the others wait and read.
+
+    Args:
+        key: the configuration key of the corpus, for error messages.
+        keep_tail: keep the last, partly filled block (padded): for evaluation and probing, where every token counts.
+
+    Raises:
+        InputError: a malformed record, or a corpus without one whole block.
+    """
+    disable_progress_bars()
+    target = cache_dir / _cache_name(files, tokenizer_dir, seq_len, keep_tail)
+    on_main_rank(lambda: _write_blocks(target, key, list(files), tokenizer_dir, seq_len, keep_tail, progress))
+    return Blocks(load_from_disk(str(target)), seq_len)
+
+
+def read_documents(key: str, path: Path, on_bytes: Callable[[int], None] | None = None) -> Iterator[str]:
+    """The texts of a corpus file: JSON lines ({"text"} or {"question", "choices", "answer"}), or one plain text.
+
+    Raises:
+        InputError: naming file and line of a malformed record.
+    """
+    if path.suffix not in {".jsonl", ".json", ".ndjson"}:
+        yield path.read_text(encoding="utf-8")
+        return
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if on_bytes:
+                on_bytes(len(line))
+            if line.strip():
+                yield _render(key, path, number, line)
+
+
+def global_batch(step: int, size: int, num_blocks: int, seed: int) -> list[int]:
+    """The blocks of optimizer step `step` (from 0): epoch after epoch, each a permutation of all blocks.
+
+    A pure function of its arguments, so a resumed run and a run on another number of ranks see the same data.
+    """
+    positions = range(step * size, (step + 1) * size)
+    orders = {epoch: block_order(num_blocks, seed + epoch) for epoch in {p // num_blocks for p in positions}}
+    return [orders[position // num_blocks][position % num_blocks] for position in positions]
+
+
+def block_order(num_blocks: int, seed: int) -> list[int]:
+    """A permutation of the blocks that depends on the seed alone."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randperm(num_blocks, generator=generator).tolist()
+
+
+def rank_batches(indices: Sequence[int], rank: int, world_size: int, batch_size: int) -> list[list[int]]:
+    """This rank's share of `indices`, in batches of exactly `batch_size`; every rank gets the same number of batches.
+
+    Shares that do not come out even are completed with fillers.
+    """
+    largest_share = -(-len(indices) // world_size)
+    num_batches = -(-largest_share // batch_size)
+    mine = [indices[i] for i in share_of_rank(len(indices), rank, world_size)]
+    mine += [FILLER] * (num_batches * batch_size - len(mine))
+    return [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
+
+
+def _render(key: str, path: Path, number: int, line: bytes) -> str:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        raise InputError(f"{key}: '{path}' line {number} is not JSON; write one record per line") from None
+    if isinstance(record, dict):
+        if isinstance(record.get("text"), str):
+            return str(record["text"])
+        if {"question", "choices", "answer"} <= record.keys():
+            return _render_question(key, path, number, record)
+    raise InputError(f"{key}: '{path}' line {number} has neither 'text' nor 'question', 'choices' and 'answer'")
+
+
+def _render_question(key: str, path: Path, number: int, record: dict[str, Any]) -> str:
+    choices, answer = list(record["choices"]), record["answer"]
+    letters = [chr(ord("A") + position) for position in range(len(choices))]
+    if isinstance(answer, str) and answer in letters:
+        answer = letters.index(answer)
+    if not isinstance(answer, int) or not 0 <= answer < len(choices):
+        raise InputError(
+            f"{key}: '{path}' line {number}: answer {record['answer']!r} is none of the {len(choices)} choices"
+        )
+    options = "\n".join(f"{letter}. {choice}" for letter, choice in zip(letters, choices, strict=True))
+    return f"Question: {record['question']}\n{options}\nAnswer: {letters[answer]}. {choices[answer]}"
+
+
+def _cache_name(files: Sequence[Path], tokenizer_dir: Path, seq_len: int, keep_tail: bool) -> str:
+    tokenizer_files = [file for file in tokenizer_dir.iterdir() if "token" in file.name or "vocab" in file.name]
+    inputs = [[str(file.resolve()) for file in files], stamp_files(list(files)), stamp_files(tokenizer_files)]
+    return hashlib.sha256(json.dumps([inputs, seq_len, keep_tail]).encode()).hexdigest()[:16]
+
+
+def _write_blocks(
+    target: Path,
+    key: str,
+    files: list[Path],
+    tokenizer_dir: Path,
+    seq_len: int,
+    keep_tail: bool,
+    progress: Progress | None,
+) -> None:
+    if target.is_dir():
+        return
+    with new_directory(target) as folder:
+        features = Features({"input_ids": ListOf(Value("int32"))})
+        try:
+            dataset = Dataset.from_generator(
+                _pack,
+                features=features,
+                cache_dir=str(folder / "building"),
+                gen_kwargs={
+                    "key": key,
+                    "files": files,
+                    "tokenizer_dir": tokenizer_dir,
+                    "seq_len": seq_len,
+                    "keep_tail": keep_tail,
+                    "progress": progress,
+                },
+                # The cache is ours (`target`); hashing the arguments would fail on a progress bar.
+                fingerprint=target.name,
+            )
+        except DatasetGenerationError as error:
+            if isinstance(error.__cause__, InputError):
+                raise error.__cause__ from None
+            raise
+        if len(dataset) == 0:
+            raise InputError(
+                f"{key}: {', '.join(map(str, files))} has less than one block of {seq_len} tokens; "
+                "add text or lower the sequence length"
+            )
+        dataset.save_to_disk(str(folder))
+        _remove_tree(folder / "building")
+
+
+def _pack(
+    key: str, files: list[Path], tokenizer_dir: Path, seq_len: int, keep_tail: bool, progress: Progress | None
+) -> Iterator[dict[str, list[int]]]:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
+    separator = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    total = sum(path.stat().st_size for path in files)
+    done = 0
+
+    def advance(num_bytes: int) -> None:
+        nonlocal done
+        done += num_bytes
+
+    pending: list[int] = []
+    for path in files:
+        for documents in _chunks(read_documents(key, path, advance), _DOCUMENTS_PER_CALL):
+            for tokens in tokenizer(documents, add_special_tokens=False, verbose=False)["input_ids"]:
+                pending += tokens + separator
+            whole = len(pending) // seq_len * seq_len
+            for start in range(0, whole, seq_len):
+                yield {"input_ids": pending[start : start + seq_len]}
+            pending = pending[whole:]
+            if progress:
+                progress(done / total, path.name)
+    if keep_tail and len(pending) > 1:
+        yield {"input_ids": pending}
+
+
+def _chunks(items: Iterator[str], size: int) -> Iterator[list[str]]:
+    chunk: list[str] = []
+    for item in items:
+        chunk.append(item)
+        if len(chunk) == size:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk
+
+
+def _remove_tree(path: Path) -> None:
+    import shutil
+
+    shutil.rmtree(path, ignore_errors=True)

@@ -1,0 +1,246 @@
+"""Ranks from any launcher, and the few small collectives that the program needs.
+
+This is the only place that knows how a launcher announces ranks (deepspeed, torchrun, Open MPI, MPICH, Slurm).
+Control traffic (a handful of numbers, an error, a yes or no) goes over a gloo group on the CPU: it never waits
+for an accelerator's stream, and sums are float64 on every device.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import re
+import socket
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from adept_ds.errors import AdeptError, InputError
+
+if TYPE_CHECKING:
+    import torch
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Who this process is among the processes of the run."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_size: int
+    master_addr: str
+    master_port: int
+    launcher: str
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+# launcher, rank, world size, local rank, local size. Order matters: torchrun under srun announces both ways,
+# and the innermost launcher is the one that started this process.
+_LAUNCHERS = (
+    ("env", "RANK", "WORLD_SIZE", "LOCAL_RANK", ("LOCAL_SIZE", "LOCAL_WORLD_SIZE")),
+    (
+        "openmpi",
+        "OMPI_COMM_WORLD_RANK",
+        "OMPI_COMM_WORLD_SIZE",
+        "OMPI_COMM_WORLD_LOCAL_RANK",
+        ("OMPI_COMM_WORLD_LOCAL_SIZE",),
+    ),
+    ("slurm", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", ("SLURM_NTASKS_PER_NODE",)),
+    ("mpich", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", ("MPI_LOCALNRANKS",)),
+)
+
+
+def ranks_from_environment(env: Mapping[str, str]) -> Ranks:
+    """Derive the ranks from a launcher's environment variables; one process when there are none.
+
+    Slurm counts only inside a step (SLURM_STEP_NUM_TASKS): the batch script itself also has SLURM_PROCID=0, and
+    would wait for ranks that never come.
+
+    Raises:
+        InputError: a variable is not a number, or ranks come without a master address on several hosts.
+    """
+    announced = [entry for entry in _LAUNCHERS if entry[1] in env and entry[2] in env]
+    if not announced:
+        return Ranks(0, 1, 0, 1, "127.0.0.1", _free_port(), "none")
+    launcher, rank_key, size_key, local_key, local_size_keys = announced[0]
+    rank, world_size = _number(env, rank_key), _number(env, size_key)
+    if not 0 <= rank < world_size:
+        raise InputError(f"{rank_key}={rank} does not fit {size_key}={world_size}; start all ranks with one launcher")
+    local_rank = _number(env, local_key) if local_key in env else rank
+    local_size = next((_first_number(env[key]) for key in local_size_keys if key in env), world_size)
+    address, port = _master(env, launcher)
+    return Ranks(rank, world_size, local_rank, local_size, address, port, launcher)
+
+
+def init_distributed(ranks: Ranks, timeout_minutes: float = 30.0) -> None:
+    """Join the process group through DeepSpeed, with the ranks that were derived here.
+
+    A peer that dies silently ends the run after `timeout_minutes`.
+    """
+    os.environ.update(
+        RANK=str(ranks.rank),
+        WORLD_SIZE=str(ranks.world_size),
+        LOCAL_RANK=str(ranks.local_rank),
+        LOCAL_SIZE=str(ranks.local_size),
+        MASTER_ADDR=ranks.master_addr,
+        MASTER_PORT=str(ranks.master_port),
+    )
+    import deepspeed
+    import torch.distributed as dist
+    from deepspeed.accelerator import get_accelerator
+
+    timeout = datetime.timedelta(minutes=timeout_minutes)
+    accelerator = get_accelerator()
+    if accelerator.device_name() != "cpu":
+        accelerator.set_device(ranks.local_rank)
+    deepspeed.init_distributed(
+        accelerator.communication_backend_name(), auto_mpi_discovery=False, verbose=False, timeout=timeout
+    )
+    global _control_group
+    _control_group = (
+        dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo", timeout=timeout)
+    )
+
+
+_control_group: Any = None
+
+
+def shutdown() -> None:
+    """Leave the process group, if there is one."""
+    import torch.distributed as dist
+
+    global _control_group
+    _control_group = None
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    return _dist().get_rank() if _is_parallel() else 0
+
+
+def world_size() -> int:
+    return _dist().get_world_size() if _is_parallel() else 1
+
+
+def sum_over_ranks(values: Sequence[float] | torch.Tensor) -> torch.Tensor:
+    """Element-wise float64 sum over ranks: one all-reduce of len(values) * 8 bytes."""
+    import torch
+
+    total = torch.as_tensor(values, dtype=torch.float64).cpu().clone()
+    if _is_parallel():
+        _dist().all_reduce(total, group=_control_group)
+    return total
+
+
+def max_over_ranks(*values: float) -> list[float]:
+    """Element-wise maximum over ranks, in one all-reduce."""
+    import torch
+
+    result = torch.tensor(values, dtype=torch.float64)
+    if _is_parallel():
+        _dist().all_reduce(result, op=_dist().ReduceOp.MAX, group=_control_group)
+    return [float(value) for value in result]
+
+
+def all_ranks_equal(value: float) -> bool:
+    """Whether every rank gave the same number; every rank gets the same answer."""
+    highest, lowest = max_over_ranks(value, -value)
+    return highest == -lowest
+
+
+def gather_objects(value: T) -> list[T]:
+    """The value of every rank, on every rank, in rank order."""
+    if not _is_parallel():
+        return [value]
+    values: list[Any] = [None] * world_size()
+    _dist().all_gather_object(values, value, group=_control_group)
+    return values
+
+
+def barrier() -> None:
+    if _is_parallel():
+        _dist().barrier(group=_control_group)
+
+
+def on_main_rank(action: Callable[[], T]) -> T:
+    """Run `action` on rank 0 and give every rank its result; an `AdeptError` there is raised everywhere.
+
+    For work that belongs to one process (writing files). Without this, an error on rank 0 leaves the others
+    waiting in a collective until the timeout.
+    """
+    outcome: list[Any] = [None, None]
+    if rank() == 0:
+        try:
+            outcome[0] = action()
+        except AdeptError as error:
+            outcome[1] = error
+    if _is_parallel():
+        _dist().broadcast_object_list(outcome, src=0, group=_control_group)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
+
+
+def share_of_rank(count: int, rank: int, world_size: int) -> range:
+    """The contiguous share of `count` items that falls to `rank`; shares differ by at most one item."""
+    return range(count * rank // world_size, count * (rank + 1) // world_size)
+
+
+def _dist() -> Any:
+    import torch.distributed as dist
+
+    return dist
+
+
+def _is_parallel() -> bool:
+    dist = _dist()
+    return bool(dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1)
+
+
+def _number(env: Mapping[str, str], key: str) -> int:
+    try:
+        return int(env[key])
+    except ValueError:
+        raise InputError(
+            f"{key}='{env[key]}' in the environment is not a number; unset it or start with a launcher"
+        ) from None
+
+
+def _first_number(text: str) -> int:
+    """Slurm writes task counts as '4' or '4(x2)'."""
+    match = re.match(r"\d+", text)
+    return int(match.group()) if match else 1
+
+
+def _master(env: Mapping[str, str], launcher: str) -> tuple[str, int]:
+    address = env.get("MASTER_ADDR")
+    if address is None and launcher == "slurm":
+        address = _first_host(env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST") or "127.0.0.1")
+    if "MASTER_PORT" in env:
+        port = _number(env, "MASTER_PORT")
+    else:
+        # All ranks must choose the same port without talking: the job's number, so that two jobs on a host differ.
+        job = _first_number(env.get("SLURM_JOB_ID") or env.get("PMIX_NAMESPACE", "").rpartition("-")[2] or "0")
+        port = 20000 + job % 20000
+    return address or "127.0.0.1", port
+
+
+def _first_host(node_list: str) -> str:
+    """First host of Slurm's compressed list: 'gpu[03-05,9],login' -> 'gpu03'."""
+    match = re.match(r"([^\[,]+)(?:\[([^\],-]+)[^\]]*\])?", node_list)
+    if match is None:
+        return node_list
+    return match.group(1) + (match.group(2) or "")
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

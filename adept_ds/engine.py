@@ -1,0 +1,122 @@
+"""DeepSpeed engines: the training engine, and the forward-only one for probing and evaluation.
+
+The user's DeepSpeed file says how memory and communication are organised; batch sizes, precision, clipping and the
+optimizer follow from the run's own configuration, so that no number has to be written twice.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from adept_ds.checks import accumulation_steps, check_deepspeed_config
+from adept_ds.config import Config
+from adept_ds.distributed import world_size
+from adept_ds.families import Family
+from adept_ds.modeling import checkpoint_activations, load_causal_lm, make_layers_trainable, resolve_precision
+from adept_ds.optim import UnitAdamW
+from adept_ds.units import UnitRegistry, build_registry
+
+
+def training_ds_config(config: Config) -> dict[str, Any]:
+    """The complete DeepSpeed configuration of a run."""
+    user = check_deepspeed_config(config)
+    bf16 = resolve_precision(config) == torch.bfloat16
+    return user | {
+        "train_batch_size": config.train.global_batch_size,
+        "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
+        "gradient_accumulation_steps": accumulation_steps(config.train, world_size()),
+        "gradient_clipping": config.train.clip_grad_norm,
+        "bf16": {"enabled": bf16},
+        # Importances are differences of small numbers: gradients are averaged and accumulated in fp32.
+        "communication_data_type": "fp32",
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 1 << 30,
+    }
+
+
+def build_forward_engine(
+    config: Config, model_dir: Path, prepare: Callable[[torch.nn.Module], None] | None = None
+) -> tuple[Any, torch.device]:
+    """A frozen model for forward passes, partitioned under ZeRO-3 when the run uses that stage.
+
+    Returns something callable as `model(input_ids, labels)`, and its device.
+
+    Args:
+        prepare: changes the model before DeepSpeed puts its hooks on it.
+    """
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+
+    ds_config = training_ds_config(config)
+    is_zero3 = ds_config["zero_optimization"]["stage"] == 3 and world_size() > 1
+    model = load_causal_lm(model_dir, resolve_precision(config), ds_config if is_zero3 else None)
+    model.eval()
+    if prepare:
+        prepare(model)
+    if not is_zero3:
+        device = torch.device(get_accelerator().current_device_name())
+        return model.to(device), device
+    forward_config = {k: v for k, v in ds_config.items() if k != "data_types"}
+    forward_config["zero_optimization"] = {
+        k: v for k, v in ds_config["zero_optimization"].items() if k != "offload_optimizer"
+    }
+    engine, *_ = deepspeed.initialize(model=model, config=forward_config)
+    engine.eval()
+    return engine, engine.device
+
+
+def build_training_engine(
+    config: Config, model_dir: Path, family: Family, layers: Sequence[int], *, plain_sgd: bool = False
+) -> tuple[Any, Any, UnitRegistry]:
+    """An engine in which `layers` train and everything else is frozen; with its optimizer and the units of `layers`.
+
+    Args:
+        plain_sgd: an optimizer without state, for an engine that only ever computes gradients.
+    """
+    import deepspeed
+
+    ds_config = training_ds_config(config)
+    is_zero3 = ds_config["zero_optimization"]["stage"] == 3
+    model = load_causal_lm(model_dir, resolve_precision(config), ds_config if is_zero3 else None)
+    model.train()
+    make_layers_trainable(model, family, layers)
+    if config.train.activation_checkpointing:
+        checkpoint_activations(model, family, min(layers))
+    registry = build_registry(family, [name for name, _ in model.named_parameters()], layers)
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer: torch.optim.Optimizer
+    if plain_sgd:
+        optimizer = torch.optim.SGD(trainable, lr=0.0)
+    else:
+        optimizer = UnitAdamW(
+            trainable,
+            registry.names,
+            lr=config.train.lr,
+            betas=config.train.betas,
+            eps=config.train.eps,
+            weight_decay=config.train.weight_decay,
+        )
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
+    return engine, optimizer, registry
+
+
+def release(engine: Any) -> None:
+    """Give an engine's memory and hooks back before the next engine is built."""
+    if hasattr(engine, "destroy"):
+        engine.destroy()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
+    """(trainable, all) elements, also when they are partitioned."""
+    sizes = [(p.requires_grad, getattr(p, "ds_numel", p.numel())) for p in model.parameters()]
+    return sum(size for trains, size in sizes if trains), sum(size for _, size in sizes)

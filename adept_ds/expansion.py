@@ -1,0 +1,173 @@
+"""Stage one, second half: insert identity copies of layers into a checkpoint (paper, section 3.1; design trap 6, 8).
+
+Works on safetensors files, not on a loaded model: one shard in memory at a time, plus the copies. Each copy stands
+directly above its source; the last factors that write to the residual stream are zero in it, so the expanded model
+computes exactly the function of its source.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from adept_ds.errors import InputError
+from adept_ds.families import Family, family_of
+from adept_ds.files import hash_files, new_directory, read_json, write_json
+
+INDEX_NAME = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class LayerCopy:
+    source: int
+    """Index of the copied layer in the source model."""
+    index: int
+    """Index of the copy in the expanded model."""
+
+
+@dataclass(frozen=True)
+class Expansion:
+    """What an expanded checkpoint says of itself (expansion.json)."""
+
+    source_layers: int
+    copies: tuple[LayerCopy, ...]
+    zeroed: tuple[str, ...]
+    fingerprint: str
+    """SHA-256 of the expanded weight files."""
+
+    @classmethod
+    def load(cls, directory: Path) -> Expansion:
+        """Raises `InputError` when `directory` is not an expanded checkpoint."""
+        path = directory / "expansion.json"
+        if not path.is_file():
+            raise InputError(f"'{directory}' has no expansion.json; make it with `adept expand`")
+        record = read_json(path)
+        copies = tuple(LayerCopy(**copy) for copy in record["copies"])
+        return cls(record["source_layers"], copies, tuple(record["zeroed"]), record["fingerprint"])
+
+    @property
+    def copy_indices(self) -> list[int]:
+        return [copy.index for copy in self.copies]
+
+    @property
+    def source_indices(self) -> list[int]:
+        return [copy.source for copy in self.copies]
+
+
+def layer_origins(source_layers: int, copied: Sequence[int]) -> list[int]:
+    """For each layer of the expanded model, the source layer it is or copies: (3, [1]) -> [0, 1, 1, 2]."""
+    return [layer for layer in range(source_layers) for _ in range(1 + (layer in copied))]
+
+
+def plan_copies(selected: Sequence[int]) -> list[LayerCopy]:
+    """Where the copy of each selected layer will stand: directly above its source."""
+    return [LayerCopy(source, source + position + 1) for position, source in enumerate(sorted(selected))]
+
+
+def weight_files(model_dir: Path) -> list[Path]:
+    """The safetensors shards of a checkpoint, in the order of its index."""
+    index = model_dir / INDEX_NAME
+    if index.is_file():
+        names = dict.fromkeys(read_json(index)["weight_map"].values())
+        files = [model_dir / name for name in names]
+    else:
+        files = sorted(model_dir.glob("*.safetensors"))
+    missing = [file.name for file in files if not file.is_file()]
+    if missing or not files:
+        raise InputError(
+            f"model: '{model_dir}' lacks weight file {missing[:1] or '*.safetensors'}; complete the download"
+        )
+    return files
+
+
+def expand_checkpoint(
+    source: Path, destination: Path, selected: Sequence[int], progress: Callable[[float, str], None] | None = None
+) -> Expansion:
+    """Write the expanded checkpoint of `source` to `destination` (replaced if it exists), and describe it.
+
+    Args:
+        selected: source layers to copy.
+        progress: called with the finished share of the work and the name of the shard.
+    """
+    from transformers import AutoConfig
+
+    family = family_of(source)
+    # Through AutoConfig, because old files leave lists such as layer_types to be derived from the layer count.
+    config = AutoConfig.from_pretrained(source).to_dict()
+    source_layers = family.source_layer_count(config)
+    copies = plan_copies(selected)
+    files = weight_files(source)
+    zeroed: list[str] = []
+    weight_map: dict[str, str] = {}
+    total_size = 0
+    with new_directory(destination) as folder:
+        for number, file in enumerate(files):
+            if progress:
+                progress(number / len(files), file.name)
+            tensors, zeros = _expand_shard(file, family, copies)
+            name = _shard_name(number, len(files))
+            save_file(tensors, folder / name, metadata={"format": "pt"})
+            zeroed += zeros
+            weight_map |= dict.fromkeys(tensors, name)
+            total_size += sum(tensor.nbytes for tensor in tensors.values())
+        if len(files) > 1:
+            write_json(folder / INDEX_NAME, {"metadata": {"total_size": total_size}, "weight_map": weight_map})
+        _write_config(folder, family.expand_config(config, layer_origins(source_layers, selected)))
+        copy_companions(source, folder)
+        fingerprint = hash_files(weight_files(folder))
+        expansion = Expansion(source_layers, tuple(copies), tuple(zeroed), fingerprint)
+        write_json(folder / "expansion.json", asdict(expansion))
+    if progress:
+        progress(1.0, "")
+    return expansion
+
+
+def copy_companions(source: Path, destination: Path) -> None:
+    """Copy what makes a checkpoint complete besides weights and config: tokenizer, generation config, licence."""
+    for file in source.iterdir():
+        is_weight = file.suffix in {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack"}
+        is_ours = file.name in {"config.json", "expansion.json", INDEX_NAME}
+        if file.is_file() and not is_weight and not is_ours and not file.name.endswith(".index.json"):
+            shutil.copy2(file, destination / file.name)
+
+
+def _expand_shard(file: Path, family: Family, copies: Sequence[LayerCopy]) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """The tensors of one shard under their new names, with the copies that belong to it; and which are zeroed."""
+    copy_of = {copy.source: copy for copy in copies}
+    tensors: dict[str, torch.Tensor] = {}
+    zeroed = []
+    with safe_open(file, framework="pt") as shard:
+        for name in shard.keys():  # noqa: SIM118 - safe_open is not a mapping
+            tensor = shard.get_tensor(name)
+            place = family.split_name(name)
+            if place is None:
+                tensors[name] = tensor
+                continue
+            layer, inner = place
+            shift = sum(copy.source < layer for copy in copies)
+            tensors[family.join_name(layer + shift, inner)] = tensor
+            if layer in copy_of:
+                copied = family.join_name(copy_of[layer].index, inner)
+                if family.writes_residual(inner):
+                    tensors[copied] = torch.zeros_like(tensor)
+                    zeroed.append(copied)
+                else:
+                    tensors[copied] = tensor.clone()
+    return tensors, zeroed
+
+
+def _shard_name(number: int, count: int) -> str:
+    return "model.safetensors" if count == 1 else f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+
+
+def _write_config(folder: Path, config: dict[str, Any]) -> None:
+    config.pop("_name_or_path", None)
+    (folder / "config.json").write_text(json.dumps(config, indent=2, default=str) + "\n", encoding="utf-8")

@@ -1,0 +1,97 @@
+"""From a training checkpoint to a Hugging Face directory.
+
+The expanded checkpoint is streamed shard by shard; the tensors of the copies are replaced by the trained ones, which
+are put together from DeepSpeed's partitions by DeepSpeed's own reader. No engine and no accelerator is needed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from adept_ds.errors import InputError
+from adept_ds.expansion import INDEX_NAME, copy_companions, weight_files
+from adept_ds.files import new_directory, read_json, write_json
+
+_DTYPES = {"source": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def read_trained_tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """The trained parameters, fp32, from a DeepSpeed ZeRO checkpoint: either its tag or the directory above it.
+
+    Raises:
+        InputError: `checkpoint` is no DeepSpeed checkpoint.
+    """
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    root, tag = (checkpoint.parent, checkpoint.name) if _is_tag(checkpoint) else (checkpoint, None)
+    latest = root / "latest"
+    if tag is None and latest.is_file():
+        tag = latest.read_text(encoding="utf-8").strip()
+    if tag is None or not _is_tag(root / tag):
+        raise InputError(f"'{checkpoint}' holds no DeepSpeed checkpoint; give run_dir/checkpoints/step_N")
+    return dict(get_fp32_state_dict_from_zero_checkpoint(str(root), tag=tag, exclude_frozen_parameters=True))
+
+
+def export_checkpoint(
+    expanded: Path,
+    checkpoint: Path,
+    destination: Path,
+    dtype: str = "source",
+    progress: Callable[[float, str], None] | None = None,
+) -> int:
+    """Write the adapted model to `destination` (replaced if it exists); returns how many tensors were trained.
+
+    Args:
+        expanded: the checkpoint that training started from.
+        dtype: of all floating-point tensors; 'source' keeps each tensor's own.
+
+    Raises:
+        InputError: the training checkpoint does not belong to `expanded`.
+    """
+    trained = read_trained_tensors(checkpoint)
+    files = weight_files(expanded)
+    missing = set(trained)
+    with new_directory(destination) as folder:
+        for number, file in enumerate(files):
+            if progress:
+                progress(number / len(files), file.name)
+            tensors = {}
+            with safe_open(file, framework="pt") as shard:
+                for name in shard.keys():  # noqa: SIM118 - safe_open is not a mapping
+                    tensors[name] = _result_tensor(name, shard.get_tensor(name), trained.get(name), _DTYPES[dtype])
+            missing -= tensors.keys()
+            save_file(tensors, folder / file.name, metadata={"format": "pt"})
+        if missing:
+            raise InputError(f"'{checkpoint}' trained '{min(missing)}', which '{expanded}' lacks; give its own base")
+        if (expanded / INDEX_NAME).is_file():
+            write_json(folder / INDEX_NAME, read_json(expanded / INDEX_NAME))
+        copy_companions(expanded, folder)
+        (folder / "expansion.json").write_bytes((expanded / "expansion.json").read_bytes())
+        _write_config(expanded, folder, dtype)
+    return len(trained)
+
+
+def _result_tensor(
+    name: str, base: torch.Tensor, trained: torch.Tensor | None, dtype: torch.dtype | None
+) -> torch.Tensor:
+    if trained is not None and trained.shape != base.shape:
+        raise InputError(f"trained tensor '{name}' is {tuple(trained.shape)}, its base {tuple(base.shape)}")
+    wanted = dtype if dtype is not None and base.is_floating_point() else base.dtype
+    return (base if trained is None else trained).to(wanted).contiguous()
+
+
+def _write_config(expanded: Path, folder: Path, dtype: str) -> None:
+    config = read_json(expanded / "config.json")
+    if dtype != "source":
+        config["dtype"] = dtype
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _is_tag(path: Path) -> bool:
+    return any(path.glob("*optim_states.pt"))

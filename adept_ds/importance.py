@@ -1,0 +1,85 @@
+"""Unit importance (paper, equation 5): mean over a unit's elements of |w * dL/dw| on general text.
+
+The gradient inside the absolute value is that of the mean token loss over one *global* probe batch, so importances
+do not depend on the number of ranks. Every rank sums its own slices; one all-reduce of n_units float64 numbers is all
+that is communicated beyond the backward pass itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from adept_ds import zero
+from adept_ds.data import Blocks, rank_batches
+from adept_ds.distributed import rank, sum_over_ranks, world_size
+from adept_ds.units import UnitRegistry
+
+
+@dataclass(frozen=True)
+class ProbeBatches:
+    """The general text that importance is estimated on: fixed for the whole run."""
+
+    blocks: Blocks
+    indices: tuple[int, ...]
+    batch_sequences: int
+    micro_batch_size: int
+
+    def global_batches(self) -> list[list[int]]:
+        step = self.batch_sequences
+        return [list(self.indices[start : start + step]) for start in range(0, len(self.indices), step)]
+
+
+def estimate_importance(
+    engine: Any, registry: UnitRegistry, probe: ProbeBatches, progress: Callable[[float, str], None] | None = None
+) -> list[float]:
+    """Importance of every unit, in registry order; the same on every rank.
+
+    Leaves no trace in training (see `zero.probing_gradients`).
+    """
+    parameters = [(name, p) for name, p in engine.module.named_parameters() if name in registry.index_of_parameter]
+    sums = torch.zeros(len(registry), dtype=torch.float64)
+    batches = probe.global_batches()
+    with zero.probing_gradients(engine):
+        for number, batch in enumerate(batches):
+            if progress:
+                progress(number / len(batches), f"probe batch {number + 1} of {len(batches)}")
+            _backward_global_batch(engine, probe, batch)
+            sums += _local_sums(engine, registry, parameters)
+            zero.clear_probe_gradients(engine)
+    return (sum_over_ranks(sums) / (_unit_sizes(registry, parameters) * len(batches))).tolist()
+
+
+def _backward_global_batch(engine: Any, probe: ProbeBatches, batch: Sequence[int]) -> None:
+    """Gradient of the mean token loss over `batch`, which is spread over the ranks."""
+    total_tokens = probe.blocks.predicted_tokens(batch)
+    micro_batches = rank_batches(batch, rank(), world_size(), probe.micro_batch_size)
+    for number, indices in enumerate(micro_batches):
+        input_ids, labels = (tensor.to(engine.device) for tensor in probe.blocks.batch(indices))
+        engine.set_gradient_accumulation_boundary(number == len(micro_batches) - 1)
+        # DeepSpeed averages over ranks; times world_size, the sum over ranks is left.
+        loss = engine(input_ids, labels).sum() * (world_size() / total_tokens)
+        engine.backward(loss, scale_wrt_gas=False)
+
+
+def _local_sums(engine: Any, registry: UnitRegistry, parameters: Sequence[tuple[str, Any]]) -> torch.Tensor:
+    sums = [torch.zeros((), dtype=torch.float64) for _ in range(len(registry))]
+    for name, parameter in parameters:
+        local = zero.local_weight_and_grad(engine, parameter)
+        if local is not None:
+            weight, grad = local
+            # The product is consumed at once by the sum; float64 so that the split over ranks does not show.
+            value = (weight * grad).abs_().sum(dtype=torch.float64)
+            index = registry.index_of_parameter[name]
+            sums[index] = sums[index] + value.cpu()
+    return torch.stack(sums)
+
+
+def _unit_sizes(registry: UnitRegistry, parameters: Sequence[tuple[str, Any]]) -> torch.Tensor:
+    sizes = torch.zeros(len(registry), dtype=torch.float64)
+    for name, parameter in parameters:
+        sizes[registry.index_of_parameter[name]] += getattr(parameter, "ds_numel", parameter.numel())
+    return sizes

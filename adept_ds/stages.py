@@ -1,0 +1,392 @@
+"""The stages of a run. A stage reads files and writes files; it is not run again while its inputs are the same.
+
+probe -> layer_importance.json -> expand -> expanded/ -> train -> checkpoints/ -> export -> export/
+-> eval -> evaluation.json -> report -> report.html
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from adept_ds import __version__
+from adept_ds.checkpoint import Manifest, check_resumable, checkpoint_steps, expected_manifest, tag_of
+from adept_ds.checks import check_deepspeed_config
+from adept_ds.config import Config, dump_config
+from adept_ds.data import Blocks, block_order, build_blocks
+from adept_ds.distributed import gather_objects, on_main_rank, world_size
+from adept_ds.engine import build_forward_engine, build_training_engine, count_parameters, release
+from adept_ds.errors import InputError
+from adept_ds.evaluation import EvalSet, evaluate
+from adept_ds.expansion import Expansion, expand_checkpoint, weight_files
+from adept_ds.export import export_checkpoint
+from adept_ds.families import Family, read_model_config
+from adept_ds.files import read_json, read_json_lines, stamp_files, write_json, write_text
+from adept_ds.flops import count_step_flops, measure_matmul_rate
+from adept_ds.importance import ProbeBatches, estimate_importance
+from adept_ds.modeling import resolve_precision
+from adept_ds.probing import LayerImportance, install_layer_sweep, probe_layers, select_layers
+from adept_ds.terminal import Terminal
+from adept_ds.trainer import Trainer, peak_memory_bytes
+from adept_ds.unit_lr import UnitLR
+from adept_ds.zero import gather_layers_whole
+
+_NOT_PART_OF_TRAINING = {"checkpoint_every", "keep_checkpoints", "eval_every", "activation_checkpointing"}
+"""Keys of the train section that change how a run is done, but not what comes out."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A configuration, its resolved inputs and the terminal: what every stage needs."""
+
+    config: Config
+    model_dir: Path
+    family: Family
+    terminal: Terminal
+
+    @property
+    def directory(self) -> Path:
+        return self.config.run_dir
+
+    @property
+    def expanded_dir(self) -> Path:
+        return self.directory / "expanded"
+
+    @property
+    def checkpoints_dir(self) -> Path:
+        return self.directory / "checkpoints"
+
+    @property
+    def export_dir(self) -> Path:
+        return self.directory / "export"
+
+    @cached_property
+    def domain_blocks(self) -> Blocks:
+        blocks = self._blocks("data.domain", self.config.data.domain, self.config.data.seq_len, keep_tail=False)
+        needed = self.config.train.global_batch_size
+        if len(blocks) < needed:
+            raise InputError(
+                f"data.domain: {len(blocks)} blocks of {self.config.data.seq_len} tokens cannot feed {world_size()} "
+                f"ranks with train.global_batch_size {needed}; add text, or lower the batch, the ranks or data.seq_len"
+            )
+        return blocks
+
+    @cached_property
+    def probe_blocks(self) -> Blocks:
+        return self._blocks("probe.corpus", self.config.probe.corpus, self.config.probe.seq_len, keep_tail=True)
+
+    @cached_property
+    def eval_sets(self) -> list[EvalSet]:
+        data = self.config.data
+        corpora = {"general": data.general_eval, "domain": data.domain_eval}
+        return [
+            EvalSet(name, self._blocks(f"data.{name}_eval", files, data.seq_len, keep_tail=True), data.eval_blocks)
+            for name, files in corpora.items()
+            if files
+        ]
+
+    def probe_sample(self, count: int) -> list[int]:
+        """The first `count` blocks of the probe corpus in a seeded order; all of them if it has fewer."""
+        return block_order(len(self.probe_blocks), self.config.train.seed)[:count]
+
+    def is_current(self, stage: str, key: Any, output: Path) -> bool:
+        """Whether `output` was made by `stage` from these very inputs."""
+        record = self._stages_file()
+        stages = read_json(record) if record.is_file() else {}
+        return output.exists() and stages.get(stage) == _plain(key)
+
+    def mark_done(self, stage: str, key: Any) -> None:
+        def write() -> None:
+            record = self._stages_file()
+            stages = read_json(record) if record.is_file() else {}
+            write_json(record, stages | {stage: _plain(key)})
+
+        on_main_rank(write)
+
+    def _stages_file(self) -> Path:
+        return self.directory / "stages.json"
+
+    def _blocks(self, key: str, files: Sequence[Path], seq_len: int, *, keep_tail: bool) -> Blocks:
+        cache = self.directory / "cache" / "blocks"
+        with self.terminal.progress(f"packing {key}") as bar:
+            return build_blocks(key, files, self.model_dir, seq_len, cache, keep_tail=keep_tail, progress=bar)
+
+
+def run_all(run: Run) -> None:
+    """probe -> expand -> train -> export -> eval -> report; inputs are packed first, where most mistakes show."""
+    on_main_rank(lambda: write_text(run.directory / "config.yaml", dump_config(run.config)))
+    prepare_data(run)
+    if run.config.expand.layers is None:
+        probe_stage(run)
+    expand_stage(run)
+    train_stage(run)
+    export_stage(run)
+    eval_stage(run)
+    report_stage(run)
+
+
+def prepare_data(run: Run) -> None:
+    """Tokenise and pack every corpus of the run."""
+    corpora = {"domain": len(run.domain_blocks)} | {s.name + " held out": len(s.indices) for s in run.eval_sets}
+    if run.config.probe.corpus:
+        corpora["general probe"] = len(run.probe_blocks)
+    run.terminal.stage("data", ", ".join(f"{name} {count}" for name, count in corpora.items()) + " blocks")
+
+
+def probe_stage(run: Run) -> LayerImportance:
+    """Estimate the importance of every layer, and choose the k layers that matter least."""
+    config, output = run.config, run.directory / "layer_importance.json"
+    section = config.probe.model_dump(mode="json", include={"method", "sequences", "seq_len"})
+    key = {"model": _model_key(run.model_dir), "probe": section, "corpus": _corpus_key(config.probe.corpus)}
+    if run.is_current("probe", key, output):
+        result = LayerImportance.load(output)
+        run.terminal.stage("probe", "[dim]unchanged, not run again[/]")
+    else:
+        result = _probe(run)
+    selected = tuple(select_layers([layer.delta for layer in result.layers], config.expand.num_copies))
+    result = dataclasses.replace(result, selected=selected)
+    on_main_rank(lambda: write_json(output, result.to_json()))
+    run.mark_done("probe", key)
+    run.terminal.stage("probe", f"base loss {result.base_loss:.4f}, least important layers {list(selected)}")
+    return result
+
+
+def _probe(run: Run) -> LayerImportance:
+    config = run.config
+    num_layers = run.family.source_layer_count(read_model_config(run.model_dir))
+
+    def prepare(model: Any) -> None:
+        install_layer_sweep(model, run.family, config.probe.max_stack_tokens)
+        gather_layers_whole(model, run.family.layer_modules(model))
+
+    model, device = build_forward_engine(config, run.model_dir, prepare)
+    with run.terminal.progress("probing") as bar:
+        result = probe_layers(
+            model,
+            num_layers,
+            run.probe_blocks,
+            run.probe_sample(config.probe.sequences),
+            batch_size=config.probe.batch_sequences,
+            device=device,
+            k=config.expand.num_copies,
+            progress=bar,
+        )
+    release(model)
+    return result
+
+
+def expand_stage(run: Run) -> Expansion:
+    """Insert the identity copies."""
+    selected = run.config.expand.layers or list(LayerImportance.load(run.directory / "layer_importance.json").selected)
+    key = {"model": _model_key(run.model_dir), "layers": sorted(selected)}
+    if run.is_current("expand", key, run.expanded_dir):
+        run.terminal.stage("expand", "[dim]unchanged, not run again[/]")
+        return Expansion.load(run.expanded_dir)
+    if checkpoint_steps(run.checkpoints_dir):
+        raise InputError(
+            f"'{run.checkpoints_dir}' was trained from another expansion; choose another run_dir or delete it"
+        )
+    with run.terminal.progress("expanding") as bar:
+        expansion = on_main_rank(lambda: expand_checkpoint(run.model_dir, run.expanded_dir, selected, bar))
+    run.mark_done("expand", key)
+    run.terminal.stage("expand", f"{expansion.source_layers} + {len(expansion.copies)} layers in {run.expanded_dir}")
+    return expansion
+
+
+def training_settings(config: Config) -> dict[str, Any]:
+    """Everything that determines the course of training, by dotted key: a resumed run must have the same."""
+    sections = {
+        "train": config.train.model_dump(mode="json", exclude=_NOT_PART_OF_TRAINING),
+        "importance": config.importance.model_dump(mode="json"),
+        "lr_policy": config.lr_policy.model_dump(mode="json"),
+    }
+    settings = {f"{section}.{key}": value for section, values in sections.items() for key, value in values.items()}
+    settings["data.seq_len"] = config.data.seq_len
+    settings["data.domain"] = _corpus_key(config.data.domain)
+    settings["probe.corpus"] = _corpus_key(config.probe.corpus)
+    return _plain(settings)
+
+
+def train_stage(run: Run) -> None:
+    """Train the copies, from the newest checkpoint if there is one."""
+    config, expansion = run.config, Expansion.load(run.expanded_dir)
+    stage = int(check_deepspeed_config(config)["zero_optimization"]["stage"])
+    settings = training_settings(config)
+
+    def manifest_at(step: int) -> Manifest:
+        return expected_manifest(step, stage, expansion.fingerprint, settings)
+
+    first_step = max(checkpoint_steps(run.checkpoints_dir), default=0)
+    if first_step:
+        check_resumable(run.checkpoints_dir, manifest_at(first_step))
+    if first_step == config.train.steps:
+        run.terminal.stage("train", "[dim]finished before, not run again[/]")
+        return
+    if first_step:
+        run.terminal.stage("train", f"resuming after step {first_step}")
+    importance = _initial_importance(run, expansion) if first_step == 0 else None
+    _train(run, expansion, manifest_at, first_step, importance)
+
+
+def _probe_batches(run: Run) -> ProbeBatches:
+    section = run.config.importance
+    return ProbeBatches(
+        run.probe_blocks,
+        tuple(run.probe_sample(section.sequences)),
+        section.batch_sequences,
+        run.config.train.micro_batch_size,
+    )
+
+
+def _initial_importance(run: Run, expansion: Expansion) -> list[float] | None:
+    """Importance of each copy's *source* layer: in a fresh copy the zeroed projections hide everything behind them.
+
+    The source model computes the same function as the expanded one, so the same estimate runs on it, with the
+    source layers unfrozen and nothing trained.
+    """
+    if run.config.lr_policy.map == "constant" or run.config.importance.initial == "ones":
+        return None
+    run.terminal.stage("train", "importance of the source layers' units")
+    engine, _, registry = build_training_engine(
+        run.config, run.model_dir, run.family, expansion.source_indices, plain_sgd=True
+    )
+    with run.terminal.progress("importance") as bar:
+        importance = estimate_importance(engine, registry, _probe_batches(run), bar)
+    release(engine)
+    return importance
+
+
+def _train(
+    run: Run,
+    expansion: Expansion,
+    manifest_at: Callable[[int], Manifest],
+    first_step: int,
+    importance: list[float] | None,
+) -> None:
+    config = run.config
+    engine, optimizer, registry = build_training_engine(config, run.expanded_dir, run.family, expansion.copy_indices)
+    trainable, total = count_parameters(engine.module)
+    run.terminal.stage("train", f"{trainable / 1e6:.1f} M of {total / 1e6:.1f} M parameters, {len(registry)} units")
+    trainer = Trainer(
+        config=config,
+        engine=engine,
+        optimizer=optimizer,
+        unit_lr=UnitLR(engine, optimizer, registry, config.lr_policy),
+        blocks=run.domain_blocks,
+        probe=None if config.lr_policy.map == "constant" else _probe_batches(run),
+        eval_sets=run.eval_sets,
+        manifest_at=manifest_at,
+        flops=count_step_flops(engine.module, run.family, config.data.seq_len),
+        matmul_rate=measure_matmul_rate(engine.device, resolve_precision(config)),
+        terminal=run.terminal,
+    )
+    trainer.run(first_step, importance, dump_config(config))
+    peaks = gather_objects(peak_memory_bytes())
+    facts = {
+        "trainable_parameters": trainable,
+        "total_parameters": total,
+        "units": len(registry),
+        "world_size": world_size(),
+        "zero_stage": manifest_at(0).zero_stage,
+        "precision": str(resolve_precision(config)).removeprefix("torch."),
+        "peak_memory_bytes": peaks,
+        "adept_ds": __version__,
+    }
+    on_main_rank(lambda: write_json(run.directory / "summary.json", facts | _totals(run.directory)))
+    release(engine)
+
+
+def _totals(run_dir: Path) -> dict[str, Any]:
+    """Sums over the whole run, interruptions included, from what it wrote about itself."""
+    records = read_json_lines(run_dir / "metrics.jsonl")
+    steps = [record for record in records if "loss" in record]
+    refreshes = [record["refresh_seconds"] for record in records if record.get("refresh_seconds")]
+    return {
+        "steps": len(steps),
+        "tokens": steps[-1]["tokens"],
+        "seconds": sum(record["seconds"] for record in steps),
+        "step_seconds": statistics.median(record["seconds"] for record in steps),
+        "tokens_per_second": statistics.median(record["tokens_per_second"] for record in steps),
+        "mfu": statistics.median(record["mfu"] for record in steps),
+        "refreshes": len(refreshes),
+        "refresh_seconds": statistics.median(refreshes) if refreshes else None,
+    }
+
+
+def export_stage(run: Run, step: int | None = None) -> None:
+    """Write the adapted model as a Hugging Face directory, from the newest checkpoint or from `step`."""
+    steps = checkpoint_steps(run.checkpoints_dir)
+    if not steps or (step is not None and step not in steps):
+        wanted = "any" if step is None else f"step {step}"
+        raise InputError(f"'{run.checkpoints_dir}' has not {wanted} checkpoint ({steps}); run `adept train` first")
+    step = steps[-1] if step is None else step
+    checkpoint = run.checkpoints_dir / tag_of(step)
+    key = {"checkpoint": stamp_files([checkpoint / "manifest.json"]), "dtype": run.config.export.dtype}
+    if run.is_current("export", key, run.export_dir):
+        run.terminal.stage("export", "[dim]unchanged, not run again[/]")
+        return
+    dtype = run.config.export.dtype
+    with run.terminal.progress("exporting") as bar:
+        trained = on_main_rank(lambda: export_checkpoint(run.expanded_dir, checkpoint, run.export_dir, dtype, bar))
+    run.mark_done("export", key)
+    run.terminal.stage("export", f"{trained} trained tensors of step {step} in {run.export_dir}")
+
+
+def eval_stage(run: Run) -> dict[str, Any]:
+    """Held-out losses of the base model and of the exported one, each loaded from disk as a user would."""
+    output = run.directory / "evaluation.json"
+    if not run.eval_sets:
+        run.terminal.stage("eval", "[dim]no held-out corpora (data.general_eval, data.domain_eval)[/]")
+        return {}
+    models = {"base": run.model_dir, "adapted": run.export_dir}
+    data = run.config.data
+    corpora = [_corpus_key(files) for files in (data.general_eval, data.domain_eval)]
+    key = {
+        "models": [_model_key(path) for path in models.values()],
+        "corpora": corpora,
+        "data": [data.seq_len, data.eval_blocks],
+    }
+    if run.is_current("eval", key, output):
+        run.terminal.stage("eval", "[dim]unchanged, not run again[/]")
+        return dict(read_json(output))
+    results = {name: evaluate_model(run, path, f"evaluating {name}") for name, path in models.items()}
+    on_main_rank(lambda: write_json(output, results))
+    run.mark_done("eval", key)
+    return results
+
+
+def evaluate_model(run: Run, model_dir: Path, title: str) -> dict[str, Any]:
+    model, device = build_forward_engine(run.config, model_dir)
+    with run.terminal.progress(title) as bar:
+        results = evaluate(
+            model, run.eval_sets, batch_size=run.config.train.micro_batch_size, device=device, progress=bar
+        )
+    release(model)
+    return results
+
+
+def report_stage(run: Run) -> Path:
+    from adept_ds.report import write_report
+
+    path = on_main_rank(lambda: write_report(run.directory))
+    run.terminal.stage("report", str(path))
+    return path
+
+
+def _model_key(model_dir: Path) -> list[Any]:
+    return [str(model_dir.resolve()), stamp_files([*weight_files(model_dir), model_dir / "config.json"])]
+
+
+def _corpus_key(files: Sequence[Path]) -> list[Any]:
+    return stamp_files(list(files))
+
+
+def _plain(value: Any) -> Any:
+    """As it comes back from a JSON file, so that both can be compared."""
+    return json.loads(json.dumps(value))

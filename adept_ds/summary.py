@@ -1,0 +1,77 @@
+"""What a run shows on the terminal at its end, and what it would do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from adept_ds.checkpoint import checkpoint_steps
+from adept_ds.config import Config
+from adept_ds.expansion import Expansion
+from adept_ds.files import read_json
+from adept_ds.probing import LayerImportance
+from adept_ds.terminal import Terminal
+
+
+def print_summary(run_dir: Path, terminal: Terminal) -> None:
+    """The end of `adept run`: losses before and after, what was trained, how fast, and where everything lies."""
+    evaluation = run_dir / "evaluation.json"
+    if evaluation.is_file():
+        print_losses(read_json(evaluation), terminal)
+    summary, expansion = read_json(run_dir / "summary.json"), Expansion.load(run_dir / "expanded")
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    trained, total = summary["trainable_parameters"], summary["total_parameters"]
+    rows = {
+        "layers copied": ", ".join(map(str, expansion.source_indices)) + f" (of {expansion.source_layers})",
+        "trainable": f"{trained / 1e6:.1f} M of {total / 1e6:.1f} M parameters ({trained / total:.1%})",
+        "speed": f"{summary['tokens_per_second']:.0f} tokens/s on {summary['world_size']} ranks, "
+        f"{summary['tokens'] / 1e3:.0f} k tokens in {summary['seconds']:.0f} s",
+        "peak memory": ", ".join(f"{peak / 2**30:.2f} GiB" for peak in summary["peak_memory_bytes"]) + " per rank",
+        "checkpoint": str(run_dir / "export"),
+        "report": str(run_dir / "report.html"),
+    }
+    for name, value in rows.items():
+        table.add_row(f"[bold]{name}[/]", value)
+    terminal.console.print(table)
+
+
+def print_losses(results: dict[str, Any], terminal: Terminal) -> None:
+    """Held-out losses of each model, and the change from the first to the last."""
+    if not results:
+        return
+    models = list(results)
+    table = Table("held-out loss (nats)", *models, *(["change"] if len(models) > 1 else []))
+    for corpus, first in results[models[0]].items():
+        losses = [results[model][corpus]["loss"] for model in models]
+        change = [f"{losses[-1] - losses[0]:+.4f}"] if len(models) > 1 else []
+        table.add_row(f"{corpus} ({first['tokens']} tokens)", *(f"{loss:.4f}" for loss in losses), *change)
+    terminal.console.print(table)
+
+
+def print_layer_importance(result: LayerImportance, terminal: Terminal) -> None:
+    table = Table("layer", "loss without it", "delta", "", title=f"base loss {result.base_loss:.4f}")
+    for layer in result.layers:
+        chosen = "[green]copied[/]" if layer.index in result.selected else ""
+        table.add_row(str(layer.index), f"{layer.loss:.4f}", f"{layer.delta:+.4f}", chosen)
+    terminal.console.print(table)
+
+
+def describe_plan(config: Config) -> list[str]:
+    """A line per stage of what `adept run` would do in this run directory."""
+    run_dir = config.run_dir
+    steps = checkpoint_steps(run_dir / "checkpoints")
+    if config.expand.layers is None:
+        probe = f"probe {config.probe.sequences} blocks of {config.probe.seq_len} tokens"
+        probe += f", choose {config.expand.num_copies} layers"
+    else:
+        probe = f"layers {config.expand.layers} are given: no probe"
+    start = f"resume after step {steps[-1]}" if steps else "train"
+    tokens = config.train.steps * config.train.global_batch_size * config.data.seq_len
+    return [
+        f"# 1. {probe}",
+        f"# 2. write {run_dir / 'expanded'} (kept while its inputs are unchanged)",
+        f"# 3. {start} to step {config.train.steps} ({tokens:,} tokens in all)",
+        f"# 4. export to {run_dir / 'export'}, evaluate, write {run_dir / 'report.html'}",
+    ]

@@ -1,0 +1,128 @@
+"""What the user sees, and where everybody else's output goes.
+
+DeepSpeed, torch and transformers write to stdout and stderr of every rank. `capture_output` sends file descriptors 1
+and 2 to a log file per rank and keeps the real terminal for this program's own words, on rank 0 only.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+_NON_TERMINAL_SECONDS = 15.0
+"""Without a terminal (a log file, CI), progress is a line every so often."""
+
+_NON_TERMINAL_WIDTH = 120
+
+
+class Terminal:
+    """Rank 0's voice. On other ranks every method does nothing."""
+
+    def __init__(self, stream: TextIO | None) -> None:
+        self._silent = stream is None
+        self.console = Console(file=stream or open(os.devnull, "w"), highlight=False)  # noqa: PTH123, SIM115
+        if not self.console.is_terminal:
+            self.console.width = _NON_TERMINAL_WIDTH
+
+    def say(self, message: str) -> None:
+        self.console.print(message)
+
+    def stage(self, name: str, detail: str = "") -> None:
+        self.console.print(f"[bold cyan]{name:<8}[/] {detail}")
+
+    @contextmanager
+    def progress(self, title: str) -> Iterator[ProgressBar]:
+        """A bar with time left; `advance_to(share, text)` moves it."""
+        bar = ProgressBar(title, self.console, self._silent)
+        try:
+            yield bar
+        finally:
+            bar.close()
+
+
+class ProgressBar:
+    """A rich bar on a terminal, occasional lines elsewhere, nothing on other ranks than 0."""
+
+    def __init__(self, title: str, console: Console, silent: bool) -> None:
+        self._title = title
+        self._console = console
+        self._silent = silent
+        self._last_line = time.monotonic()
+        self._bar: Progress | None = None
+        if console.is_terminal and not silent:
+            self._bar = Progress(
+                SpinnerColumn(),
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=28),
+                TextColumn("{task.percentage:>3.0f}%"),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                TextColumn("[dim]{task.fields[text]}"),
+                console=console,
+                transient=True,
+            )
+            self._task = self._bar.add_task(title, total=1.0, text="")
+            self._bar.start()
+
+    def __call__(self, share: float, text: str = "") -> None:
+        """Move to `share` (0 to 1) of the work, with a few words beside the bar."""
+        if self._silent:
+            return
+        if self._bar is not None:
+            self._bar.update(self._task, completed=share, text=text)
+        elif time.monotonic() - self._last_line >= _NON_TERMINAL_SECONDS:
+            self._last_line = time.monotonic()
+            self._console.print(f"  {self._title} {share:4.0%}  {text}")
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+
+class OutputCapture:
+    """The diverted output of one rank."""
+
+    def __init__(self, log: Path, is_main: bool) -> None:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        self.log = log
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self._saved = (os.dup(1), os.dup(2))
+        self._file = log.open("a", encoding="utf-8", buffering=1)
+        os.dup2(self._file.fileno(), 1)
+        os.dup2(self._file.fileno(), 2)
+        self._terminal_stream = os.fdopen(os.dup(self._saved[0]), "w", buffering=1) if is_main else None
+        self.terminal = Terminal(self._terminal_stream)
+
+    def restore(self) -> None:
+        """Give stdout and stderr back to the process."""
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for descriptor, saved in zip((1, 2), self._saved, strict=True):
+            os.dup2(saved, descriptor)
+            os.close(saved)
+        if self._terminal_stream is not None:
+            self._terminal_stream.close()
+        self._file.close()
+
+
+@contextmanager
+def capture_output(log: Path, *, is_main: bool) -> Iterator[Terminal]:
+    """Divert this process's stdout and stderr (and those of its libraries and children) to `log`."""
+    warnings.simplefilter("default")
+    capture = OutputCapture(log, is_main)
+    try:
+        yield capture.terminal
+    finally:
+        capture.restore()

@@ -1,0 +1,208 @@
+"""The only place that knows how DeepSpeed lays out partitions and guards its hidden state.
+
+Written against DeepSpeed 0.19.8 (runtime/zero/stage3.py, stage_1_and_2.py, partitioned_param_coordinator.py). None of
+what is read here is documented interface, so `partition_layout` checks every assumption at start and refuses with a
+`LayoutError` rather than multiply a wrong element.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_grad, set_z3_leaf_modules
+
+from adept_ds.errors import LayoutError
+
+WRITTEN_AGAINST = "0.19.8"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A run of one parameter's elements that lies contiguously in this rank's flat partition."""
+
+    parameter: str
+    flat_start: int
+    """First element in the flat fp32 partition."""
+    param_start: int
+    """First element in the flattened parameter."""
+    numel: int
+
+
+@dataclass(frozen=True)
+class FlatPartition:
+    """One tensor that DeepSpeed hands to the optimizer: this rank's part of many parameters, back to back."""
+
+    tensor: torch.Tensor
+    pieces: tuple[Piece, ...]
+
+
+def gather_layers_whole(model: torch.nn.Module, layers: Sequence[torch.nn.Module]) -> None:
+    """Make ZeRO-3 gather each layer at once, around the layer's own call, for a forward-only engine.
+
+    By default every projection is gathered by itself around its own call; a layer that passes a stack of hidden
+    states through them in chunks would gather each of them once per chunk.
+    """
+    set_z3_leaf_modules(model, list({type(layer) for layer in layers}))
+
+
+def zero_stage(engine: Any) -> int:
+    return int(engine.zero_optimization_stage())
+
+
+def partition_layout(engine: Any) -> list[FlatPartition]:
+    """Where each trainable parameter lies in this rank's flat fp32 partitions; padding belongs to no piece.
+
+    Raises:
+        LayoutError: DeepSpeed lays partitions out in another way than this module was written for.
+    """
+    names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
+    try:
+        layout = _layout_stage3(engine, names) if zero_stage(engine) == 3 else _layout_stage12(engine, names)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise LayoutError(_complaint(f"{type(error).__name__}: {error}")) from error
+    for partition in layout:
+        end = 0
+        for piece in partition.pieces:
+            if piece.flat_start < end or piece.flat_start + piece.numel > partition.tensor.numel():
+                raise LayoutError(_complaint(f"'{piece.parameter}' overlaps its neighbour or the end of its partition"))
+            end = piece.flat_start + piece.numel
+    return layout
+
+
+def _layout_stage3(engine: Any, names: dict[int, str]) -> list[FlatPartition]:
+    """Stage 3 cuts each parameter separately; the last rank's part of it ends in padding."""
+    import deepspeed.comm as dist
+
+    zero = engine.optimizer
+    layout = []
+    for index, group in enumerate(zero.fp16_groups):
+        flat, pieces, total = zero.fp32_partitioned_groups_flat[index], [], 0
+        for parameter in group:
+            _, offset, padded = zero.grad_position[zero.get_param_id(parameter)]
+            start = dist.get_rank(group=parameter.ds_process_group) * padded
+            real = max(0, min(padded, parameter.ds_numel - start))
+            total += padded
+            if real:
+                pieces.append(Piece(names[id(parameter)], offset, start, real))
+        if total != flat.numel():
+            raise LayoutError(_complaint(f"sub-group {index} has {flat.numel()} elements, its parameters {total}"))
+        layout.append(FlatPartition(flat, tuple(pieces)))
+    return layout
+
+
+def _layout_stage12(engine: Any, names: dict[int, str]) -> list[FlatPartition]:
+    """Stages 1 and 2 cut the concatenation of all parameters, so a boundary falls inside at most one per rank."""
+    zero = engine.optimizer
+    layout = []
+    for index, group in enumerate(zero.bit16_groups):
+        pieces = []
+        for parameter in group:
+            mapping = parameter._hp_mapping
+            if mapping is not None:
+                flat, part = mapping.hp_fragment_address, mapping.lp_fragment_address
+                pieces.append(Piece(names[id(parameter)], flat.start, part.start, part.numel))
+        flat_tensor = zero.single_partition_of_fp32_groups[index]
+        layout.append(FlatPartition(flat_tensor, tuple(sorted(pieces, key=lambda piece: piece.flat_start))))
+    return layout
+
+
+def _complaint(detail: str) -> str:
+    import deepspeed
+
+    return (
+        f"DeepSpeed {deepspeed.__version__} lays out partitions differently from {WRITTEN_AGAINST}, "
+        f"which adept-ds was written against ({detail}); install deepspeed=={WRITTEN_AGAINST}"
+    )
+
+
+def local_weight_and_grad(engine: Any, parameter: Any) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """This rank's elements of a parameter's fp32 weight and of its gradient, without padding; None if it has none.
+
+    To be called right after a backward pass at an accumulation boundary, before the step. The gradient is the mean
+    over data-parallel ranks.
+    """
+    if zero_stage(engine) == 3:
+        import deepspeed.comm as dist
+
+        weight, grad = safe_get_local_fp32_param(parameter), safe_get_local_grad(parameter)
+        start = dist.get_rank(group=parameter.ds_process_group) * weight.numel()
+        real = max(0, min(weight.numel(), parameter.ds_numel - start))
+        return (weight[:real], grad.flatten()[:real]) if real else None
+    mapping = parameter._hp_mapping
+    if mapping is None:
+        return None
+    grad = mapping.get_lp_grad_fragment(parameter._index_in_param_group)
+    return mapping.hp_fragment.flatten(), grad.flatten()
+
+
+@contextmanager
+def outside_training(engine: Any) -> Iterator[None]:
+    """Run forward passes beside training without leaving a trace in it.
+
+    Evaluation mode, the state of the random number generators, and ZeRO-3's recorded order of modules are as before
+    when the block ends. (A pass that does not follow the recorded order makes DeepSpeed fetch parameters late or
+    twice, so the record is dropped before; the next training step makes a new one.)
+    """
+    _forget_module_order(engine)
+    cpu_rng, device_rng = torch.get_rng_state(), _device_rng_state()
+    was_training = engine.module.training
+    engine.module.eval()
+    try:
+        yield
+    finally:
+        engine.module.train(was_training)
+        torch.set_rng_state(cpu_rng)
+        if device_rng is not None:
+            torch.cuda.set_rng_state(device_rng)
+        _forget_module_order(engine)
+
+
+@contextmanager
+def probing_gradients(engine: Any) -> Iterator[None]:
+    """Run backward passes beside training without leaving a trace in it: see `outside_training`.
+
+    Must start and end between optimizer steps (no accumulated gradients): the gradients are cleared at the end.
+    """
+    if engine.micro_steps % engine.gradient_accumulation_steps():
+        raise ValueError("gradients can be probed only between optimizer steps")
+    saved_boundary = engine._is_gradient_accumulation_boundary
+    try:
+        with outside_training(engine):
+            yield
+    finally:
+        clear_probe_gradients(engine)
+        engine._is_gradient_accumulation_boundary = saved_boundary  # None = automatic; there is no public reset
+        if saved_boundary is None:
+            engine.optimizer.set_gradient_accumulation_boundary(engine.is_gradient_accumulation_boundary())
+
+
+def clear_probe_gradients(engine: Any) -> None:
+    """Forget all gradients, so that the next backward pass starts from nothing.
+
+    The optimizer's own zero_grad, not the engine's, which leaves ZeRO-3's accumulation counter where it was. Stages 1
+    and 2 keep reduced gradients in dictionaries of their own until the step.
+    """
+    optimizer = engine.optimizer
+    optimizer.zero_grad()
+    if zero_stage(engine) in (1, 2):
+        for gradients in (optimizer.averaged_gradients, optimizer.all_grad_tensors):
+            for group in gradients:
+                gradients[group] = None
+
+
+def _forget_module_order(engine: Any) -> None:
+    if zero_stage(engine) != 3:
+        return
+    optimizer = engine.optimizer
+    offload = getattr(optimizer, "parameter_offload", optimizer)
+    coordinator = offload.get_param_coordinator()
+    if not coordinator.is_invalid_trace():
+        coordinator._invalidate_trace()
+
+
+def _device_rng_state() -> torch.Tensor | None:
+    return torch.cuda.get_rng_state() if torch.cuda.is_available() else None

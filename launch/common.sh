@@ -1,0 +1,93 @@
+#!/usr/bin/env bash
+# What local.sh and multinode.sh share; sourced, not started.
+#
+# The ranks of one start are found by the environment variable ADEPT_LAUNCH_ID: deepspeed's launcher has no way to
+# pass a request on (it ends ranks, and then reports 1), and a process name is not unique on a shared host.
+
+repo="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+
+# The comment at the top of a script, as its help.
+show_header() {
+  sed -n '2,/^[^#]/{/^[^#]/q;s/^# \{0,1\}//p}' "$1"
+}
+
+die() {
+  printf '%s: %s\n' "$(basename "$0")" "$*" >&2
+  exit 2
+}
+
+# Sets `python` and `deepspeed`: the active environment's, else this checkout's .venv, else what PATH has.
+find_programs() {
+  local environment="${VIRTUAL_ENV:-${CONDA_PREFIX:-$repo/.venv}}"
+  if [[ -n "${ADEPT_PYTHON:-}" ]]; then
+    python="$ADEPT_PYTHON"
+  elif [[ -x "$environment/bin/python" ]]; then
+    python="$environment/bin/python"
+  else
+    python="$(command -v python3 || command -v python)" || die "no python found; activate the environment of adept-ds"
+  fi
+  deepspeed="$(dirname "$python")/deepspeed"
+  [[ -x "$deepspeed" ]] || deepspeed="$(command -v deepspeed)" \
+    || die "no deepspeed next to $python or on PATH; activate the environment of adept-ds or set ADEPT_PYTHON"
+}
+
+# Compiled extensions get a directory of their own for each environment: torch does not separate versions of Python
+# and torch by itself once TORCH_EXTENSIONS_DIR is set.
+use_private_extensions_dir() {
+  local tag
+  tag="$(printf '%s %s %s' "$python" "$(uname -m)" "${DS_ACCELERATOR:-auto}" | cksum | cut -d ' ' -f 1)"
+  : "${TORCH_EXTENSIONS_DIR:=${XDG_CACHE_HOME:-$HOME/.cache}/adept_ds/torch_extensions/$tag}"
+  export TORCH_EXTENSIONS_DIR
+  mkdir -p "$TORCH_EXTENSIONS_DIR"
+  remove_stale_locks "$TORCH_EXTENSIONS_DIR"
+}
+
+# A killed build leaves a file `lock` in which every later start waits for ever. No build takes 30 minutes.
+remove_stale_locks() {
+  local lock
+  while IFS= read -r lock; do
+    rm -f -- "$lock"
+    printf '%s: removed %s, left by a build that was killed\n' "$(basename "$0")" "$lock" >&2
+  done < <(find "$1" -maxdepth 3 -type f -name lock -mmin +30 2>/dev/null)
+}
+
+# Ranks of a surrounding launcher must not reach the launcher that is started here.
+start_launch() {
+  ADEPT_LAUNCH_ID="$(od -An -N8 -tx1 /dev/urandom | tr -d ' \n')"
+  export ADEPT_LAUNCH_ID
+  export PYTHONPATH="$repo${PYTHONPATH:+:$PYTHONPATH}"
+  unset RANK WORLD_SIZE LOCAL_RANK LOCAL_SIZE LOCAL_WORLD_SIZE
+}
+
+# Process ids on this host of the ranks of start $1. A rank's own helpers inherit its environment and are left out.
+ranks_of() {
+  local file pid parent
+  { grep -zlx -- "ADEPT_LAUNCH_ID=$1" /proc/[0-9]*/environ 2>/dev/null || true; } | while IFS= read -r file; do
+    pid="${file#/proc/}" pid="${pid%/environ}"
+    grep -zq '^RANK=' "$file" 2>/dev/null || continue
+    parent="$(sed -n 's/^PPid:[[:space:]]*//p' "/proc/$pid/status" 2>/dev/null)" || continue
+    grep -zq '^RANK=' "/proc/$parent/environ" 2>/dev/null || printf '%s\n' "$pid"
+  done
+}
+
+# Sends signal $2 to this host's ranks of start $1; fails if there are none.
+signal_ranks() {
+  local pids
+  mapfile -t pids < <(ranks_of "$1")
+  ((${#pids[@]})) && kill -s "$2" -- "${pids[@]}" 2>/dev/null
+}
+
+# The exit code of background process $1, however often a trapped signal interrupts the wait.
+wait_for() {
+  while kill -0 "$1" 2>/dev/null; do wait "$1" || true; done
+  wait "$1"
+}
+
+# multinode.sh runs this file on every host: common.sh signal_ranks ID SIGNAL
+if [[ "${BASH_SOURCE[0]}" == "$0" ]]; then
+  set -euo pipefail
+  if [[ $# -ne 3 || "$1" != signal_ranks ]]; then
+    die "is used by local.sh and multinode.sh; start one of these"
+  fi
+  signal_ranks "$2" "$3"
+fi

