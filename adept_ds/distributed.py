@@ -40,19 +40,37 @@ class Ranks:
         return self.rank == 0
 
 
-# launcher, rank, world size, local rank, local size. Order matters: torchrun under srun announces both ways,
-# and the innermost launcher is the one that started this process.
+@dataclass(frozen=True)
+class _Launcher:
+    """The environment variables by which a launcher announces a rank."""
+
+    name: str
+    rank: str
+    world_size: str
+    local_rank: str
+    local_size: tuple[str, ...]
+    must_have: tuple[str, ...] = ()
+
+
+# Order matters: an inner launcher (torchrun, mpirun) may run inside an outer one's step, and the innermost one
+# started this process. srun's PMI plug-in sets PMI_RANK too, but not the local rank of MPICH's own launcher.
 _LAUNCHERS = (
-    ("env", "RANK", "WORLD_SIZE", "LOCAL_RANK", ("LOCAL_SIZE", "LOCAL_WORLD_SIZE")),
-    (
+    _Launcher("env", "RANK", "WORLD_SIZE", "LOCAL_RANK", ("LOCAL_SIZE", "LOCAL_WORLD_SIZE")),
+    _Launcher(
         "openmpi",
         "OMPI_COMM_WORLD_RANK",
         "OMPI_COMM_WORLD_SIZE",
         "OMPI_COMM_WORLD_LOCAL_RANK",
         ("OMPI_COMM_WORLD_LOCAL_SIZE",),
     ),
-    ("slurm", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", ("SLURM_NTASKS_PER_NODE",)),
-    ("mpich", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", ("MPI_LOCALNRANKS",)),
+    _Launcher("mpich", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", ("MPI_LOCALNRANKS",), ("MPI_LOCALRANKID",)),
+    _Launcher(
+        "slurm",
+        "SLURM_PROCID",
+        "SLURM_STEP_NUM_TASKS",
+        "SLURM_LOCALID",
+        ("SLURM_STEP_TASKS_PER_NODE", "SLURM_NTASKS_PER_NODE"),
+    ),
 )
 
 
@@ -65,17 +83,18 @@ def ranks_from_environment(env: Mapping[str, str]) -> Ranks:
     Raises:
         InputError: a variable is not a number, or ranks come without a master address on several hosts.
     """
-    announced = [entry for entry in _LAUNCHERS if entry[1] in env and entry[2] in env]
-    if not announced:
+    launcher = next((entry for entry in _LAUNCHERS if _announces(env, entry)), None)
+    if launcher is None:
         return Ranks(0, 1, 0, 1, "127.0.0.1", _free_port(), "none")
-    launcher, rank_key, size_key, local_key, local_size_keys = announced[0]
-    rank, world_size = _number(env, rank_key), _number(env, size_key)
+    rank, world_size = _number(env, launcher.rank), _number(env, launcher.world_size)
     if not 0 <= rank < world_size:
-        raise InputError(f"{rank_key}={rank} does not fit {size_key}={world_size}; start all ranks with one launcher")
-    local_rank = _number(env, local_key) if local_key in env else rank
-    local_size = next((_first_number(env[key]) for key in local_size_keys if key in env), world_size)
-    address, port = _master(env, launcher)
-    return Ranks(rank, world_size, local_rank, local_size, address, port, launcher)
+        raise InputError(
+            f"{launcher.rank}={rank} does not fit {launcher.world_size}={world_size}; start all ranks with one launcher"
+        )
+    local_rank = _number(env, launcher.local_rank) if launcher.local_rank in env else rank
+    local_size = next((_first_number(key, env[key]) for key in launcher.local_size if key in env), world_size)
+    address, port = _master(env, is_one_host=local_size >= world_size)
+    return Ranks(rank, world_size, local_rank, local_size, address, port, launcher.name)
 
 
 def init_distributed(ranks: Ranks, timeout_minutes: float = 30.0) -> None:
@@ -98,7 +117,8 @@ def init_distributed(ranks: Ranks, timeout_minutes: float = 30.0) -> None:
     timeout = datetime.timedelta(minutes=timeout_minutes)
     accelerator = get_accelerator()
     if accelerator.device_name() != "cpu":
-        accelerator.set_device(ranks.local_rank)
+        # A launcher may show each rank only its own device.
+        accelerator.set_device(ranks.local_rank % accelerator.device_count())
     deepspeed.init_distributed(
         accelerator.communication_backend_name(), auto_mpi_discovery=False, verbose=False, timeout=timeout
     )
@@ -213,31 +233,35 @@ def _number(env: Mapping[str, str], key: str) -> int:
         ) from None
 
 
-def _first_number(text: str) -> int:
+def _announces(env: Mapping[str, str], launcher: _Launcher) -> bool:
+    return all(key in env for key in (launcher.rank, launcher.world_size, *launcher.must_have))
+
+
+def _first_number(key: str, text: str) -> int:
     """Slurm writes task counts as '4' or '4(x2)'."""
     match = re.match(r"\d+", text)
-    return int(match.group()) if match else 1
+    if match is None:
+        raise InputError(f"{key}='{text}' is not a number; unset it, or start the ranks with a launcher")
+    return int(match.group())
 
 
-def _master(env: Mapping[str, str], launcher: str) -> tuple[str, int]:
-    address = env.get("MASTER_ADDR")
-    if address is None and launcher == "slurm":
-        address = _first_host(env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST") or "127.0.0.1")
+def _master(env: Mapping[str, str], *, is_one_host: bool) -> tuple[str, int]:
+    """Address and port of rank 0: announced, or derived in the same way by every rank."""
+    nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST")
+    address = env.get("MASTER_ADDR") or (_first_host(nodes) if nodes else None)
+    if address is None and not is_one_host:
+        raise InputError("MASTER_ADDR is not set, and the ranks are on several hosts; set it to the host of rank 0")
     if "MASTER_PORT" in env:
-        port = _number(env, "MASTER_PORT")
-    else:
-        # All ranks must choose the same port without talking: the job's number, so that two jobs on a host differ.
-        job = _first_number(env.get("SLURM_JOB_ID") or env.get("PMIX_NAMESPACE", "").rpartition("-")[2] or "0")
-        port = 20000 + job % 20000
-    return address or "127.0.0.1", port
+        return address or "127.0.0.1", _number(env, "MASTER_PORT")
+    # From the job's number, so that two jobs on a host differ; below the ports that systems give out by themselves.
+    job = re.search(r"\d+", env.get("SLURM_JOB_ID") or env.get("PMIX_NAMESPACE") or "0")
+    return address or "127.0.0.1", 20000 + int(job.group() if job else 0) % 10000
 
 
 def _first_host(node_list: str) -> str:
-    """First host of Slurm's compressed list: 'gpu[03-05,9],login' -> 'gpu03'."""
-    match = re.match(r"([^\[,]+)(?:\[([^\],-]+)[^\]]*\])?", node_list)
-    if match is None:
-        return node_list
-    return match.group(1) + (match.group(2) or "")
+    """First host of Slurm's compressed list: 'gpu[03-05,9]-ib,login' -> 'gpu03-ib'."""
+    head = re.match(r"(?:[^\[,]|\[[^\]]*\])*", node_list)
+    return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", head.group() if head else node_list)
 
 
 def _free_port() -> int:

@@ -103,8 +103,12 @@ class UnitAdamW(torch.optim.AdamW):
         weight, grad, exp_avg, exp_avg_sq = (tensor.view(-1) for tensor in flat if tensor is not None)
         multipliers = group[MULTIPLIERS_KEY]
         for multiplier, slices in self._slices_by_multiplier(parameter, multipliers).items():
+            views = [[tensor[s.start : s.stop] for s in slices] for tensor in (weight, grad, exp_avg, exp_avg_sq)]
             adamw(
-                *([tensor[s.start : s.stop] for s in slices] for tensor in (weight, grad, exp_avg, exp_avg_sq)),
+                views[0],
+                views[1],
+                views[2],
+                views[3],
                 max_exp_avg_sqs=[],
                 # The functional form advances the step itself; every view starts from the step before this one.
                 state_steps=[state["step"] - 1 for _ in slices],

@@ -92,7 +92,7 @@ def test_without_a_launcher_there_is_one_process() -> None:
                 "SLURM_JOB_NODELIST": "gpu[03-05]",
                 "SLURM_JOB_ID": "123456",
             },
-            Ranks(4, 6, 0, 2, "gpu03", 20000 + 123456 % 20000, "slurm"),
+            Ranks(4, 6, 0, 2, "gpu03", 20000 + 123456 % 10000, "slurm"),
             id="slurm",
         ),
         pytest.param(
@@ -478,7 +478,7 @@ def test_slurm_ranks_know_each_other_and_the_master(tmp_path: Path) -> None:
     records = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)]
     for rank, record in enumerate(records):
         assert (record["rank"], record["world_size"], record["local_rank"], record["local_size"]) == (rank, 2, rank, 2)
-        assert (record["master_addr"], record["master_port"]) == ("gpu03", 20000 + 123456 % 20000)
+        assert (record["master_addr"], record["master_port"]) == ("gpu03", 20000 + 123456 % 10000)
         assert record["launcher"] == "slurm"
         assert record["arguments"] == ["-u", "-m", "adept_ds", "run", "config.yaml", "train.lr=1e-4"]
         assert record["omp"] == "4"

@@ -1,0 +1,147 @@
+"""The independent oracle: the paper's method in plain PyTorch, one process, one AdamW group per parameter.
+
+Shares nothing with the program but the packed blocks and the order in which they are drawn.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from transformers import AutoModelForCausalLM
+
+Batch = tuple[torch.Tensor, torch.Tensor]
+
+
+def load(model_dir: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
+
+
+def mean_loss(model: Any, batches: Sequence[Batch]) -> torch.Tensor:
+    """Mean next-token loss over every predicted token of several batches."""
+    total, tokens = torch.zeros((), dtype=torch.float64), 0
+    for input_ids, labels in batches:
+        logits = model(input_ids=input_ids, use_cache=False).logits[:, :-1].float()
+        target = labels[:, 1:]
+        total = total + F.cross_entropy(
+            logits.reshape(-1, logits.shape[-1]), target.reshape(-1), ignore_index=-100, reduction="sum"
+        )
+        tokens += int((target != -100).sum())
+    return total / tokens
+
+
+@contextmanager
+def bypassed(model: Any, layer: int) -> Iterator[None]:
+    """The residual stream passes around a whole decoder layer."""
+    module = model.model.layers[layer]
+    original = module.forward
+    module.forward = lambda hidden_states, *args, **kwargs: hidden_states
+    try:
+        yield
+    finally:
+        module.forward = original
+
+
+def layer_deltas(model: Any, batches: Sequence[Batch]) -> tuple[float, list[float]]:
+    """Base loss and delta of each layer, by M + 1 forward passes."""
+    with torch.no_grad():
+        base = float(mean_loss(model, batches))
+        deltas = []
+        for layer in range(len(model.model.layers)):
+            with bypassed(model, layer):
+                deltas.append(float(mean_loss(model, batches)) - base)
+    return base, deltas
+
+
+def unit_of(parameter: str) -> str:
+    """'model.layers.3.mlp.up_proj.weight' -> 'layers.3.mlp.up_proj'"""
+    return parameter.removeprefix("model.").rpartition(".")[0]
+
+
+def trainable(model: Any, layers: Sequence[int]) -> dict[str, torch.nn.Parameter]:
+    model.requires_grad_(False)
+    chosen = {}
+    for name, parameter in model.named_parameters():
+        match = re.match(r"model\.layers\.(\d+)\.", name)
+        if match and int(match.group(1)) in layers:
+            chosen[name] = parameter.requires_grad_(True)
+    return chosen
+
+
+def importance(model: Any, layers: Sequence[int], batches: Sequence[Batch]) -> dict[str, float]:
+    """Mean of |w * g| over each unit's elements, averaged over batches (paper, equation 5)."""
+    parameters = trainable(model, layers)
+    sums: dict[str, float] = {}
+    sizes: dict[str, int] = {}
+    for batch in batches:
+        gradients = torch.autograd.grad(mean_loss(model, [batch]), list(parameters.values()))
+        for (name, parameter), gradient in zip(parameters.items(), gradients, strict=True):
+            value = float((parameter.detach().double() * gradient.double()).abs().sum())
+            sums[unit_of(name)] = sums.get(unit_of(name), 0.0) + value
+    for name, parameter in parameters.items():
+        sizes[unit_of(name)] = sizes.get(unit_of(name), 0) + parameter.numel()
+    return {unit: sums[unit] / sizes[unit] / len(batches) for unit in sums}
+
+
+def multipliers(importances: dict[str, float]) -> dict[str, float]:
+    """2 * (1 - min-max scaled importance), norms apart from matrices (paper, equation 6)."""
+    result = {}
+    for norms in (True, False):
+        group = {unit: value for unit, value in importances.items() if ("norm" in unit) == norms}
+        low, high = min(group.values()), max(group.values())
+        for unit, value in group.items():
+            result[unit] = 2 * (1 - (value - low) / (high - low))
+    return result
+
+
+@dataclass
+class Training:
+    """What a plain training run yields."""
+
+    losses: list[float] = field(default_factory=list)
+    importances: list[dict[str, float]] = field(default_factory=list)
+    multipliers: list[dict[str, float]] = field(default_factory=list)
+    weights: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+def train(
+    model: Any,
+    layers: Sequence[int],
+    steps: Sequence[Batch],
+    learning_rates: Sequence[float],
+    first_importance: dict[str, float],
+    probe_batches: Sequence[Batch],
+    every: int,
+    options: dict[str, Any],
+) -> Training:
+    """AdamW with a group per parameter whose learning rate is the unit's multiplier times the base's."""
+    parameters = trainable(model, layers)
+    result = Training()
+    optimizer = torch.optim.AdamW(
+        [{"params": [parameter], "name": name} for name, parameter in parameters.items()],
+        betas=options["betas"],
+        weight_decay=options["weight_decay"],
+        eps=options["eps"],
+    )
+    result.importances.append(first_importance)
+    result.multipliers.append(multipliers(first_importance))
+    for number, (batch, lr) in enumerate(zip(steps, learning_rates, strict=True)):
+        optimizer.zero_grad()
+        loss = mean_loss(model, [batch])
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(list(parameters.values()), options["clip_grad_norm"])
+        for group in optimizer.param_groups:
+            group["lr"] = lr * result.multipliers[-1][unit_of(group["name"])]
+        optimizer.step()
+        result.losses.append(float(loss))
+        if (number + 1) % every == 0 and number + 1 < len(steps):
+            result.importances.append(importance(model, layers, probe_batches))
+            result.multipliers.append(multipliers(result.importances[-1]))
+    result.weights = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    return result
