@@ -31,6 +31,8 @@ _OWNED_KEYS = {
 }
 """DeepSpeed keys that this program sets, and the key of the run configuration that the user wants instead."""
 
+_OFFLOAD_KEYS = ("offload_optimizer", "offload_param")
+
 
 def check_run(config: Config, num_ranks: int) -> tuple[Path, Family]:
     """Everything that a whole run needs; returns the model's directory and family.
@@ -90,11 +92,16 @@ def check_deepspeed_config(config: Config) -> dict[str, Any]:
             remedy = f"remove it and set {instead} in the run configuration" if instead else "remove it"
             raise InputError(f"deepspeed: '{config.deepspeed}' sets '{key}', which adept-ds sets itself; {remedy}")
     zero = user.get("zero_optimization", {})
+    for name, section in (("", zero), *((f".{key}", zero.get(key, {})) for key in _OFFLOAD_KEYS if zero)):
+        if not isinstance(section, dict):
+            raise InputError(
+                f"deepspeed: zero_optimization{name} is {section!r}, which is no JSON object; write {{...}}"
+            )
     if zero.get("stage") not in (1, 2, 3):
         raise InputError(
             f"deepspeed: zero_optimization.stage is {zero.get('stage')!r}; adept-ds trains with stage 1, 2 or 3"
         )
-    for key in ("offload_optimizer", "offload_param"):
+    for key in _OFFLOAD_KEYS:
         if zero.get(key, {}).get("device") == "nvme":
             raise InputError(f"deepspeed: zero_optimization.{key}.device is 'nvme', which is not supported; use 'cpu'")
     if zero.get("offload_optimizer", {}).get("ratio", 1.0) != 1.0:

@@ -11,7 +11,7 @@ import difflib
 import types
 import typing
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import hjson
 import yaml
@@ -19,11 +19,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from adept_ds.errors import InputError
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
 
 class Section(BaseModel):
     """Base of all sections: unknown keys are errors, values cannot change once checked."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod
@@ -98,7 +100,7 @@ class TrainSection(Section):
     warmup_ratio: float = Field(0.03, ge=0, le=1)
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     weight_decay: float = Field(0.1, ge=0)
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
     eps: float = Field(1e-8, gt=0)
     clip_grad_norm: float = Field(1.0, ge=0, description="0 switches clipping off")
     seed: int = 0
@@ -176,9 +178,12 @@ def read_deepspeed_config(path: Path | None) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(f"deepspeed: '{path}' does not exist; give a file such as ds_configs/zero3.json")
     try:
-        return dict(hjson.loads(path.read_text(encoding="utf-8")))
-    except (hjson.HjsonDecodeError, ValueError) as error:
+        tree = hjson.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
         raise InputError(f"deepspeed: '{path}' is not valid JSON: {error}") from None
+    if not isinstance(tree, dict):
+        raise InputError(f"deepspeed: '{path}' holds no JSON object; give a file such as ds_configs/zero3.json")
+    return dict(tree)
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:
@@ -203,8 +208,13 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
 def _describe(mistake: Any) -> str:
     location = [part for part in mistake["loc"] if isinstance(part, str)]
     key = ".".join(location)
+    is_item = len(location) < len(mistake["loc"])
     if mistake["type"] == "extra_forbidden":
         return f"unknown key '{key}'; {_nearest_key(location)}"
+    if mistake["type"] == "missing" and is_item:
+        return f"{key}: {mistake['input']!r} has too few values; the default is the form to follow"
+    if mistake["type"] in ("model_type", "model_attributes_type"):
+        return f"{key}: {mistake['input']!r} is no section; write its keys below it"
     if mistake["type"] == "missing":
         return f"'{key}' is missing; add it"
     message = mistake["msg"].removeprefix("Value error, ")

@@ -91,7 +91,10 @@ def read_documents(key: str, path: Path, on_bytes: Callable[[int], None] | None 
         InputError: naming file and line of a malformed record.
     """
     if path.suffix not in {".jsonl", ".json", ".ndjson"}:
-        yield path.read_text(encoding="utf-8")
+        try:
+            yield path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise InputError(f"{key}: '{path}' is not UTF-8 text (byte {error.start}); convert it") from None
         return
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
@@ -143,7 +146,9 @@ def _render(key: str, path: Path, number: int, line: bytes) -> str:
 
 
 def _render_question(key: str, path: Path, number: int, record: dict[str, Any]) -> str:
-    choices, answer = list(record["choices"]), record["answer"]
+    choices, answer = record["choices"], record["answer"]
+    if not isinstance(choices, list):
+        raise InputError(f"{key}: '{path}' line {number}: 'choices' is not a list; give the list of answers")
     letters = [chr(ord("A") + position) for position in range(len(choices))]
     if isinstance(answer, str) and answer in letters:
         answer = letters.index(answer)
@@ -173,20 +178,25 @@ def _write_blocks(
     if target.is_dir():
         return
     with new_directory(target) as folder:
-        features = Features({"input_ids": ListOf(Value("int32"))})
+        arguments = {
+            "key": key,
+            "files": files,
+            "tokenizer_dir": tokenizer_dir,
+            "seq_len": seq_len,
+            "keep_tail": keep_tail,
+            "progress": progress,
+        }
+        if next(_pack(**arguments), None) is None:
+            raise InputError(
+                f"{key}: {', '.join(map(str, files))} has less than one block of {seq_len} tokens; "
+                "add text or lower the sequence length"
+            )
         try:
             dataset = Dataset.from_generator(
                 _pack,
-                features=features,
+                features=Features({"input_ids": ListOf(Value("int32"))}),
                 cache_dir=str(folder / "building"),
-                gen_kwargs={
-                    "key": key,
-                    "files": files,
-                    "tokenizer_dir": tokenizer_dir,
-                    "seq_len": seq_len,
-                    "keep_tail": keep_tail,
-                    "progress": progress,
-                },
+                gen_kwargs=arguments,
                 # The cache is ours (`target`); hashing the arguments would fail on a progress bar.
                 fingerprint=target.name,
             )
@@ -194,11 +204,6 @@ def _write_blocks(
             if isinstance(error.__cause__, InputError):
                 raise error.__cause__ from None
             raise
-        if len(dataset) == 0:
-            raise InputError(
-                f"{key}: {', '.join(map(str, files))} has less than one block of {seq_len} tokens; "
-                "add text or lower the sequence length"
-            )
         dataset.save_to_disk(str(folder))
         _remove_tree(folder / "building")
 

@@ -65,7 +65,10 @@ class Family:
         return expanded
 
     def source_layer_count(self, config: Mapping[str, Any]) -> int:
-        return int(config[self.layer_count_key])
+        count = config.get(self.layer_count_key)
+        if not isinstance(count, int) or count < 1:
+            raise InputError(f"model: its config.json has {self.layer_count_key}={count!r}; give a complete model")
+        return count
 
 
 _GATED_MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
@@ -101,7 +104,9 @@ def read_model_config(model_dir: Path) -> dict[str, Any]:
         config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"model: '{model_dir}/config.json' cannot be read ({error}); give a complete model") from None
-    return dict(config)
+    if not isinstance(config, dict):
+        raise InputError(f"model: '{model_dir}/config.json' holds no JSON object; give a complete model")
+    return config
 
 
 def family_of(model_dir: Path) -> Family:

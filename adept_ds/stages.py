@@ -183,7 +183,7 @@ def _probe(run: Run) -> LayerImportance:
 
 def expand_stage(run: Run) -> Expansion:
     """Insert the identity copies."""
-    selected = run.config.expand.layers or list(LayerImportance.load(run.directory / "layer_importance.json").selected)
+    selected = run.config.expand.layers or _selected_layers(run)
     key = {"model": _model_key(run.model_dir), "layers": sorted(selected)}
     if run.is_current("expand", key, run.expanded_dir):
         run.terminal.stage("expand", "[dim]unchanged, not run again[/]")
@@ -197,6 +197,13 @@ def expand_stage(run: Run) -> Expansion:
     run.mark_done("expand", key)
     run.terminal.stage("expand", f"{expansion.source_layers} + {len(expansion.copies)} layers in {run.expanded_dir}")
     return expansion
+
+
+def _selected_layers(run: Run) -> list[int]:
+    path = run.directory / "layer_importance.json"
+    if not path.is_file():
+        raise InputError(f"expand: '{path}' does not exist; run `adept probe CONFIG` first, or set expand.layers")
+    return list(LayerImportance.load(path).selected)
 
 
 def training_settings(config: Config) -> dict[str, Any]:
@@ -344,6 +351,8 @@ def eval_stage(run: Run) -> dict[str, Any]:
     if not run.eval_sets:
         run.terminal.stage("eval", "[dim]no held-out corpora (data.general_eval, data.domain_eval)[/]")
         return {}
+    if not run.export_dir.is_dir():
+        raise InputError(f"eval: '{run.export_dir}' does not exist; run `adept export CONFIG` first")
     models = {"base": run.model_dir, "adapted": run.export_dir}
     data = run.config.data
     corpora = [_corpus_key(files) for files in (data.general_eval, data.domain_eval)]

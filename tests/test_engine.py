@@ -1,0 +1,85 @@
+"""What a training engine on two real ranks under ZeRO must and must not do (see worker.py)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT, Workspace, launch
+from safetensors.torch import load_file
+
+
+@pytest.fixture(scope="module")
+def outcomes(workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    output = tmp_path_factory.mktemp("worker") / "outcomes.pt"
+    result = launch(2, [str(ROOT / "tests" / "worker.py"), str(workspace.root), str(output)])
+    assert result.returncode == 0, result.stderr
+    return dict(torch.load(output))
+
+
+def _assert_bit_equal(first: dict[str, Any], second: dict[str, Any]) -> None:
+    assert first["losses"] == second["losses"]
+    for name, tensor in first["trained"].items():
+        assert torch.equal(tensor, second["trained"][name]), name
+
+
+@pytest.mark.parametrize("kind", ["", "recomputed_"])
+def test_a_refresh_leaves_no_trace_in_training(outcomes: dict[str, Any], kind: str) -> None:
+    """Three estimates between steps, multipliers unchanged: losses and weights are the same to the last bit."""
+    quiet, probed = outcomes[kind.rstrip("_") or "plain"], outcomes[f"{kind}probed"]
+    assert len(probed["importances"]) == 3
+    assert probed["importances"][0] != probed["importances"][1], "the estimate must see that training went on"
+    _assert_bit_equal(quiet, probed)
+
+
+def test_activation_checkpointing_changes_no_number(outcomes: dict[str, Any]) -> None:
+    _assert_bit_equal(outcomes["plain"], outcomes["recomputed"])
+
+
+def test_a_unit_with_multiplier_zero_does_not_move_by_one_bit(outcomes: dict[str, Any]) -> None:
+    """Weight decay is on (0.1); every other unit moves."""
+    before = load_file(Path(outcomes["expanded"]) / "model.safetensors")
+    silent = tuple(f"model.{unit}." for unit in outcomes["silent_units"])
+    for name, tensor in outcomes["silent"]["trained"].items():
+        assert torch.equal(tensor, before[name]) == name.startswith(silent), name
+
+
+def test_frozen_weights_keep_their_hash(outcomes: dict[str, Any]) -> None:
+    hashes = {outcome["frozen_hash"] for outcome in outcomes.values() if isinstance(outcome, dict)}
+    before = load_file(Path(outcomes["expanded"]) / "model.safetensors")
+    assert len(hashes) == 1
+    import hashlib
+
+    digest = hashlib.sha256()
+    for name in _parameter_order(Path(outcomes["expanded"])):
+        if not name.startswith(("model.layers.2.", "model.layers.5.")):
+            digest.update(before[name].numpy().tobytes())
+    assert hashes == {digest.hexdigest()}
+
+
+def _parameter_order(model_dir: Path) -> list[str]:
+    from transformers import AutoModelForCausalLM
+
+    return [name for name, _ in AutoModelForCausalLM.from_pretrained(model_dir).named_parameters()]
+
+
+@pytest.mark.parametrize("name", ["zero1", "zero2", "zero3", "zero3_offload"])
+def test_every_shipped_deepspeed_configuration_trains_the_same_weights(outcomes: dict[str, Any], name: str) -> None:
+    """Five steps with two refreshes, against ZeRO-3: 1e-5, the rounding of differently ordered fp32 sums."""
+    reference, outcome = outcomes["zero3"], outcomes[name]
+    assert outcome["losses"] == pytest.approx(reference["losses"], abs=1e-5)
+    for mine, wanted in zip(outcome["importances"], reference["importances"], strict=True):
+        assert mine == pytest.approx(wanted, rel=1e-3)
+    for parameter, tensor in reference["trained"].items():
+        torch.testing.assert_close(outcome["trained"][parameter], tensor, rtol=0, atol=1e-5)
+
+
+def test_partition_boundaries_cut_parameters_inside_rows(outcomes: dict[str, Any]) -> None:
+    """Otherwise the tests above would prove little. The second rank's slices begin in the middle."""
+    assert outcomes["second_rank_cut_rows"] > 0
+
+
+def test_a_multiplier_that_differs_between_ranks_stops_the_run_and_names_the_unit(outcomes: dict[str, Any]) -> None:
+    assert "unit 'layers.2.mlp.gate_proj' has multiplier 0.5 on rank 1 but 1.0 on rank 0" in outcomes["disagreement"]

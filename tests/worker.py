@@ -1,0 +1,172 @@
+"""What one rank does in the tests of test_engine.py: several small trainings in one process group.
+
+Usage: python tests/worker.py WORKSPACE OUTPUT. Rank 0 writes what it found to OUTPUT (torch.save).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from conftest import ROOT, Workspace
+
+from adept_ds import zero
+from adept_ds.config import Config, parse_config
+from adept_ds.data import block_order, build_blocks, global_batch
+from adept_ds.distributed import (
+    gather_objects,
+    init_distributed,
+    on_main_rank,
+    rank,
+    ranks_from_environment,
+    share_of_rank,
+    world_size,
+)
+from adept_ds.engine import build_training_engine, release
+from adept_ds.errors import UnitMismatchError
+from adept_ds.expansion import expand_checkpoint
+from adept_ds.families import FAMILIES
+from adept_ds.importance import ProbeBatches, estimate_importance
+from adept_ds.unit_lr import UnitLR
+
+FAMILY = FAMILIES["llama"]
+STEPS = 5
+
+
+@dataclasses.dataclass
+class Outcome:
+    """What a small training left behind."""
+
+    losses: list[float]
+    trained: dict[str, torch.Tensor]
+    frozen_hash: str
+    importances: list[list[float]]
+    cut_rows: int
+    """Parameters of which this rank's slice begins inside a row."""
+
+
+class Lab:
+    """The expanded tiny model and its data, for trainings that differ in their settings only."""
+
+    def __init__(self, workspace: Workspace, scratch: Path) -> None:
+        self.workspace, self.scratch = workspace, scratch
+        self.expanded = scratch / "expanded"
+        expansion = on_main_rank(lambda: expand_checkpoint(workspace.model, self.expanded, [1, 3]))
+        self.layers = expansion.copy_indices
+        base = self.config()
+        cache = scratch / "blocks"
+        self.domain = build_blocks("d", base.data.domain, workspace.model, 32, cache, keep_tail=False)
+        self.general = build_blocks("g", base.probe.corpus, workspace.model, 24, cache, keep_tail=True)
+
+    def config(self, **sections: Any) -> Config:
+        return parse_config(self.workspace.tree(self.scratch / "run", **sections))
+
+    def probe(self, micro_batch_size: int) -> ProbeBatches:
+        return ProbeBatches(self.general, tuple(block_order(len(self.general), 0)[:7]), 5, micro_batch_size)
+
+    def train(
+        self,
+        config: Config,
+        *,
+        probe_after: Iterable[int] = (),
+        multipliers: dict[str, float] | None = None,
+        refresh: bool = False,
+    ) -> Outcome:
+        """STEPS optimizer steps; importances are estimated after those in `probe_after`, and used if `refresh`."""
+        engine, optimizer, registry = build_training_engine(config, self.expanded, FAMILY, self.layers)
+        unit_lr = UnitLR(engine, optimizer, registry, config.lr_policy)
+        if multipliers is not None:
+            optimizer.set_multipliers({name: multipliers.get(name, 1.0) for name in registry.names})
+        losses, importances = [], []
+        for step in range(STEPS):
+            for group in optimizer.param_groups:
+                group["lr"] = 3e-3
+            losses.append(self._step(engine, config, step))
+            if step in probe_after:
+                importances.append(estimate_importance(engine, registry, self.probe(config.train.micro_batch_size)))
+                if refresh:
+                    unit_lr.refresh(importances[-1])
+        outcome = self._outcome(engine, losses, importances)
+        release(engine)
+        return outcome
+
+    def _step(self, engine: Any, config: Config, step: int) -> float:
+        indices = global_batch(step, config.train.global_batch_size, len(self.domain), 0)
+        mine = [indices[i] for i in share_of_rank(len(indices), rank(), world_size())]
+        size, total = config.train.micro_batch_size, 0.0
+        for first in range(0, len(mine), size):
+            batch = mine[first : first + size]
+            loss = engine(*self.domain.batch(batch)).sum() / self.domain.predicted_tokens(batch)
+            engine.backward(loss)
+            engine.step()
+            total += float(loss.detach())
+        return total
+
+    def _outcome(self, engine: Any, losses: list[float], importances: list[list[float]]) -> Outcome:
+        import deepspeed
+
+        cut = 0
+        shapes = {n: getattr(p, "ds_shape", p.shape) for n, p in engine.module.named_parameters()}
+        for partition in zero.partition_layout(engine):
+            cut += sum(
+                len(shapes[p.parameter]) == 2 and p.param_start % shapes[p.parameter][1] for p in partition.pieces
+            )
+        parameters = dict(engine.module.named_parameters())
+        with deepspeed.zero.GatheredParameters(list(parameters.values()), enabled=zero.zero_stage(engine) == 3):
+            values = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+        digest = hashlib.sha256()
+        for name, parameter in parameters.items():
+            if not parameter.requires_grad:
+                digest.update(values[name].numpy().tobytes())
+        trained = {name: values[name] for name, parameter in parameters.items() if parameter.requires_grad}
+        return Outcome(losses, trained, digest.hexdigest(), importances, cut)
+
+    def disagreement(self) -> str:
+        """What the check says when rank 1 holds another multiplier."""
+        config = self.config()
+        engine, optimizer, registry = build_training_engine(config, self.expanded, FAMILY, self.layers)
+        unit_lr = UnitLR(engine, optimizer, registry, config.lr_policy)
+        changed = optimizer.multipliers | ({registry.names[4]: 0.5} if rank() == 1 else {})
+        optimizer.set_multipliers(changed)
+        try:
+            unit_lr.check_ranks_agree()
+        except UnitMismatchError as error:
+            return str(error)
+        finally:
+            release(engine)
+        return ""
+
+
+def main() -> None:
+    workspace, output = Workspace(Path(sys.argv[1])), Path(sys.argv[2])
+    init_distributed(ranks_from_environment(os.environ))
+    lab = Lab(workspace, output.parent)
+    plain = lab.config()
+    recompute = lab.config(train={"activation_checkpointing": True})
+    silent = {"layers.2.mlp.up_proj": 0.0, "layers.2.input_layernorm": 0.0, "layers.5.self_attn.q_proj": 0.0}
+    results: dict[str, Any] = {
+        "plain": lab.train(plain),
+        "probed": lab.train(plain, probe_after=(0, 1, 3)),
+        "recomputed": lab.train(recompute),
+        "recomputed_probed": lab.train(recompute, probe_after=(0, 1, 3)),
+        "silent": lab.train(plain, multipliers=silent),
+        "silent_units": list(silent),
+        "disagreement": lab.disagreement(),
+        "expanded": str(lab.expanded),
+    }
+    for name in ("zero1", "zero2", "zero3", "zero3_offload"):
+        config = lab.config(deepspeed=str(ROOT / "ds_configs" / f"{name}.json"))
+        results[name] = lab.train(config, probe_after=(0, 2), refresh=True)
+    results["second_rank_cut_rows"] = gather_objects(results["plain"].cut_rows)[1]
+    if rank() == 0:
+        torch.save({k: dataclasses.asdict(v) if isinstance(v, Outcome) else v for k, v in results.items()}, output)
+
+
+if __name__ == "__main__":
+    main()
