@@ -178,7 +178,7 @@ def _write_blocks(
     if target.is_dir():
         return
     with new_directory(target) as folder:
-        arguments = {
+        arguments: dict[str, Any] = {
             "key": key,
             "files": files,
             "tokenizer_dir": tokenizer_dir,

