@@ -180,7 +180,7 @@ def _write_blocks(
     with new_directory(target) as folder:
         arguments: dict[str, Any] = {
             "key": key,
-            "files": files,
+            "files": tuple(files),  # a list would be taken for shards, each packed by itself
             "tokenizer_dir": tokenizer_dir,
             "seq_len": seq_len,
             "keep_tail": keep_tail,

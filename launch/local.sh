@@ -88,7 +88,7 @@ launcher=
 trap 'on_signal TERM' INT TERM HUP
 trap 'on_signal USR1' USR1
 set -m
-"$deepspeed" --hostfile /dev/null "${devices[@]}" --master_port "$port" --log_level error --no_local_rank \
+"$deepspeed" --hostfile /dev/null "${devices[@]}" --master_port "$port" --log_level critical --no_local_rank \
   --module adept_ds "$@" </dev/null &
 launcher=$!
 set +m

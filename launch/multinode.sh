@@ -130,7 +130,7 @@ trap 'on_signal TERM' INT TERM HUP
 trap 'on_signal USR1' USR1
 set -m
 DS_ENV_FILE="$env_file" "$deepspeed" --hostfile "$hostfile" --launcher pdsh --force_multi "${master[@]}" \
-  --log_level error --no_local_rank --module adept_ds "${arguments[@]}" </dev/null &
+  --log_level critical --no_local_rank --module adept_ds "${arguments[@]}" </dev/null &
 launcher=$!
 set +m
 

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT, Workspace, adept
+from conftest import Workspace, adept
 
-from adept_ds.checks import check_deepspeed_config
+from adept_ds.checks import check_deepspeed_config, check_run
 from adept_ds.config import Config, dump_config, load_config, parse_config, read_deepspeed_config
 from adept_ds.errors import InputError
 
@@ -119,21 +116,22 @@ def test_show_as_json_has_the_configuration_and_the_plan(workspace: Workspace, t
     assert len(record["plan"]) == 4
 
 
-def test_relative_paths_are_relative_to_the_working_directory(workspace: Workspace, tmp_path: Path) -> None:
+def test_relative_paths_are_relative_to_the_working_directory(
+    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The file itself lies elsewhere; the corpora are found from where the command was started."""
     tree = workspace.tree(
         Path("run"),
         data={"domain": ["domain.jsonl"], "general_eval": [], "domain_eval": []},
         probe={"corpus": ["general.jsonl"]},
     )
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree | {"model": "model"}))
-    command = [sys.executable, "-m", "adept_ds", "show", str(tmp_path / "config.yaml")]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    there = subprocess.run(command, cwd=workspace.root, env=environment, capture_output=True, text=True, check=False)
-    assert there.returncode == 0, there.stderr
-    elsewhere = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    assert elsewhere.returncode == 2
-    assert "'model' does not exist" in elsewhere.stderr
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(tree | {"model": "model"}))
+    monkeypatch.chdir(workspace.root)
+    assert check_run(load_config(path), 1)[0].resolve() == workspace.model.resolve()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="model: 'model' does not exist"):
+        check_run(load_config(path), 1)
 
 
 def test_deepspeed_files_may_have_comments(tmp_path: Path) -> None:
@@ -177,7 +175,6 @@ def test_a_checked_configuration_cannot_be_changed(config_file: Path) -> None:
         pytest.param("expand={k: 2, layers: [1]}", ["expand", "k and layers", "remove one"], id="k and layers"),
         pytest.param("expand.layers=[2,2]", ["expand", "twice"], id="a layer twice"),
         pytest.param("expand.layers=[]", ["expand.layers", "[]"], id="no layer"),
-        pytest.param("expand.layers=[-1]", ["expand.layers", "-1"], id="a negative layer"),
     ],
 )
 def test_a_mistake_is_one_line_naming_key_value_and_remedy(config_file: Path, override: str, words: list[str]) -> None:

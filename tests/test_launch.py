@@ -284,7 +284,7 @@ def test_local_starts_the_module_on_this_host_only_with_arguments_untouched(tmp_
     options, module, arguments = record["arguments"][:-5], record["arguments"][-5], record["arguments"][-4:]
     assert options == [
         *("--hostfile", "/dev/null", "--num_gpus", "2", "--master_port", "12345"),
-        *("--log_level", "error", "--no_local_rank", "--module"),
+        *("--log_level", "critical", "--no_local_rank", "--module"),
     ]
     assert module == "adept_ds"
     assert arguments == ["run", "my config.yaml", "data.domain=[a,b]", "x=$HOME*"]

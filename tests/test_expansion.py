@@ -1,0 +1,380 @@
+"""The expanded checkpoint computes exactly the function of its source, whatever the family and the files."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import FAMILY_OPTIONS, VOCABULARY, save_tiny_model
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from adept_ds import expansion as expansion_module
+from adept_ds.errors import InputError
+from adept_ds.expansion import Expansion, LayerCopy, expand_checkpoint, layer_origins, plan_copies
+from adept_ds.families import FAMILIES
+from adept_ds.files import read_json, write_json
+from adept_ds.units import build_registry
+
+SELECTED = [0, 2, 4]  # the lowest, the highest and one between
+ORIGINS = [0, 0, 1, 2, 2, 3, 4, 4]  # source layer of each expanded layer, by hand
+COPIES = [1, 4, 7]
+PROMPT_TOKENS, NEW_TOKENS = 12, 20  # 32 positions: the sliding windows of 16 are crossed while generating
+
+
+@pytest.fixture(scope="module", params=sorted(FAMILY_OPTIONS))
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A tiny model of each family and its expansion."""
+    root = tmp_path_factory.mktemp(request.param)
+    source = save_tiny_model(root / "source", request.param)
+    expand_checkpoint(source, root / "expanded", SELECTED)
+    return source, root / "expanded"
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("llama") / "source")
+
+
+@pytest.fixture(scope="module")
+def sharded(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from transformers import AutoModelForCausalLM
+
+    directory = tmp_path_factory.mktemp("sharded") / "source"
+    AutoModelForCausalLM.from_pretrained(llama).save_pretrained(directory, max_shard_size="20KB")
+    assert len(list(directory.glob("*.safetensors"))) > 2
+    return directory
+
+
+def load(directory: Path, dtype: torch.dtype | str = torch.float32) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    model, report = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, output_loading_info=True)
+    assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    return model.eval()
+
+
+def random_tokens(rows: int, tokens: int) -> torch.Tensor:
+    return torch.randint(VOCABULARY, (rows, tokens), generator=torch.Generator().manual_seed(7))
+
+
+def logits(directory: Path, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    with torch.no_grad():
+        return load(directory, dtype)(input_ids=random_tokens(2, 40)).logits
+
+
+def all_tensors(directory: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in directory.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+# --- the same function ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_logits_are_the_same_bit_for_bit(pair: tuple[Path, Path], dtype: torch.dtype) -> None:
+    source, expanded = pair
+    before = logits(source, dtype)
+    assert torch.isfinite(before).all()
+    assert before.std() > 0.1, "a model that says nothing proves nothing"
+    assert torch.equal(logits(expanded, dtype), before)
+
+
+def test_generation_with_a_cache_gives_the_same_tokens(pair: tuple[Path, Path]) -> None:
+    prompt = random_tokens(2, PROMPT_TOKENS)
+    generated = [
+        load(directory).generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            min_new_tokens=NEW_TOKENS,
+            max_new_tokens=NEW_TOKENS,
+            do_sample=False,
+            use_cache=True,
+        )
+        for directory in pair
+    ]
+    assert generated[0].shape == (2, PROMPT_TOKENS + NEW_TOKENS)
+    assert torch.equal(*generated)
+
+
+def test_cached_generation_is_generation_without_a_cache(pair: tuple[Path, Path]) -> None:
+    """A wrong layer index mixes up caches; without a cache nothing can be mixed up."""
+    prompt = random_tokens(1, PROMPT_TOKENS)
+    model = load(pair[1])
+    options = {"min_new_tokens": NEW_TOKENS, "max_new_tokens": NEW_TOKENS, "do_sample": False}
+    mask = torch.ones_like(prompt)
+    cached, plain = (model.generate(prompt, attention_mask=mask, use_cache=use, **options) for use in (True, False))
+    assert torch.equal(cached, plain)
+
+
+def test_a_copy_does_something_once_its_zeros_are_filled(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    """Identity because of the zeros alone: the copies are really in the model's path."""
+    for index in COPIES:
+        model = load(pair[1])
+        with torch.no_grad():
+            before = model(input_ids=random_tokens(2, 40)).logits
+            model.model.layers[index].mlp.down_proj.weight.fill_(0.1)
+            after = model(input_ids=random_tokens(2, 40)).logits
+        assert not torch.equal(before, after)
+
+
+# --- where everything stands ---------------------------------------------------------------------------------------
+
+
+def test_every_layer_is_its_source_layer_and_only_the_recorded_tensors_are_zero(pair: tuple[Path, Path]) -> None:
+    source, expanded = (all_tensors(directory) for directory in pair)
+    record = read_json(pair[1] / "expansion.json")
+    assert set(record["zeroed"]) == {name for name, tensor in expanded.items() if not tensor.any()}
+    last_factors = {"self_attn.o_proj.weight", "mlp.down_proj.weight"}
+    if "model.layers.0.self_attn.o_proj.bias" in source:
+        last_factors.add("self_attn.o_proj.bias")
+    assert set(record["zeroed"]) == {f"model.layers.{index}.{inner}" for index in COPIES for inner in last_factors}
+    seen = set()
+    for name, tensor in expanded.items():
+        _, is_layer, rest = name.partition("model.layers.")
+        origin = name
+        if is_layer:
+            index, _, inner = rest.partition(".")
+            origin = f"model.layers.{ORIGINS[int(index)]}.{inner}"
+        seen.add(origin)
+        assert tensor.dtype == source[origin].dtype
+        if name not in record["zeroed"]:
+            assert torch.equal(tensor, source[origin]), name
+    assert seen == source.keys()
+
+
+def test_expansion_json_says_what_the_design_says(pair: tuple[Path, Path]) -> None:
+    record = read_json(pair[1] / "expansion.json")
+    assert record["source_layers"] == 5
+    assert record["copies"] == [{"source": s, "index": i} for s, i in zip(SELECTED, COPIES, strict=True)]
+    loaded = Expansion.load(pair[1])
+    assert (loaded.source_indices, loaded.copy_indices) == (SELECTED, COPIES)
+
+
+def test_layer_types_and_layer_indices_follow_the_source(pair: tuple[Path, Path]) -> None:
+    source, expanded = (load(directory) for directory in pair)
+    assert expanded.config.num_hidden_layers == len(ORIGINS)
+    assert [layer.self_attn.layer_idx for layer in expanded.model.layers] == list(range(len(ORIGINS)))
+    windows = [getattr(layer.self_attn, "sliding_window", None) for layer in source.model.layers]
+    assert [getattr(layer.self_attn, "sliding_window", None) for layer in expanded.model.layers] == [
+        windows[origin] for origin in ORIGINS
+    ]
+    types = getattr(source.config, "layer_types", None)
+    if types is not None:
+        assert expanded.config.layer_types == [types[origin] for origin in ORIGINS]
+
+
+def test_mixed_layer_types_are_inherited_and_not_derived_again(tmp_path: Path) -> None:
+    """With max_window_layers 3, layers 3 and 4 slide; derived anew for 8 layers it would be layers 3 to 7."""
+    source = save_tiny_model(tmp_path / "source", "qwen2")
+    expand_checkpoint(source, tmp_path / "expanded", SELECTED)
+    types = load(tmp_path / "expanded").config.layer_types
+    assert types == ["full_attention"] * 5 + ["sliding_attention"] * 3
+    old_style = read_json(source / "config.json")
+    del old_style["layer_types"]  # as checkpoints of older versions have it: to be derived
+    write_json(source / "config.json", old_style)
+    expand_checkpoint(source, tmp_path / "expanded", SELECTED)
+    assert load(tmp_path / "expanded").config.layer_types == types
+    assert torch.equal(logits(tmp_path / "expanded"), logits(source))
+
+
+@pytest.mark.parametrize(
+    ("layers", "selected", "origins", "copies"),
+    [
+        (3, [1], [0, 1, 1, 2], [LayerCopy(1, 2)]),
+        (3, [2, 0], [0, 0, 1, 2, 2], [LayerCopy(0, 1), LayerCopy(2, 4)]),
+        (2, [0, 1], [0, 0, 1, 1], [LayerCopy(0, 1), LayerCopy(1, 3)]),
+        (2, [], [0, 1], []),
+    ],
+)
+def test_each_copy_stands_directly_above_its_source(
+    layers: int, selected: Sequence[int], origins: list[int], copies: list[LayerCopy]
+) -> None:
+    assert layer_origins(layers, selected) == origins
+    assert plan_copies(selected) == copies
+
+
+# --- files ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_sharded_source_gives_a_valid_sharded_result(sharded: Path, tmp_path: Path) -> None:
+    expanded = tmp_path / "expanded"
+    expand_checkpoint(sharded, expanded, SELECTED)
+    index = read_json(expanded / "model.safetensors.index.json")
+    files = {file.name for file in expanded.glob("*.safetensors")}
+    assert len(files) == len(list(sharded.glob("*.safetensors")))
+    assert set(index["weight_map"].values()) == files
+    for file in files:
+        with safe_open(expanded / file, framework="pt") as shard:
+            assert shard.metadata() == {"format": "pt"}
+            assert set(shard.keys()) == {name for name, place in index["weight_map"].items() if place == file}
+    assert index["metadata"]["total_size"] == sum(t.nbytes for t in all_tensors(expanded).values())
+    assert torch.equal(logits(expanded), logits(sharded))
+
+
+def test_sharded_and_whole_sources_give_the_same_tensors(llama: Path, sharded: Path, tmp_path: Path) -> None:
+    expand_checkpoint(sharded, tmp_path / "a", SELECTED)
+    expand_checkpoint(llama, tmp_path / "b", SELECTED)
+    several, one = all_tensors(tmp_path / "a"), all_tensors(tmp_path / "b")
+    assert several.keys() == one.keys()
+    assert all(torch.equal(several[name], one[name]) for name in one)
+
+
+def test_tied_embeddings_stay_tied(llama: Path, tmp_path: Path) -> None:
+    expand_checkpoint(llama, tmp_path / "expanded", SELECTED)
+    assert "lm_head.weight" not in all_tensors(tmp_path / "expanded")
+    model = load(tmp_path / "expanded")
+    assert model.config.tie_word_embeddings
+    assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
+
+
+def test_untied_embeddings_stay_untied(tmp_path: Path) -> None:
+    source = save_tiny_model(tmp_path / "source", "qwen3")
+    expand_checkpoint(source, tmp_path / "expanded", SELECTED)
+    model = load(tmp_path / "expanded")
+    assert not torch.equal(model.lm_head.weight, model.model.embed_tokens.weight)
+    assert torch.equal(model.lm_head.weight, load(source).lm_head.weight)
+
+
+def test_the_dtype_of_the_source_is_kept(llama: Path, tmp_path: Path) -> None:
+    load(llama, torch.bfloat16).save_pretrained(tmp_path / "source")
+    expand_checkpoint(tmp_path / "source", tmp_path / "expanded", SELECTED)
+    assert {tensor.dtype for tensor in all_tensors(tmp_path / "expanded").values()} == {torch.bfloat16}
+    assert load(tmp_path / "expanded", "auto").dtype == torch.bfloat16
+    expected = logits(tmp_path / "source", torch.bfloat16)
+    assert torch.equal(logits(tmp_path / "expanded", torch.bfloat16), expected)
+
+
+def test_the_configuration_differs_only_in_what_expansion_changes(pair: tuple[Path, Path]) -> None:
+    source, expanded = (load(directory).config.to_dict() for directory in pair)
+    changed = {key for key in source if source[key] != expanded.get(key)} | (expanded.keys() - source.keys())
+    assert changed <= {"num_hidden_layers", "layer_types", "_name_or_path"}
+    assert "num_hidden_layers" in changed
+
+
+def test_tokenizer_generation_config_and_licence_are_carried_over_and_weights_of_other_formats_not(
+    llama: Path, tmp_path: Path
+) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(llama, source)
+    write_json(source / "generation_config.json", {"temperature": 0.5, "do_sample": True})
+    (source / "LICENSE").write_text("free")
+    for name in ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.gguf"):
+        (source / name).write_text("old")
+    expand_checkpoint(source, tmp_path / "expanded", SELECTED)
+    kept = {file.name for file in source.iterdir()} - {
+        "pytorch_model.bin",
+        "pytorch_model.bin.index.json",
+        "model.gguf",
+    }
+    assert {file.name for file in (tmp_path / "expanded").iterdir()} == kept | {"expansion.json"}
+    for name in ("generation_config.json", "LICENSE", "tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / "expanded" / name).read_bytes() == (source / name).read_bytes()
+
+
+def test_an_existing_destination_is_replaced_whole(llama: Path, tmp_path: Path) -> None:
+    destination = tmp_path / "expanded"
+    destination.mkdir()
+    (destination / "model-00001-of-00002.safetensors").write_text("an older model's")
+    (destination / "notes.txt").write_text("old")
+    expand_checkpoint(llama, destination, [1])
+    assert not (destination / "notes.txt").exists()
+    assert [file.name for file in destination.glob("*.safetensors")] == ["model.safetensors"]
+    assert [path.name for path in tmp_path.iterdir()] == ["expanded"]
+
+
+@pytest.mark.parametrize("existed", [False, True])
+@pytest.mark.parametrize("error", [OSError("no space left on device"), KeyboardInterrupt()], ids=["disk full", "^C"])
+def test_an_interrupted_expansion_leaves_what_was_there(
+    sharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, existed: bool, error: BaseException
+) -> None:
+    destination = tmp_path / "expanded"
+    if existed:
+        destination.mkdir()
+        (destination / "old").write_text("old")
+    written: list[str] = []
+
+    def interrupted(tensors: dict[str, torch.Tensor], path: Path, **options: Any) -> None:
+        written.append(Path(path).name)
+        save_file(tensors, path, **options)
+        if len(written) == 2:
+            raise error
+
+    monkeypatch.setattr(expansion_module, "save_file", interrupted)
+    with pytest.raises(type(error)):
+        expand_checkpoint(sharded, destination, SELECTED)
+    assert len(written) == 2
+    assert [path.name for path in tmp_path.iterdir()] == (["expanded"] if existed else [])
+    if existed:
+        assert [path.name for path in destination.iterdir()] == ["old"]
+
+
+def test_a_missing_shard_is_an_input_error_and_leaves_nothing(sharded: Path, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(sharded, source)
+    victim = sorted(source.glob("*.safetensors"))[1]
+    victim.unlink()
+    with pytest.raises(InputError, match=victim.name):
+        expand_checkpoint(source, tmp_path / "expanded", SELECTED)
+    assert not (tmp_path / "expanded").exists()
+
+
+def test_the_fingerprint_belongs_to_the_weights(llama: Path, tmp_path: Path) -> None:
+    first = expand_checkpoint(llama, tmp_path / "a", SELECTED).fingerprint
+    assert expand_checkpoint(llama, tmp_path / "b", SELECTED).fingerprint == first
+    assert expand_checkpoint(llama, tmp_path / "c", [0, 2, 3]).fingerprint != first
+    source = tmp_path / "source"
+    shutil.copytree(llama, source)
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.norm.weight"][3] += 1e-6
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    assert expand_checkpoint(source, tmp_path / "d", SELECTED).fingerprint != first
+    assert Expansion.load(tmp_path / "a").fingerprint == first
+
+
+def test_a_directory_that_is_no_expansion_is_refused(llama: Path) -> None:
+    with pytest.raises(InputError, match=r"expansion\.json"):
+        Expansion.load(llama)
+
+
+# --- units ---------------------------------------------------------------------------------------------------------
+
+
+def test_every_parameter_of_a_copy_belongs_to_exactly_one_unit(pair: tuple[Path, Path]) -> None:
+    model_type = json.loads((pair[1] / "config.json").read_text())["model_type"]
+    names = [name for name, _ in load(pair[1]).named_parameters()]
+    registry = build_registry(FAMILIES[model_type], names, COPIES)
+    grouped = [parameter for unit in registry.units for parameter in unit.parameters]
+    expected = [name for name in names if any(name.startswith(f"model.layers.{index}.") for index in COPIES)]
+    assert sorted(grouped) == sorted(expected)
+    assert len(grouped) == len(set(grouped)) == len(registry.index_of_parameter)
+    assert len(set(registry.names)) == len(registry)
+    for unit in registry.units:
+        assert all(f".{unit.name}." in parameter for parameter in unit.parameters)
+        assert (unit.kind == "norm") == ("norm" in unit.name)
+    for parameter, index in registry.index_of_parameter.items():
+        assert parameter in registry.units[index].parameters
+
+
+def test_weight_and_bias_of_a_projection_are_one_unit(tmp_path: Path) -> None:
+    names = [f"model.layers.1.self_attn.q_proj.{kind}" for kind in ("weight", "bias")]
+    registry = build_registry(FAMILIES["qwen2"], names, [1])
+    assert [unit.parameters for unit in registry.units] == [tuple(names)]
+
+
+def test_the_order_of_units_does_not_depend_on_the_order_of_parameters(pair: tuple[Path, Path]) -> None:
+    model_type = json.loads((pair[1] / "config.json").read_text())["model_type"]
+    names = [name for name, _ in load(pair[1]).named_parameters()]
+    forward = build_registry(FAMILIES[model_type], names, COPIES)
+    assert build_registry(FAMILIES[model_type], names[::-1], COPIES[::-1]).names == forward.names
+
+
+def test_a_parameter_that_the_family_does_not_know_is_an_error() -> None:
+    names = ["model.layers.1.self_attn.q_proj.weight", "model.layers.1.self_attn.sinks"]
+    with pytest.raises(ValueError, match=r"model\.layers\.1\.self_attn\.sinks"):
+        build_registry(FAMILIES["llama"], names, [1])
+    build_registry(FAMILIES["llama"], names, [2])  # in a layer that does not train it does not matter
