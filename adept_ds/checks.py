@@ -12,7 +12,7 @@ from typing import Any
 
 from adept_ds.config import Config, TrainSection, read_deepspeed_config
 from adept_ds.errors import InputError
-from adept_ds.families import Family, family_of, read_model_config
+from adept_ds.families import Family, family_of, layer_count
 
 _OWNED_KEYS = {
     "train_batch_size": "train.global_batch_size",
@@ -30,8 +30,6 @@ _OWNED_KEYS = {
     "data_types": "",
 }
 """DeepSpeed keys that this program sets, and the key of the run configuration that the user wants instead."""
-
-_OFFLOAD_KEYS = ("offload_optimizer", "offload_param")
 
 
 def check_run(config: Config, num_ranks: int) -> tuple[Path, Family]:
@@ -51,7 +49,7 @@ def check_model(config: Config) -> tuple[Path, Family]:
     """The model can be read, its family is known, and it has the layers that are to be copied."""
     model_dir = resolve_model_dir("model", config.model)
     family = family_of(model_dir)
-    num_layers = family.source_layer_count(read_model_config(model_dir))
+    num_layers = layer_count(model_dir)
     if config.expand.num_copies > num_layers:
         raise InputError(
             f"expand.k: {config.expand.num_copies} is more than the {num_layers} layers of '{config.model}'; "
@@ -63,7 +61,7 @@ def check_model(config: Config) -> tuple[Path, Family]:
 
 def check_layers(model_dir: Path, layers: Sequence[int]) -> None:
     """Every listed layer exists in the model."""
-    num_layers = family_of(model_dir).source_layer_count(read_model_config(model_dir))
+    num_layers = layer_count(model_dir)
     for layer in layers:
         if not 0 <= layer < num_layers:
             raise InputError(f"expand.layers: {layer} is no layer of '{model_dir}'; it has 0 to {num_layers - 1}")
@@ -91,22 +89,25 @@ def check_deepspeed_config(config: Config) -> dict[str, Any]:
         if key in user:
             remedy = f"remove it and set {instead} in the run configuration" if instead else "remove it"
             raise InputError(f"deepspeed: '{config.deepspeed}' sets '{key}', which adept-ds sets itself; {remedy}")
-    zero = user.get("zero_optimization", {})
-    for name, section in (("", zero), *((f".{key}", zero.get(key, {})) for key in _OFFLOAD_KEYS if zero)):
-        if not isinstance(section, dict):
-            raise InputError(
-                f"deepspeed: zero_optimization{name} is {section!r}, which is no JSON object; write {{...}}"
-            )
+    zero = _json_object(user, "zero_optimization")
+    offload = {key: _json_object(zero, key) for key in ("offload_optimizer", "offload_param")}
     if zero.get("stage") not in (1, 2, 3):
         raise InputError(
             f"deepspeed: zero_optimization.stage is {zero.get('stage')!r}; adept-ds trains with stage 1, 2 or 3"
         )
-    for key in _OFFLOAD_KEYS:
-        if zero.get(key, {}).get("device") == "nvme":
+    for key, section in offload.items():
+        if section.get("device") == "nvme":
             raise InputError(f"deepspeed: zero_optimization.{key}.device is 'nvme', which is not supported; use 'cpu'")
-    if zero.get("offload_optimizer", {}).get("ratio", 1.0) != 1.0:
+    if offload["offload_optimizer"].get("ratio", 1.0) != 1.0:
         raise InputError("deepspeed: zero_optimization.offload_optimizer.ratio must be 1.0 (the whole optimizer)")
     return user
+
+
+def _json_object(section: dict[str, Any], key: str) -> dict[str, Any]:
+    value = section.get(key, {})
+    if not isinstance(value, dict):
+        raise InputError(f"deepspeed: '{key}' is {value!r}, which is no JSON object; write {{...}}")
+    return value
 
 
 def accumulation_steps(train: TrainSection, num_ranks: int) -> int:

@@ -96,7 +96,7 @@ def probe(
     target: TargetArg,
     overrides: OverridesArg = None,
     corpus: Annotated[list[Path] | None, typer.Option(help="general-competence corpus (with MODEL)")] = None,
-    k: Annotated[int, typer.Option("-k", help="layers to choose (with MODEL)")] = 4,
+    k: Annotated[str, typer.Option("-k", help="layers to choose (with MODEL)")] = "4",
     sequences: Annotated[int, typer.Option(help="blocks to probe (with MODEL)")] = 32,
     seq_len: Annotated[int, typer.Option(help="tokens per block (with MODEL)")] = 256,
     out: Annotated[Path | None, typer.Option(help="write the result here (with MODEL)")] = None,
@@ -269,8 +269,10 @@ def _session(config: Config, ranks: Ranks | None = None) -> Iterator[Run]:
             from adept_ds.stages import Run
         model_dir = checks.resolve_model_dir("model", config.model)
         family: Family = family_of(model_dir)
-        yield Run(config, model_dir, family, terminal)
-        shutdown()
+        try:
+            yield Run(config, model_dir, family, terminal)
+        finally:
+            shutdown()
 
 
 @contextmanager

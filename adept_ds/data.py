@@ -209,7 +209,7 @@ def _write_blocks(
 
 
 def _pack(
-    key: str, files: list[Path], tokenizer_dir: Path, seq_len: int, keep_tail: bool, progress: Progress | None
+    key: str, files: Sequence[Path], tokenizer_dir: Path, seq_len: int, keep_tail: bool, progress: Progress | None
 ) -> Iterator[dict[str, list[int]]]:
     from transformers import AutoTokenizer
 

@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from adept_ds.errors import InputError
-from adept_ds.families import Family, family_of
+from adept_ds.families import Family, family_of, layer_count
 from adept_ds.files import hash_files, new_directory, read_json, write_json
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -102,7 +102,7 @@ def expand_checkpoint(
     family = family_of(source)
     # Through AutoConfig, because old files leave lists such as layer_types to be derived from the layer count.
     config = AutoConfig.from_pretrained(source).to_dict()
-    source_layers = family.source_layer_count(config)
+    source_layers = layer_count(source)
     copies = plan_copies(selected)
     files = weight_files(source)
     zeroed: list[str] = []
@@ -130,6 +130,16 @@ def expand_checkpoint(
     return expansion
 
 
+def read_shard(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """Names and tensors of a safetensors file. Raises `InputError` when it is damaged."""
+    try:
+        with safe_open(file, framework="pt") as shard:
+            for name in shard.keys():  # noqa: SIM118 - safe_open is not a mapping
+                yield name, shard.get_tensor(name)
+    except SafetensorError as error:
+        raise InputError(f"model: '{file}' is damaged ({error}); complete the download") from None
+
+
 def copy_companions(source: Path, destination: Path) -> None:
     """Copy what makes a checkpoint complete besides weights and config: tokenizer, generation config, licence."""
     for file in source.iterdir():
@@ -144,23 +154,21 @@ def _expand_shard(file: Path, family: Family, copies: Sequence[LayerCopy]) -> tu
     copy_of = {copy.source: copy for copy in copies}
     tensors: dict[str, torch.Tensor] = {}
     zeroed = []
-    with safe_open(file, framework="pt") as shard:
-        for name in shard.keys():  # noqa: SIM118 - safe_open is not a mapping
-            tensor = shard.get_tensor(name)
-            place = family.split_name(name)
-            if place is None:
-                tensors[name] = tensor
-                continue
-            layer, inner = place
-            shift = sum(copy.source < layer for copy in copies)
-            tensors[family.join_name(layer + shift, inner)] = tensor
-            if layer in copy_of:
-                copied = family.join_name(copy_of[layer].index, inner)
-                if family.writes_residual(inner):
-                    tensors[copied] = torch.zeros_like(tensor)
-                    zeroed.append(copied)
-                else:
-                    tensors[copied] = tensor.clone()
+    for name, tensor in read_shard(file):
+        place = family.split_name(name)
+        if place is None:
+            tensors[name] = tensor
+            continue
+        layer, inner = place
+        shift = sum(copy.source < layer for copy in copies)
+        tensors[family.join_name(layer + shift, inner)] = tensor
+        if layer in copy_of:
+            copied = family.join_name(copy_of[layer].index, inner)
+            if family.writes_residual(inner):
+                tensors[copied] = torch.zeros_like(tensor)
+                zeroed.append(copied)
+            else:
+                tensors[copied] = tensor.clone()
     return tensors, zeroed
 
 

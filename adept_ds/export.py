@@ -11,11 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 
 from adept_ds.errors import InputError
-from adept_ds.expansion import INDEX_NAME, copy_companions, weight_files
+from adept_ds.expansion import INDEX_NAME, copy_companions, read_shard, weight_files
 from adept_ds.files import new_directory, read_json, write_json
 
 _DTYPES = {"source": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -61,10 +60,10 @@ def export_checkpoint(
         for number, file in enumerate(files):
             if progress:
                 progress(number / len(files), file.name)
-            tensors = {}
-            with safe_open(file, framework="pt") as shard:
-                for name in shard.keys():  # noqa: SIM118 - safe_open is not a mapping
-                    tensors[name] = _result_tensor(name, shard.get_tensor(name), trained.get(name), _DTYPES[dtype])
+            tensors = {
+                name: _result_tensor(name, tensor, trained.get(name), _DTYPES[dtype])
+                for name, tensor in read_shard(file)
+            }
             missing -= tensors.keys()
             save_file(tensors, folder / file.name, metadata={"format": "pt"})
         if missing:

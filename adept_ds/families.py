@@ -64,12 +64,6 @@ class Family:
         expanded[self.layer_count_key] = len(origins)
         return expanded
 
-    def source_layer_count(self, config: Mapping[str, Any]) -> int:
-        count = config.get(self.layer_count_key)
-        if not isinstance(count, int) or count < 1:
-            raise InputError(f"model: its config.json has {self.layer_count_key}={count!r}; give a complete model")
-        return count
-
 
 _GATED_MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 _ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
@@ -123,6 +117,15 @@ def family_of(model_dir: Path) -> Family:
             f"supported: {', '.join(sorted(FAMILIES))} (CONTRIBUTING.md says how to add one)"
         )
     return family
+
+
+def layer_count(model_dir: Path) -> int:
+    """How many decoder layers a model directory has. Raises `InputError` if its configuration does not say."""
+    key = family_of(model_dir).layer_count_key
+    count = read_model_config(model_dir).get(key)
+    if not isinstance(count, int) or count < 1:
+        raise InputError(f"model: '{model_dir}/config.json' has {key}={count!r}; give a complete model")
+    return count
 
 
 def copied_parameters(

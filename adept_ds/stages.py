@@ -26,7 +26,7 @@ from adept_ds.errors import InputError
 from adept_ds.evaluation import EvalSet, evaluate
 from adept_ds.expansion import Expansion, expand_checkpoint, weight_files
 from adept_ds.export import export_checkpoint
-from adept_ds.families import Family, read_model_config
+from adept_ds.families import Family, layer_count
 from adept_ds.files import read_json, read_json_lines, stamp_files, write_json, write_text
 from adept_ds.flops import count_step_flops, measure_matmul_rate
 from adept_ds.importance import ProbeBatches, estimate_importance
@@ -159,7 +159,7 @@ def probe_stage(run: Run) -> LayerImportance:
 
 def _probe(run: Run) -> LayerImportance:
     config = run.config
-    num_layers = run.family.source_layer_count(read_model_config(run.model_dir))
+    num_layers = layer_count(run.model_dir)
 
     def prepare(model: Any) -> None:
         install_layer_sweep(model, run.family, config.probe.max_stack_tokens)

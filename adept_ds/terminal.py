@@ -34,10 +34,12 @@ class Terminal:
             self.console.width = _NON_TERMINAL_WIDTH
 
     def say(self, message: str) -> None:
-        self.console.print(message)
+        """Text as it is: no markup, no line breaks of the terminal's width."""
+        self.console.print(message, markup=False, soft_wrap=True)
 
     def stage(self, name: str, detail: str = "") -> None:
-        self.console.print(f"[bold cyan]{name:<8}[/] {detail}")
+        """What a stage does or found, behind its name; `detail` may carry rich markup."""
+        self.console.print(f"[bold cyan]{name:<8}[/] {detail}", soft_wrap=True)
 
     @contextmanager
     def progress(self, title: str) -> Iterator[ProgressBar]:
