@@ -1,0 +1,58 @@
+"""Convert a training checkpoint to a Hugging Face directory, or to one safetensors file of trained tensors.
+
+    python tools/checkpoint_to_hf.py runs/math/checkpoints/step_100 OUT --base runs/math/expanded
+    python tools/checkpoint_to_hf.py some/deepspeed_output trained.safetensors
+
+The first form is `adept export` on plain directories. The second reads any raw ZeRO checkpoint that DeepSpeed wrote
+(a tag, or the directory above it with its `latest` file), with or without frozen parameters, and needs no base.
+Neither needs an accelerator, a launcher, or the number of ranks that wrote the checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from safetensors.torch import save_file
+
+from adept_ds.errors import EXIT_BAD_INPUT, InputError
+from adept_ds.export import export_checkpoint, read_trained_tensors
+
+
+def convert(checkpoint: Path, out: Path, base: Path | None, dtype: str) -> str:
+    """Write `out`; returns a sentence about it. Raises `InputError` for input that cannot be converted."""
+    if not checkpoint.is_dir():
+        raise InputError(f"'{checkpoint}' does not exist; give a checkpoint directory such as run/checkpoints/step_100")
+    if base is not None:
+        return f"{export_checkpoint(base, checkpoint, out, dtype)} trained tensors; model in {out}"
+    if out.suffix != ".safetensors":
+        raise InputError(
+            f"'{out}' is no .safetensors file; name one, or give --base for a whole Hugging Face directory"
+        )
+    # Tied parameters share memory, which safetensors refuses.
+    tensors = {name: tensor.clone().contiguous() for name, tensor in read_trained_tensors(checkpoint).items()}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    save_file(tensors, temporary, metadata={"format": "pt"})
+    temporary.replace(out)
+    return f"{len(tensors)} tensors in {out}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=Path, help="a DeepSpeed checkpoint: its tag, or the directory above it")
+    parser.add_argument("out", type=Path, help="Hugging Face directory (with --base), or a .safetensors file")
+    parser.add_argument("--base", type=Path, help="the expanded model that training started from")
+    parser.add_argument("--dtype", choices=["source", "float32", "bfloat16"], default="source")
+    arguments = parser.parse_args()
+    try:
+        print(convert(arguments.checkpoint, arguments.out, arguments.base, arguments.dtype))
+    except InputError as error:
+        print(f"checkpoint_to_hf: {error}", file=sys.stderr)
+        sys.exit(EXIT_BAD_INPUT)
+
+
+if __name__ == "__main__":
+    main()
