@@ -20,8 +20,11 @@ from adept_ds.files import new_directory, read_json, write_json
 _DTYPES = {"source": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def read_trained_tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """The trained parameters, fp32, from a DeepSpeed ZeRO checkpoint: either its tag or the directory above it.
+def read_zero_checkpoint(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """All parameters, fp32, that a DeepSpeed ZeRO checkpoint holds (frozen ones too, if it was saved with them).
+
+    Args:
+        checkpoint: its tag, or the directory above it with its `latest` file.
 
     Raises:
         InputError: `checkpoint` is no DeepSpeed checkpoint.
@@ -34,7 +37,7 @@ def read_trained_tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
         tag = latest.read_text(encoding="utf-8").strip()
     if tag is None or not _is_tag(root / tag):
         raise InputError(f"'{checkpoint}' holds no DeepSpeed checkpoint; give run_dir/checkpoints/step_N")
-    return dict(get_fp32_state_dict_from_zero_checkpoint(str(root), tag=tag, exclude_frozen_parameters=True))
+    return dict(get_fp32_state_dict_from_zero_checkpoint(str(root), tag=tag))
 
 
 def export_checkpoint(
@@ -53,7 +56,7 @@ def export_checkpoint(
     Raises:
         InputError: the training checkpoint does not belong to `expanded`.
     """
-    trained = read_trained_tensors(checkpoint)
+    trained = read_zero_checkpoint(checkpoint)
     files = weight_files(expanded)
     missing = set(trained)
     with new_directory(destination) as folder:

@@ -18,7 +18,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 from adept_ds.errors import EXIT_BAD_INPUT, InputError
-from adept_ds.export import export_checkpoint, read_trained_tensors
+from adept_ds.export import export_checkpoint, read_zero_checkpoint
 
 
 def convert(checkpoint: Path, out: Path, base: Path | None, dtype: str) -> str:
@@ -28,11 +28,9 @@ def convert(checkpoint: Path, out: Path, base: Path | None, dtype: str) -> str:
     if base is not None:
         return f"{export_checkpoint(base, checkpoint, out, dtype)} trained tensors; model in {out}"
     if out.suffix != ".safetensors":
-        raise InputError(
-            f"'{out}' is no .safetensors file; name one, or give --base for a whole Hugging Face directory"
-        )
+        raise InputError(f"'{out}' is no .safetensors file; name one, or give --base for a Hugging Face directory")
     # Tied parameters share memory, which safetensors refuses.
-    tensors = {name: tensor.clone().contiguous() for name, tensor in read_trained_tensors(checkpoint).items()}
+    tensors = {name: tensor.clone().contiguous() for name, tensor in read_zero_checkpoint(checkpoint).items()}
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     save_file(tensors, temporary, metadata={"format": "pt"})

@@ -1,0 +1,90 @@
+"""The tools work as their help says."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, Workspace, adept
+from safetensors.torch import load_file
+
+TOOLS = sorted(ROOT.glob("tools/*.py")) + sorted(ROOT.glob("tools/*/*.py"))
+
+
+def _tool(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("tool", TOOLS, ids=lambda path: path.stem)
+def test_every_tool_shows_an_example_in_its_help(tool: Path) -> None:
+    result = _tool(tool, "--help")
+    assert result.returncode == 0, result.stderr
+    assert f"python tools/{tool.relative_to(ROOT / 'tools')}" in result.stdout
+
+
+@pytest.fixture(scope="module")
+def trained(workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on two ranks without any probing: two steps on given layers."""
+    run_dir = tmp_path_factory.mktemp("tools") / "run"
+    config = workspace.config(
+        run_dir, expand={"k": None, "layers": [0, 3]}, train={"steps": 2}, importance={"initial": "ones"}
+    )
+    result = adept(2, "run", config)
+    assert result.returncode == 0, result.stderr
+    return run_dir
+
+
+def test_converter_writes_the_model_that_export_writes(trained: Path, tmp_path: Path) -> None:
+    checkpoint = trained / "checkpoints" / "step_2"
+    result = _tool("tools/checkpoint_to_hf.py", checkpoint, tmp_path / "hf", "--base", trained / "expanded")
+    assert result.returncode == 0, result.stderr
+    mine, exported = (load_file(folder / "model.safetensors") for folder in (tmp_path / "hf", trained / "export"))
+    assert mine.keys() == exported.keys()
+    assert all(torch.equal(mine[name], exported[name]) for name in mine)
+    assert (tmp_path / "hf" / "tokenizer.json").is_file()
+
+
+def test_converter_reads_raw_deepspeed_output(trained: Path, tmp_path: Path) -> None:
+    """The directory that DeepSpeed wrote, without a base: just the trained tensors, as in the exported model."""
+    result = _tool("tools/checkpoint_to_hf.py", trained / "checkpoints", tmp_path / "trained.safetensors")
+    assert result.returncode == 0, result.stderr
+    tensors, exported = load_file(tmp_path / "trained.safetensors"), load_file(trained / "export" / "model.safetensors")
+    assert {name.split(".")[2] for name in tensors} == {"1", "5"}
+    assert all(torch.equal(tensor, exported[name]) for name, tensor in tensors.items())
+
+
+def test_converter_refuses_what_is_no_checkpoint(tmp_path: Path) -> None:
+    result = _tool("tools/checkpoint_to_hf.py", tmp_path, tmp_path / "out.safetensors")
+    assert result.returncode == 2
+    assert "holds no DeepSpeed checkpoint" in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_usr1_stops_a_run_with_a_checkpoint_and_the_same_command_resumes_it(
+    workspace: Workspace, tmp_path: Path
+) -> None:
+    import signal
+    import time
+
+    config = workspace.config(
+        tmp_path / "run", expand={"k": None, "layers": [1]}, train={"steps": 4000, "checkpoint_every": 4000}
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-m", "adept_ds", "train", str(config)], cwd=ROOT, stderr=subprocess.PIPE
+    )
+    assert process.wait(timeout=100) == 2, "there is no expanded model yet"
+    assert adept(1, "expand", config).returncode == 0
+    process = subprocess.Popen([sys.executable, "-m", "adept_ds", "train", str(config)], cwd=ROOT)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 100
+    while time.monotonic() < deadline and not (metrics.is_file() and '"step": 2' in metrics.read_text()):
+        time.sleep(0.2)
+    process.send_signal(signal.SIGUSR1)
+    assert process.wait(timeout=100) == 3
+    (checkpoint,) = (tmp_path / "run" / "checkpoints").glob("step_*")
+    step = int(checkpoint.name.removeprefix("step_"))
+    result = adept(1, "show", config)
+    assert f"resume after step {step}" in result.stdout
