@@ -105,7 +105,7 @@ def probe(
     """Which layers does general competence hardly need?"""
     tree: dict[str, Any] = {
         "probe": {"corpus": [str(path) for path in corpus or []], "sequences": sequences, "seq_len": seq_len},
-        "expand": {"k": k},
+        "expand": {"k": _parse_number("-k", k)},
     }
     settings = _config_or_model(target, overrides, tree)
     checks.check_model(settings)
@@ -315,6 +315,14 @@ def _only_argument(arguments: list[str] | None, name: str) -> Path:
     if not arguments or len(arguments) != 1:
         raise InputError(f"{name} is missing; give the directory to write as the second argument")
     return Path(arguments[0])
+
+
+def _parse_number(option: str, text: str) -> int:
+    """Typer's own complaint about a number would not repeat what was given."""
+    try:
+        return int(text)
+    except ValueError:
+        raise InputError(f"{option}: '{text}' is no whole number; write for example {option} 4 (see --help)") from None
 
 
 def _parse_layers(text: str | None) -> list[int]:
