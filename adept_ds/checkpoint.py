@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from adept_ds.distributed import barrier, on_main_rank, world_size
+from adept_ds.distributed import barrier, gather_objects, on_main_rank, rank, world_size
 from adept_ds.errors import InputError
 from adept_ds.files import read_json, write_json, write_text
 
@@ -34,7 +34,7 @@ class Manifest:
     fingerprint: str
     """Of the expanded checkpoint that training started from."""
     settings: dict[str, Any]
-    """Everything that determines the course of training (see `pipeline.training_settings`)."""
+    """Everything that determines the course of training (see `stages.training_settings`)."""
 
 
 def checkpoint_steps(directory: Path) -> list[int]:
@@ -58,7 +58,7 @@ def save_checkpoint(engine: Any, directory: Path, manifest: Manifest, keep: int)
     engine.save_checkpoint(
         str(directory),
         tag=temporary,
-        client_state={"adept_ds": {"step": manifest.step, "rng": _rng_state()}},
+        client_state={"adept_ds": {"step": manifest.step, "rng": gather_objects(_rng_state())}},
         exclude_frozen_parameters=True,
         save_latest=False,
     )
@@ -81,7 +81,6 @@ def load_checkpoint(engine: Any, directory: Path, expected: Manifest) -> None:
     Raises:
         InputError: the checkpoint belongs to another expansion, number of ranks, ZeRO stage or setting.
     """
-    check_resumable(directory, expected)
     path, client_state = engine.load_checkpoint(
         str(directory), tag=tag_of(expected.step), load_module_strict=False, load_lr_scheduler_states=False
     )
@@ -89,7 +88,7 @@ def load_checkpoint(engine: Any, directory: Path, expected: Manifest) -> None:
         raise InputError(
             f"'{directory / tag_of(expected.step)}' cannot be loaded; delete it to resume from an older one"
         )
-    _restore_rng_state(client_state["adept_ds"]["rng"])
+    _restore_rng_state(client_state["adept_ds"]["rng"][rank()])
 
 
 def check_resumable(directory: Path, expected: Manifest) -> None:

@@ -98,6 +98,8 @@ def check_deepspeed_config(config: Config) -> dict[str, Any]:
     for key, section in offload.items():
         if section.get("device") == "nvme":
             raise InputError(f"deepspeed: zero_optimization.{key}.device is 'nvme', which is not supported; use 'cpu'")
+    if zero["stage"] != 3 and offload["offload_optimizer"].get("device", "none") != "none":
+        raise InputError("deepspeed: zero_optimization.offload_optimizer is supported with stage 3; set stage to 3")
     if offload["offload_optimizer"].get("ratio", 1.0) != 1.0:
         raise InputError("deepspeed: zero_optimization.offload_optimizer.ratio must be 1.0 (the whole optimizer)")
     return user

@@ -181,7 +181,10 @@ def evaluate(
     settings = _config_or_model(target, overrides, tree)
     checks.check_model(settings)
     checks.check_deepspeed_config(settings)
-    checks.check_files("--text" if is_model else "data.domain_eval", settings.data.domain_eval)
+    if is_model or settings.data.domain_eval or not settings.data.general_eval:
+        checks.check_files("--text" if is_model else "data.domain_eval", settings.data.domain_eval)
+    if settings.data.general_eval:
+        checks.check_files("data.general_eval", settings.data.general_eval)
     with _session(settings) as session:
         from adept_ds.stages import eval_stage, evaluate_model
         from adept_ds.summary import print_losses
@@ -262,6 +265,10 @@ def _session(config: Config, ranks: Ranks | None = None) -> Iterator[Run]:
     """Ranks joined, output diverted, model resolved: everything that a stage needs."""
     ranks = ranks or ranks_from_environment(os.environ)
     log = config.run_dir / "logs" / f"rank_{ranks.rank}.log"
+    try:
+        log.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"run_dir: '{config.run_dir}' cannot be written ({error.strerror}); choose another") from None
     with capture_output(log, is_main=ranks.is_main) as terminal, _keep_trace(log):
         _tame_libraries()
         with terminal.console.status("starting"):
@@ -269,10 +276,9 @@ def _session(config: Config, ranks: Ranks | None = None) -> Iterator[Run]:
             from adept_ds.stages import Run
         model_dir = checks.resolve_model_dir("model", config.model)
         family: Family = family_of(model_dir)
-        try:
-            yield Run(config, model_dir, family, terminal)
-        finally:
-            shutdown()
+        yield Run(config, model_dir, family, terminal)
+        # Not after an error: leaving the group would wait for peers that wait for this rank.
+        shutdown()
 
 
 @contextmanager
@@ -307,6 +313,8 @@ def _config_or_model(target: str, overrides: list[str] | None, tree: dict[str, A
     """The configuration file, or one made up for a plain model directory."""
     if not Path(target).is_dir():
         return load_config(Path(target), overrides or [])
+    if overrides:
+        raise InputError(f"'{overrides[0]}' changes a configuration, but '{target}' is a model; use options (--help)")
     scratch = Path(tempfile.gettempdir()) / f"adept_ds_{os.getuid()}"
     return parse_config(tree | {"model": target, "run_dir": str(scratch)}, "options")
 

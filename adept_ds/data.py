@@ -7,6 +7,7 @@ larger than memory and is held once per host.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -79,8 +80,13 @@ def build_blocks(
         InputError: a malformed record, or a corpus without one whole block.
     """
     disable_progress_bars()
-    target = cache_dir / _cache_name(files, tokenizer_dir, seq_len, keep_tail)
-    on_main_rank(lambda: _write_blocks(target, key, list(files), tokenizer_dir, seq_len, keep_tail, progress))
+
+    def write() -> Path:
+        target = cache_dir / _cache_name(files, tokenizer_dir, seq_len, keep_tail)
+        _write_blocks(target, key, list(files), tokenizer_dir, seq_len, keep_tail, progress)
+        return target
+
+    target = on_main_rank(write)
     return Blocks(load_from_disk(str(target)), seq_len)
 
 
@@ -110,14 +116,18 @@ def global_batch(step: int, size: int, num_blocks: int, seed: int) -> list[int]:
     A pure function of its arguments, so a resumed run and a run on another number of ranks see the same data.
     """
     positions = range(step * size, (step + 1) * size)
-    orders = {epoch: block_order(num_blocks, seed + epoch) for epoch in {p // num_blocks for p in positions}}
-    return [orders[position // num_blocks][position % num_blocks] for position in positions]
+    return [int(_permutation(num_blocks, seed + p // num_blocks)[p % num_blocks]) for p in positions]
 
 
 def block_order(num_blocks: int, seed: int) -> list[int]:
     """A permutation of the blocks that depends on the seed alone."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randperm(num_blocks, generator=generator).tolist()
+    return _permutation(num_blocks, seed).tolist()
+
+
+@functools.lru_cache(maxsize=2)
+def _permutation(num_blocks: int, seed: int) -> torch.Tensor:
+    """Kept for the current epoch and the next: with many millions of blocks it takes a while."""
+    return torch.randperm(num_blocks, generator=torch.Generator().manual_seed(seed))
 
 
 def rank_batches(indices: Sequence[int], rank: int, world_size: int, batch_size: int) -> list[list[int]]:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import torch
 
 T = TypeVar("T")
+_PATIENCE = datetime.timedelta(hours=24)
 
 
 @dataclass(frozen=True)
@@ -126,21 +127,24 @@ def init_distributed(ranks: Ranks, timeout_minutes: float = 30.0) -> None:
     deepspeed.init_distributed(
         accelerator.communication_backend_name(), auto_mpi_discovery=False, verbose=False, timeout=timeout
     )
-    global _control_group
+    global _control_group, _patient_group
     _control_group = (
         dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo", timeout=timeout)
     )
+    _patient_group = dist.new_group(backend="gloo", timeout=_PATIENCE)
 
 
 _control_group: Any = None
+_patient_group: Any = None
+"""For `on_main_rank`: the others wait while rank 0 packs a large corpus or writes a large model."""
 
 
 def shutdown() -> None:
     """Leave the process group, if there is one."""
     import torch.distributed as dist
 
-    global _control_group
-    _control_group = None
+    global _control_group, _patient_group
+    _control_group = _patient_group = None
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
 
@@ -206,7 +210,7 @@ def on_main_rank(action: Callable[[], T]) -> T:
         except AdeptError as error:
             outcome[1] = error
     if _is_parallel():
-        _dist().broadcast_object_list(outcome, src=0, group=_control_group)
+        _dist().broadcast_object_list(outcome, src=0, group=_patient_group)
     if outcome[1] is not None:
         raise outcome[1]
     return outcome[0]

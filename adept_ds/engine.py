@@ -15,7 +15,7 @@ import torch
 
 from adept_ds.checks import accumulation_steps, check_deepspeed_config
 from adept_ds.config import Config
-from adept_ds.distributed import world_size
+from adept_ds.distributed import rank, world_size
 from adept_ds.families import Family
 from adept_ds.modeling import checkpoint_activations, load_causal_lm, make_layers_trainable, resolve_precision
 from adept_ds.optim import UnitAdamW
@@ -24,21 +24,35 @@ from adept_ds.units import UnitRegistry, build_registry
 
 def training_ds_config(config: Config) -> dict[str, Any]:
     """The complete DeepSpeed configuration of a run."""
-    user = check_deepspeed_config(config)
-    bf16 = resolve_precision(config) == torch.bfloat16
-    return user | {
+    return _base_ds_config(config) | {
         "train_batch_size": config.train.global_batch_size,
         "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
         "gradient_accumulation_steps": accumulation_steps(config.train, world_size()),
         "gradient_clipping": config.train.clip_grad_norm,
-        "bf16": {"enabled": bf16},
         # Importances are differences of small numbers: gradients are averaged and accumulated in fp32.
         "communication_data_type": "fp32",
         "data_types": {"grad_accum_dtype": "fp32"},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
-        "steps_per_print": 1 << 30,
     }
+
+
+def _base_ds_config(config: Config) -> dict[str, Any]:
+    """What holds with and without training."""
+    user = check_deepspeed_config(config)
+    bf16 = resolve_precision(config) == torch.bfloat16
+    if bf16 and user["zero_optimization"]["stage"] == 1:
+        # For this pair DeepSpeed takes an optimizer of another make, without ZeRO's partitions. Stage 2 computes the
+        # same numbers.
+        user = user | {"zero_optimization": user["zero_optimization"] | {"stage": 2}}
+    return user | {"bf16": {"enabled": bf16}, "steps_per_print": 1 << 30}
+
+
+def _forward_ds_config(config: Config) -> dict[str, Any]:
+    """ZeRO-3 without an optimizer; batch sizes mean nothing there, but DeepSpeed wants them."""
+    base = _base_ds_config(config)
+    zero = {key: value for key, value in base["zero_optimization"].items() if key != "offload_optimizer"}
+    return base | {"zero_optimization": zero, "train_batch_size": world_size(), "train_micro_batch_size_per_gpu": 1}
 
 
 def build_forward_engine(
@@ -54,7 +68,8 @@ def build_forward_engine(
     import deepspeed
     from deepspeed.accelerator import get_accelerator
 
-    ds_config = training_ds_config(config)
+    _free_unused()
+    ds_config = _forward_ds_config(config)
     is_zero3 = ds_config["zero_optimization"]["stage"] == 3 and world_size() > 1
     model = load_causal_lm(model_dir, resolve_precision(config), ds_config if is_zero3 else None)
     model.eval()
@@ -63,11 +78,7 @@ def build_forward_engine(
     if not is_zero3:
         device = torch.device(get_accelerator().current_device_name())
         return model.to(device), device
-    forward_config = {k: v for k, v in ds_config.items() if k != "data_types"}
-    forward_config["zero_optimization"] = {
-        k: v for k, v in ds_config["zero_optimization"].items() if k != "offload_optimizer"
-    }
-    engine, *_ = deepspeed.initialize(model=model, config=forward_config)
+    engine, *_ = deepspeed.initialize(model=model, config=ds_config)
     engine.eval()
     return engine, engine.device
 
@@ -82,6 +93,8 @@ def build_training_engine(
     """
     import deepspeed
 
+    _free_unused()
+    torch.manual_seed(config.train.seed + rank())  # dropout differs between ranks
     ds_config = training_ds_config(config)
     is_zero3 = ds_config["zero_optimization"]["stage"] == 3
     model = load_causal_lm(model_dir, resolve_precision(config), ds_config if is_zero3 else None)
@@ -108,9 +121,13 @@ def build_training_engine(
 
 
 def release(engine: Any) -> None:
-    """Give an engine's memory and hooks back before the next engine is built."""
+    """Take DeepSpeed's hooks off an engine that is no longer used; its memory follows with the last reference."""
     if hasattr(engine, "destroy"):
         engine.destroy()
+
+
+def _free_unused() -> None:
+    """Before a model is loaded: an engine that was released is part of reference cycles, and still holds its memory."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -37,7 +37,13 @@ from adept_ds.trainer import Trainer, peak_memory_bytes
 from adept_ds.unit_lr import UnitLR
 from adept_ds.zero import gather_layers_whole
 
-_NOT_PART_OF_TRAINING = {"checkpoint_every", "keep_checkpoints", "eval_every", "activation_checkpointing"}
+_NOT_PART_OF_TRAINING = {
+    "micro_batch_size",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "eval_every",
+    "activation_checkpointing",
+}
 """Keys of the train section that change how a run is done, but not what comes out."""
 
 
@@ -96,10 +102,14 @@ class Run:
         return block_order(len(self.probe_blocks), self.config.train.seed)[:count]
 
     def is_current(self, stage: str, key: Any, output: Path) -> bool:
-        """Whether `output` was made by `stage` from these very inputs."""
-        record = self._stages_file()
-        stages = read_json(record) if record.is_file() else {}
-        return output.exists() and stages.get(stage) == _plain(key)
+        """Whether `output` was made by `stage` from these very inputs. Rank 0 decides for all."""
+
+        def decide() -> bool:
+            record = self._stages_file()
+            stages = read_json(record) if record.is_file() else {}
+            return output.exists() and stages.get(stage) == _plain(key)
+
+        return on_main_rank(decide)
 
     def mark_done(self, stage: str, key: Any) -> None:
         def write() -> None:
@@ -143,7 +153,13 @@ def probe_stage(run: Run) -> LayerImportance:
     """Estimate the importance of every layer, and choose the k layers that matter least."""
     config, output = run.config, run.directory / "layer_importance.json"
     section = config.probe.model_dump(mode="json", include={"method", "sequences", "seq_len"})
-    key = {"model": _model_key(run.model_dir), "probe": section, "corpus": _corpus_key(config.probe.corpus)}
+    key = {
+        "model": _model_key(run.model_dir),
+        "probe": section,
+        "corpus": _corpus_key(config.probe.corpus),
+        "seed": config.train.seed,
+        "precision": config.train.precision,
+    }
     if run.is_current("probe", key, output):
         result = LayerImportance.load(output)
         run.terminal.stage("probe", "[dim]unchanged, not run again[/]")
@@ -184,11 +200,11 @@ def _probe(run: Run) -> LayerImportance:
 def expand_stage(run: Run) -> Expansion:
     """Insert the identity copies."""
     selected = run.config.expand.layers or _selected_layers(run)
-    key = {"model": _model_key(run.model_dir), "layers": sorted(selected)}
+    key = _expansion_key(run, selected)
     if run.is_current("expand", key, run.expanded_dir):
         run.terminal.stage("expand", "[dim]unchanged, not run again[/]")
-        return Expansion.load(run.expanded_dir)
-    if checkpoint_steps(run.checkpoints_dir):
+        return on_main_rank(lambda: Expansion.load(run.expanded_dir))
+    if on_main_rank(lambda: checkpoint_steps(run.checkpoints_dir)):
         raise InputError(
             f"'{run.checkpoints_dir}' was trained from another expansion; choose another run_dir or delete it"
         )
@@ -197,6 +213,10 @@ def expand_stage(run: Run) -> Expansion:
     run.mark_done("expand", key)
     run.terminal.stage("expand", f"{expansion.source_layers} + {len(expansion.copies)} layers in {run.expanded_dir}")
     return expansion
+
+
+def _expansion_key(run: Run, selected: Sequence[int]) -> dict[str, Any]:
+    return {"model": _model_key(run.model_dir), "layers": sorted(selected)}
 
 
 def _selected_layers(run: Run) -> list[int]:
@@ -222,17 +242,25 @@ def training_settings(config: Config) -> dict[str, Any]:
 
 def train_stage(run: Run) -> None:
     """Train the copies, from the newest checkpoint if there is one."""
-    config, expansion = run.config, Expansion.load(run.expanded_dir)
+    config, expansion = run.config, on_main_rank(lambda: Expansion.load(run.expanded_dir))
+    selected = config.expand.layers or on_main_rank(lambda: _selected_layers(run))
+    if not run.is_current("expand", _expansion_key(run, selected), run.expanded_dir):
+        raise InputError(f"'{run.expanded_dir}' was made from another model or other layers; run `adept expand` first")
     stage = int(check_deepspeed_config(config)["zero_optimization"]["stage"])
     settings = training_settings(config)
 
     def manifest_at(step: int) -> Manifest:
         return expected_manifest(step, stage, expansion.fingerprint, settings)
 
-    first_step = max(checkpoint_steps(run.checkpoints_dir), default=0)
-    if first_step:
-        check_resumable(run.checkpoints_dir, manifest_at(first_step))
+    def newest_checkpoint() -> int:
+        newest = max(checkpoint_steps(run.checkpoints_dir), default=0)
+        if newest:
+            check_resumable(run.checkpoints_dir, manifest_at(newest))
+        return newest
+
+    first_step = on_main_rank(newest_checkpoint)
     if first_step == config.train.steps:
+        on_main_rank(lambda: _complete_summary(run.directory))
         run.terminal.stage("train", "[dim]finished before, not run again[/]")
         return
     if first_step:
@@ -293,8 +321,6 @@ def _train(
         matmul_rate=measure_matmul_rate(engine.device, resolve_precision(config)),
         terminal=run.terminal,
     )
-    trainer.run(first_step, importance, dump_config(config))
-    peaks = gather_objects(peak_memory_bytes())
     facts = {
         "trainable_parameters": trainable,
         "total_parameters": total,
@@ -302,11 +328,20 @@ def _train(
         "world_size": world_size(),
         "zero_stage": manifest_at(0).zero_stage,
         "precision": str(resolve_precision(config)).removeprefix("torch."),
-        "peak_memory_bytes": peaks,
         "adept_ds": __version__,
     }
-    on_main_rank(lambda: write_json(run.directory / "summary.json", facts | _totals(run.directory)))
+    on_main_rank(lambda: write_json(run.directory / "summary.json", facts))
+    trainer.run(first_step, importance, dump_config(config))
+    peaks = gather_objects(peak_memory_bytes())
+    on_main_rank(lambda: _complete_summary(run.directory, peak_memory_bytes=peaks))
     release(engine)
+
+
+def _complete_summary(run_dir: Path, **facts: Any) -> None:
+    """Add what is known only at the end to what was written at the start of training."""
+    path = run_dir / "summary.json"
+    summary = read_json(path) if path.is_file() else {}
+    write_json(path, summary | facts | _totals(run_dir))
 
 
 def _totals(run_dir: Path) -> dict[str, Any]:
@@ -359,7 +394,7 @@ def eval_stage(run: Run) -> dict[str, Any]:
     key = {
         "models": [_model_key(path) for path in models.values()],
         "corpora": corpora,
-        "data": [data.seq_len, data.eval_blocks],
+        "data": [data.seq_len, data.eval_blocks, run.config.train.precision],
     }
     if run.is_current("eval", key, output):
         run.terminal.stage("eval", "[dim]unchanged, not run again[/]")
@@ -393,7 +428,7 @@ def _model_key(model_dir: Path) -> list[Any]:
 
 
 def _corpus_key(files: Sequence[Path]) -> list[Any]:
-    return stamp_files(list(files))
+    return [stamp_files([file])[0] for file in files]  # in the given order: packing follows it
 
 
 def _plain(value: Any) -> Any:

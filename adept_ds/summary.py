@@ -28,7 +28,8 @@ def print_summary(run_dir: Path, terminal: Terminal) -> None:
         "trainable": f"{trained / 1e6:.1f} M of {total / 1e6:.1f} M parameters ({trained / total:.1%})",
         "speed": f"{summary['tokens_per_second']:.0f} tokens/s on {summary['world_size']} ranks, "
         f"{summary['tokens'] / 1e3:.0f} k tokens in {summary['seconds']:.0f} s",
-        "peak memory": ", ".join(f"{peak / 2**30:.2f} GiB" for peak in summary["peak_memory_bytes"]) + " per rank",
+        "peak memory": ", ".join(f"{peak / 2**30:.2f} GiB" for peak in summary.get("peak_memory_bytes", []))
+        + " per rank",
         "checkpoint": str(run_dir / "export"),
         "report": str(run_dir / "report.html"),
     }

@@ -43,7 +43,7 @@ class Terminal:
 
     @contextmanager
     def progress(self, title: str) -> Iterator[ProgressBar]:
-        """A bar with time left; `advance_to(share, text)` moves it."""
+        """A bar with time left; calling it with a share of the work moves it."""
         bar = ProgressBar(title, self.console, self._silent)
         try:
             yield bar

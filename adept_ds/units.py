@@ -40,18 +40,6 @@ class UnitRegistry:
     def __len__(self) -> int:
         return len(self.units)
 
-    def renamed(self, layers: dict[int, int], family: Family) -> UnitRegistry:
-        """The same units under other layer indices (source layer -> its copy)."""
-        return build_registry(
-            family,
-            [
-                family.join_name(layers[unit.layer], name.removeprefix(family.join_name(unit.layer, "")))
-                for unit in self.units
-                for name in unit.parameters
-            ],
-            [layers[unit.layer] for unit in self.units],
-        )
-
 
 def build_registry(family: Family, parameter_names: Iterable[str], layers: Sequence[int]) -> UnitRegistry:
     """Group the parameters of `layers` into units; every parameter falls into exactly one.
