@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -215,7 +216,7 @@ def _write_blocks(
                 raise error.__cause__ from None
             raise
         dataset.save_to_disk(str(folder))
-        _remove_tree(folder / "building")
+        shutil.rmtree(folder / "building", ignore_errors=True)
 
 
 def _pack(
@@ -256,9 +257,3 @@ def _chunks(items: Iterator[str], size: int) -> Iterator[list[str]]:
             chunk = []
     if chunk:
         yield chunk
-
-
-def _remove_tree(path: Path) -> None:
-    import shutil
-
-    shutil.rmtree(path, ignore_errors=True)
