@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import random
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -51,17 +52,30 @@ def read_manifest(directory: Path, step: int) -> Manifest:
     return Manifest(**read_json(directory / tag_of(step) / "manifest.json"))
 
 
-def save_checkpoint(engine: Any, directory: Path, manifest: Manifest, keep: int) -> None:
-    """Write a checkpoint under a temporary tag; it takes its real name only when every rank is done."""
+def save_checkpoint(
+    engine: Any,
+    directory: Path,
+    manifest: Manifest,
+    keep: int,
+    state: dict[str, Any],
+    write_more: Callable[[Path], None],
+) -> None:
+    """Write a checkpoint under a temporary tag; it takes its real name only when every rank is done.
+
+    Args:
+        state: of the trainer; the same on every rank.
+        write_more: called on every rank with the checkpoint's directory.
+    """
     temporary, tag = f".{tag_of(manifest.step)}.tmp", tag_of(manifest.step)
     on_main_rank(lambda: shutil.rmtree(directory / temporary, ignore_errors=True))
     engine.save_checkpoint(
         str(directory),
         tag=temporary,
-        client_state={"adept_ds": {"step": manifest.step, "rng": gather_objects(_rng_state())}},
+        client_state={"adept_ds": {"step": manifest.step, "rng": gather_objects(_rng_state()), "trainer": state}},
         exclude_frozen_parameters=True,
         save_latest=False,
     )
+    write_more(directory / temporary)
     barrier()
 
     def publish() -> None:
@@ -75,8 +89,8 @@ def save_checkpoint(engine: Any, directory: Path, manifest: Manifest, keep: int)
     on_main_rank(publish)
 
 
-def load_checkpoint(engine: Any, directory: Path, expected: Manifest) -> None:
-    """Restore weights of the copies, optimizer, multipliers and random state from step `expected.step`.
+def load_checkpoint(engine: Any, directory: Path, expected: Manifest) -> dict[str, Any]:
+    """Restore weights of the copies, optimizer, multipliers and random state; returns the trainer's state.
 
     Raises:
         InputError: the checkpoint belongs to another expansion, number of ranks, ZeRO stage or setting.
@@ -89,6 +103,7 @@ def load_checkpoint(engine: Any, directory: Path, expected: Manifest) -> None:
             f"'{directory / tag_of(expected.step)}' cannot be loaded; delete it to resume from an older one"
         )
     _restore_rng_state(client_state["adept_ds"]["rng"][rank()])
+    return dict(client_state["adept_ds"]["trainer"])
 
 
 def check_resumable(directory: Path, expected: Manifest) -> None:

@@ -39,7 +39,7 @@ def check_run(config: Config, num_ranks: int) -> tuple[Path, Family]:
         InputError: one line naming the key, the value and the remedy.
     """
     model_dir, family = check_model(config)
-    if config.expand.layers is None or config.lr_policy.map != "constant":
+    if config.expand.layers is None or (config.lr_policy.map != "constant" and config.importance.source == "probe"):
         check_files("probe.corpus", config.probe.corpus)
     check_training_inputs(config, num_ranks)
     return model_dir, family
@@ -70,12 +70,35 @@ def check_layers(model_dir: Path, layers: Sequence[int]) -> None:
 def check_training_inputs(config: Config, num_ranks: int) -> None:
     """Corpora, DeepSpeed's configuration and batch sizes."""
     check_files("data.domain", config.data.domain)
+    if config.data.replay:
+        check_files("data.replay", config.data.replay)
     if config.data.general_eval:
         check_files("data.general_eval", config.data.general_eval)
     if config.data.domain_eval:
         check_files("data.domain_eval", config.data.domain_eval)
     check_deepspeed_config(config)
     accumulation_steps(config.train, num_ranks)
+    _check_replay(config, num_ranks)
+
+
+def _check_replay(config: Config, num_ranks: int) -> None:
+    """A batch holds replayed and domain sequences; with online importance, both fill whole micro-batches."""
+    if not config.data.replay:
+        return
+    size, replayed = config.train.global_batch_size, config.replayed
+    unit = config.train.micro_batch_size * num_ranks if config.importance.source == "online" else 1
+    if 0 < replayed < size and replayed % unit == 0:
+        return
+    what = f"data.replay_share: {config.data.replay_share} replays {replayed} of the {size} sequences of a batch"
+    if unit > 1:
+        what += (
+            f", no multiple of train.micro_batch_size ({config.train.micro_batch_size}) times the number of ranks "
+            f"({num_ranks}), which importance.source: online needs"
+        )
+    if size < 2 * unit:
+        raise InputError(f"{what}; raise train.global_batch_size to at least {2 * unit}, to have room for both texts")
+    nearest = min(max(1, round(replayed / unit)) * unit, size - unit)
+    raise InputError(f"{what}; use {nearest / size:.6g}, which replays {nearest}")
 
 
 def check_deepspeed_config(config: Config) -> dict[str, Any]:

@@ -46,9 +46,17 @@ class DataSection(Section):
 
     seq_len: int = Field(1024, ge=8, description="tokens per packed training block")
     domain: list[Path] = Field(default_factory=list, description="domain corpus, trained on")
+    replay: list[Path] = Field(default_factory=list, description="general corpus, replayed in every training batch")
+    replay_share: float = Field(0.25, gt=0, lt=1, description="of a batch's sequences, that are replayed ones")
     general_eval: list[Path] = Field(default_factory=list, description="held-out general text")
     domain_eval: list[Path] = Field(default_factory=list, description="held-out domain text")
     eval_blocks: int = Field(128, ge=1, description="at most so many blocks of each held-out corpus are evaluated")
+
+    @model_serializer(mode="wrap")
+    def _what_has_an_effect(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """As in `LrPolicySection`."""
+        tree: dict[str, Any] = serialize(self)
+        return {key: value for key, value in tree.items() if key != "replay_share" or self.replay}
 
 
 class ProbeSection(Section):
@@ -84,6 +92,11 @@ class ExpandSection(Section):
 class ImportanceSection(Section):
     """Stage two: how unit importance is estimated, and how often."""
 
+    source: Literal["probe", "online"] = Field(
+        "probe",
+        description="text that importance is estimated on: probe.corpus, in passes of its own; or the sequences of "
+        "data.replay that each training batch holds, without further passes",
+    )
     every: int = Field(500, ge=1, description="optimizer steps between refreshes")
     sequences: int = Field(32, ge=1, description="probe blocks per refresh, over all ranks")
     batch_sequences: int = Field(8, ge=1, description="probe blocks per global batch, whatever the number of ranks")
@@ -201,7 +214,9 @@ class TrainSection(Section):
         description="GiB of frozen weights that ZeRO-3 keeps whole on every rank, so that it need not gather them "
         "again and again; auto: up to half of the memory that the first step left free",
     )
-    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 on an accelerator, else fp32")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto", description="auto: bf16 on an accelerator, else fp32; fp16 scales losses dynamically"
+    )
 
 
 class ExportSection(Section):
@@ -224,6 +239,31 @@ class Config(Section):
     lr_policy: LrPolicySection = LrPolicySection()
     train: TrainSection = TrainSection()
     export: ExportSection = ExportSection()
+
+    @property
+    def replayed(self) -> int:
+        """Sequences of each training batch that come from `data.replay`."""
+        return round(self.data.replay_share * self.train.global_batch_size) if self.data.replay else 0
+
+    @property
+    def importance_corpus(self) -> list[Path]:
+        """Text that importances are estimated on; none is needed where multipliers are constant."""
+        if self.lr_policy.map == "constant":
+            return []
+        return self.data.replay if self.importance.source == "online" else self.probe.corpus
+
+    @model_validator(mode="after")
+    def _replay_has_text(self) -> Config:
+        if not self.data.replay and "replay_share" in self.data.model_fields_set:
+            raise ValueError(
+                f"data.replay_share: {self.data.replay_share} replays nothing without a corpus: "
+                "list files in data.replay, or remove data.replay_share"
+            )
+        if not self.data.replay and self.importance.source == "online":
+            raise ValueError(
+                "importance.source: online needs general text in the training batches: list files in data.replay"
+            )
+        return self
 
     @model_validator(mode="after")
     def _preset_starts_with_ones(self) -> Config:

@@ -21,6 +21,7 @@ from datasets import Dataset, Features, Value, disable_progress_bars, load_from_
 from datasets import Sequence as ListOf
 from datasets.exceptions import DatasetGenerationError
 
+from adept_ds.config import TrainSection
 from adept_ds.distributed import on_main_rank, share_of_rank
 from adept_ds.errors import AdeptError, InputError
 from adept_ds.files import new_directory, stamp_files
@@ -57,6 +58,49 @@ class Blocks:
     def predicted_tokens(self, indices: Sequence[int]) -> int:
         """How many tokens of these blocks are predicted (each block's first one is not)."""
         return sum(len(self.dataset[index]["input_ids"]) - 1 for index in indices if index != FILLER)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One sequence of a training batch."""
+
+    index: int
+    replayed: bool
+    """From the general corpus, not from the domain's."""
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """What is trained on: domain text, and in every batch as many sequences of general text as are replayed."""
+
+    domain: Blocks
+    replay: Blocks | None = None
+    replayed: int = 0
+
+    def micro_batches(self, step: int, train: TrainSection, rank: int, world_size: int) -> list[list[Row]]:
+        """This rank's share of the global batch of optimizer step `step` (from 0); replayed sequences come first.
+
+        Which sequences a global batch consists of depends on neither the number of ranks nor the micro-batch.
+        """
+        size, rows = train.global_batch_size, []
+        if self.replay is not None:
+            chosen = global_batch(step, self.replayed, len(self.replay), train.seed)
+            rows += [Row(index, replayed=True) for index in chosen]
+        chosen = global_batch(step, size - len(rows), len(self.domain), train.seed)
+        rows += [Row(index, replayed=False) for index in chosen]
+        mine, micro = rows[rank::world_size], train.micro_batch_size
+        return [mine[start : start + micro] for start in range(0, len(mine), micro)]
+
+    def batch(self, rows: Sequence[Row]) -> tuple[torch.Tensor, torch.Tensor]:
+        """input_ids and labels, both [len(rows), seq_len] int64."""
+        pairs = [self._blocks(row).batch([row.index]) for row in rows]
+        return torch.cat([ids for ids, _ in pairs]), torch.cat([labels for _, labels in pairs])
+
+    def predicted_tokens(self, rows: Sequence[Row]) -> int:
+        return sum(self._blocks(row).predicted_tokens([row.index]) for row in rows)
+
+    def _blocks(self, row: Row) -> Blocks:
+        return self.replay if row.replayed and self.replay is not None else self.domain
 
 
 def build_blocks(

@@ -41,12 +41,13 @@ def training_ds_config(config: Config) -> dict[str, Any]:
 def _base_ds_config(config: Config) -> dict[str, Any]:
     """What holds with and without training."""
     user = check_deepspeed_config(config)
-    bf16 = resolve_precision(config) == torch.bfloat16
+    precision = resolve_precision(config)
+    bf16, fp16 = precision == torch.bfloat16, precision == torch.float16
     if bf16 and user["zero_optimization"]["stage"] == 1:
         # For this pair DeepSpeed takes an optimizer of another make, without ZeRO's partitions. Stage 2 computes the
         # same numbers.
         user = user | {"zero_optimization": user["zero_optimization"] | {"stage": 2}}
-    return user | {"bf16": {"enabled": bf16}, "steps_per_print": 1 << 30}
+    return user | {"bf16": {"enabled": bf16}, "fp16": {"enabled": fp16}, "steps_per_print": 1 << 30}
 
 
 def _forward_ds_config(config: Config) -> dict[str, Any]:

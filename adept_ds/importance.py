@@ -3,6 +3,8 @@
 The gradient inside the absolute value is that of the mean token loss over one *global* probe batch, so importances
 do not depend on the number of ranks. Every rank sums its own slices; one all-reduce of n_units float64 numbers is all
 that is communicated beyond the backward pass itself.
+
+General text comes from a probe corpus, in passes of its own, or from the sequences that a training batch replays.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import torch
 
 from adept_ds import zero
 from adept_ds.data import Blocks, rank_batches
-from adept_ds.distributed import rank, sum_over_ranks, world_size
+from adept_ds.distributed import max_over_ranks, rank, sum_over_ranks, world_size
 from adept_ds.prefix import FrozenPrefix
 from adept_ds.terminal import ProgressCallback
 from adept_ds.units import UnitRegistry
@@ -54,17 +56,83 @@ def estimate_importance(
     Args:
         prefix: kept from one estimate to the next with the same `probe`, it saves the frozen layers' forward passes.
     """
-    parameters = [(name, p) for name, p in engine.module.named_parameters() if name in registry.placements]
+    parameters = _parameters_of(engine, registry)
     sums = torch.zeros(len(registry), dtype=torch.float64)
     batches = probe.global_batches()
     with zero.probing_gradients(engine):
         for number in range(len(batches)):
             if progress:
                 progress(number / len(batches), f"probe batch {number + 1} of {len(batches)}")
-            backward_global_batch(engine, probe, number, prefix)
-            sums += local_sums(engine, registry, parameters)
-            zero.clear_probe_gradients(engine)
+            sums += _batch_sums(engine, registry, parameters, probe, number, prefix)
     return (sum_over_ranks(sums) / (registry.sizes * len(batches))).tolist()
+
+
+class OnlineImportance:
+    """Running mean of importance over the training batches since it was last asked for.
+
+    Its text is what the batches replay of the general corpus, so it needs no passes of its own. The state is the same
+    on every rank.
+    """
+
+    def __init__(self, engine: Any, registry: UnitRegistry) -> None:
+        self._engine, self._registry = engine, registry
+        self._parameters = _parameters_of(engine, registry)
+        self._sums, self._count = torch.zeros(len(registry), dtype=torch.float64), 0
+
+    def observe(self, share: float) -> None:
+        """Take in the gradient of a training batch's replayed sequences.
+
+        To be called at their end (see `zero.end_segment`), when nothing else of the batch has had its backward pass.
+
+        Args:
+            share: of the batch, that is replayed: the loss of a training step is a mean over the whole batch.
+        """
+        sums = sum_over_ranks(local_sums(self._engine, self._registry, self._parameters))
+        if zero.loss_scale(self._engine) > 1 and not sums.isfinite().all():
+            return  # fp16: the step will be skipped for the same reason
+        self._sums += sums / (share * self._registry.sizes)
+        self._count += 1
+
+    def take(self) -> list[float] | None:
+        """Importance of every unit, in registry order, and begin anew; None if nothing was observed."""
+        if not self._count:
+            return None
+        mean = (self._sums / self._count).tolist()
+        self._sums, self._count = torch.zeros_like(self._sums), 0
+        return mean
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"sums": self._sums.tolist(), "count": self._count}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._sums, self._count = torch.tensor(state["sums"], dtype=torch.float64), state["count"]
+
+
+def _parameters_of(engine: Any, registry: UnitRegistry) -> list[tuple[str, Any]]:
+    return [(name, p) for name, p in engine.module.named_parameters() if name in registry.placements]
+
+
+def _batch_sums(
+    engine: Any,
+    registry: UnitRegistry,
+    parameters: Sequence[tuple[str, Any]],
+    probe: ProbeBatches,
+    number: int,
+    prefix: FrozenPrefix | None,
+) -> torch.Tensor:
+    """This rank's sums of |w * g| for one global batch.
+
+    In fp16 the loss scale that training has arrived at may be too large for these gradients: it is lowered until all
+    are finite.
+    """
+    while True:
+        backward_global_batch(engine, probe, number, prefix)
+        sums = local_sums(engine, registry, parameters)
+        zero.clear_probe_gradients(engine)
+        scale = zero.loss_scale(engine)
+        if scale <= 1 or not max_over_ranks(float(not sums.isfinite().all()))[0]:
+            return sums
+        zero.set_loss_scale(engine, max(1.0, scale / 16))
 
 
 def backward_global_batch(engine: Any, probe: ProbeBatches, number: int, prefix: FrozenPrefix | None = None) -> None:

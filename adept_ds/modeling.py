@@ -9,17 +9,28 @@ from typing import Any
 import torch
 
 from adept_ds.config import Config
+from adept_ds.errors import InputError
 from adept_ds.families import Family
 from adept_ds.loss import install_row_losses
 
 
 def resolve_precision(config: Config) -> torch.dtype:
-    """`auto` is bf16 on an accelerator, where it is fast, and fp32 on a CPU, where it is emulated."""
+    """`auto` is bf16 on an accelerator, where it is fast, and fp32 on a CPU, where it is emulated.
+
+    Raises:
+        InputError: the device cannot train in this precision.
+    """
     from deepspeed.accelerator import get_accelerator
 
-    if config.train.precision == "auto":
-        return torch.float32 if get_accelerator().device_name() == "cpu" else torch.bfloat16
-    return {"fp32": torch.float32, "bf16": torch.bfloat16}[config.train.precision]
+    accelerator, precision = get_accelerator(), config.train.precision
+    if precision == "auto":
+        return torch.float32 if accelerator.device_name() == "cpu" else torch.bfloat16
+    if precision == "fp16" and not accelerator.is_fp16_supported():
+        raise InputError(
+            f"train.precision: fp16 is nothing that DeepSpeed trains in on this device ({accelerator.device_name()}); "
+            "use bf16 or fp32"
+        )
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
 
 def load_causal_lm(model_dir: Path, dtype: torch.dtype, ds_config: dict[str, Any] | None = None) -> torch.nn.Module:

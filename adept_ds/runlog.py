@@ -1,4 +1,4 @@
-"""What a training run writes about itself: metrics.jsonl, unit_importance.jsonl, TensorBoard. Rank 0 only."""
+"""What a training run writes about itself: metrics and units, as JSON lines and for TensorBoard. Rank 0 only."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ class RunLog:
 
         self._metrics = run_dir / "metrics.jsonl"
         self._importance = run_dir / "unit_importance.jsonl"
-        for path in (self._metrics, self._importance):
+        self._movement = run_dir / "unit_movement.jsonl"
+        for path in (self._metrics, self._importance, self._movement):
             _keep_until(path, first_step)
         self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1 if first_step else None)
         if first_step == 0:
@@ -54,10 +55,7 @@ class RunLog:
         multipliers: Sequence[float],
         seconds: float,
     ) -> None:
-        """Importances and the multipliers that hold from the next step on.
-
-        TensorBoard gets a curve for each unit, but of the heads or neurons of a layer their mean and a histogram.
-        """
+        """Importances and the multipliers that hold from the next step on."""
         if not self._active:
             return
         records = [
@@ -65,18 +63,45 @@ class RunLog:
             for unit, value, multiplier in zip(units, importance, multipliers, strict=True)
         ]
         _append(self._importance, {"step": step, "units": records})
-        parts: dict[str, list[float]] = {}
-        for unit, multiplier in zip(units, multipliers, strict=True):
-            parts.setdefault(f"multiplier/layers.{unit.layer}.{unit.part}", []).append(multiplier)
-        for tag, values in parts.items():
-            self._board.add_scalar(tag, sum(values) / len(values), step)
-            if len(values) > 1:
-                self._board.add_histogram(tag, np.array(values), step)
+        self._show_units("multiplier", step, units, multipliers)
         self._write("refresh", {"step": step, "refresh_seconds": seconds})
+
+    def movement(
+        self,
+        step: int,
+        since: int,
+        units: Sequence[Unit],
+        multipliers: Sequence[float],
+        moved: Sequence[float],
+        moved_since_start: Sequence[float],
+    ) -> None:
+        """L2 norms of how far units moved from step `since` to `step`, beside the multipliers that held meanwhile.
+
+        TensorBoard gets the root mean square over a unit's elements since the start, so that sizes do not show.
+        """
+        if not self._active:
+            return
+        records = [
+            {"unit": unit.name, "numel": unit.numel, "multiplier": m, "moved": recent, "moved_since_start": total}
+            for unit, m, recent, total in zip(units, multipliers, moved, moved_since_start, strict=True)
+        ]
+        _append(self._movement, {"step": step, "since": since, "units": records})
+        rms = [total / unit.numel**0.5 for unit, total in zip(units, moved_since_start, strict=True)]
+        self._show_units("movement", step, units, rms)
 
     def close(self) -> None:
         if self._active:
             self._board.close()
+
+    def _show_units(self, group: str, step: int, units: Sequence[Unit], values: Sequence[float]) -> None:
+        """A curve for each unit, but of the heads or neurons of a layer their mean and a histogram."""
+        parts: dict[str, list[float]] = {}
+        for unit, value in zip(units, values, strict=True):
+            parts.setdefault(f"{group}/layers.{unit.layer}.{unit.part}", []).append(value)
+        for tag, members in parts.items():
+            self._board.add_scalar(tag, sum(members) / len(members), step)
+            if len(members) > 1:
+                self._board.add_histogram(tag, np.array(members), step)
 
     def _write(self, group: str, record: dict[str, Any]) -> None:
         if not self._active:

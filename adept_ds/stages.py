@@ -20,7 +20,7 @@ from adept_ds import __version__
 from adept_ds.checkpoint import Manifest, check_resumable, checkpoint_steps, expected_manifest, tag_of
 from adept_ds.checks import check_deepspeed_config
 from adept_ds.config import Config, dump_config
-from adept_ds.data import Blocks, block_order, build_blocks
+from adept_ds.data import Blocks, TrainingData, block_order, build_blocks
 from adept_ds.distributed import gather_objects, on_main_rank, world_size
 from adept_ds.engine import build_forward_engine, build_training_engine, count_parameters, release
 from adept_ds.errors import InputError
@@ -30,9 +30,10 @@ from adept_ds.export import export_checkpoint
 from adept_ds.families import Family, layer_count
 from adept_ds.files import read_json, read_json_lines, stamp_files, write_json, write_text
 from adept_ds.flops import count_step_flops, measure_matmul_rate
-from adept_ds.importance import ProbeBatches, estimate_importance
+from adept_ds.importance import OnlineImportance, ProbeBatches, estimate_importance
 from adept_ds.memory import peak_memory_bytes
 from adept_ds.modeling import resolve_precision
+from adept_ds.movement import UnitMovement
 from adept_ds.prefix import FrozenPrefix
 from adept_ds.probing import LayerImportance, install_layer_sweep, probe_layers, select_layers
 from adept_ds.stopping import StopRequest
@@ -80,14 +81,23 @@ class Run:
 
     @cached_property
     def domain_blocks(self) -> Blocks:
-        blocks = self._blocks("data.domain", self.config.data.domain, self.config.data.seq_len, keep_tail=False)
-        needed = self.config.train.global_batch_size
-        if len(blocks) < needed:
-            raise InputError(
-                f"data.domain: {len(blocks)} blocks of {self.config.data.seq_len} tokens cannot feed {world_size()} "
-                f"ranks with train.global_batch_size {needed}; add text, or lower the batch, the ranks or data.seq_len"
-            )
-        return blocks
+        needed = self.config.train.global_batch_size - self.config.replayed
+        return self._training_blocks("data.domain", self.config.data.domain, needed)
+
+    @cached_property
+    def replay_blocks(self) -> Blocks | None:
+        files = self.config.data.replay
+        return self._training_blocks("data.replay", files, self.config.replayed) if files else None
+
+    @property
+    def training_data(self) -> TrainingData:
+        return TrainingData(self.domain_blocks, self.replay_blocks, self.config.replayed)
+
+    @property
+    def importance_blocks(self) -> Blocks:
+        """General text that importances are estimated on in passes of their own."""
+        online = self.config.importance.source == "online"
+        return self.replay_blocks if online and self.replay_blocks else self.probe_blocks
 
     @cached_property
     def probe_blocks(self) -> Blocks:
@@ -103,9 +113,9 @@ class Run:
             if files
         ]
 
-    def probe_sample(self, count: int) -> list[int]:
-        """The first `count` blocks of the probe corpus in a seeded order; all of them if it has fewer."""
-        return block_order(len(self.probe_blocks), self.config.train.seed)[:count]
+    def sample(self, blocks: Blocks, count: int) -> list[int]:
+        """The first `count` of `blocks` in a seeded order; all of them if there are fewer."""
+        return block_order(len(blocks), self.config.train.seed)[:count]
 
     @contextmanager
     def progress(self, doing: str, *, together: bool = True) -> Iterator[ProgressCallback]:
@@ -134,6 +144,16 @@ class Run:
     def _stages_file(self) -> Path:
         return self.directory / "stages.json"
 
+    def _training_blocks(self, key: str, files: Sequence[Path], needed: int) -> Blocks:
+        blocks = self._blocks(key, files, self.config.data.seq_len, keep_tail=False)
+        if len(blocks) < needed:
+            raise InputError(
+                f"{key}: {len(blocks)} blocks of {self.config.data.seq_len} tokens cannot feed batches of "
+                f"train.global_batch_size {self.config.train.global_batch_size}, {needed} of them from here; "
+                "add text, or lower train.global_batch_size or data.seq_len"
+            )
+        return blocks
+
     def _blocks(self, key: str, files: Sequence[Path], seq_len: int, *, keep_tail: bool) -> Blocks:
         cache = self.directory / "cache" / "blocks"
         with self.progress(f"packing {key}", together=False) as bar:
@@ -142,6 +162,7 @@ class Run:
 
 def run_all(run: Run) -> None:
     """probe -> expand -> train -> export -> eval -> report; inputs are packed first, where most mistakes show."""
+    resolve_precision(run.config)  # refuses what the device cannot, before anything takes time
     on_main_rank(lambda: write_text(run.directory / "config.yaml", dump_config(run.config)))
     prepare_data(run)
     if run.config.expand.layers is None:
@@ -155,7 +176,8 @@ def run_all(run: Run) -> None:
 
 def prepare_data(run: Run) -> None:
     """Tokenise and pack every corpus of the run."""
-    corpora = {"domain": len(run.domain_blocks)} | {s.name + " held out": len(s.indices) for s in run.eval_sets}
+    corpora = {"domain": len(run.domain_blocks)} | ({"replay": len(run.replay_blocks)} if run.replay_blocks else {})
+    corpora |= {s.name + " held out": len(s.indices) for s in run.eval_sets}
     if run.config.probe.corpus:
         corpora["general probe"] = len(run.probe_blocks)
     run.terminal.stage("data", ", ".join(f"{name} {count}" for name, count in corpora.items()) + " blocks")
@@ -199,7 +221,7 @@ def _probe(run: Run) -> LayerImportance:
             model,
             num_layers,
             run.probe_blocks,
-            run.probe_sample(config.probe.sequences),
+            run.sample(run.probe_blocks, config.probe.sequences),
             batch_size=config.probe.batch_sequences,
             device=device,
             k=config.expand.num_copies,
@@ -248,6 +270,8 @@ def training_settings(config: Config) -> dict[str, Any]:
     settings = {f"{section}.{key}": value for section, values in sections.items() for key, value in values.items()}
     settings["data.seq_len"] = config.data.seq_len
     settings["data.domain"] = _corpus_key(config.data.domain)
+    settings["data.replay"] = _corpus_key(config.data.replay)
+    settings["data.replay_share"] = config.data.replay_share if config.data.replay else None
     settings["probe.corpus"] = _corpus_key(config.probe.corpus)
     return _plain(settings)
 
@@ -284,8 +308,8 @@ def train_stage(run: Run) -> None:
 def _probe_batches(run: Run) -> ProbeBatches:
     section = run.config.importance
     return ProbeBatches(
-        run.probe_blocks,
-        tuple(run.probe_sample(section.sequences)),
+        run.importance_blocks,
+        tuple(run.sample(run.importance_blocks, section.sequences)),
         section.batch_sequences,
         run.config.train.micro_batch_size,
     )
@@ -326,15 +350,18 @@ def _train(
     engine, optimizer, registry = build_training_engine(config, run.expanded_dir, run.family, expansion.copy_indices)
     trainable, total = count_parameters(engine.module)
     run.terminal.stage("train", f"{trainable / 1e6:.1f} M of {total / 1e6:.1f} M parameters, {len(registry)} units")
-    probe = None if config.lr_policy.map == "constant" else _probe_batches(run)
+    refreshed, online = config.lr_policy.map != "constant", config.importance.source == "online"
+    probe = _probe_batches(run) if refreshed and not online else None
     trainer = Trainer(
         config=config,
         engine=engine,
         optimizer=optimizer,
         unit_lr=UnitLR(engine, registry, config.lr_policy),
-        blocks=run.domain_blocks,
+        data=run.training_data,
         probe=probe,
         prefix=_frozen_prefix(run, engine, probe, min(expansion.copy_indices)) if probe else None,
+        online=OnlineImportance(engine, registry) if refreshed and online else None,
+        movement=UnitMovement(engine, registry, run.expanded_dir, resolve_precision(config)),
         eval_sets=run.eval_sets,
         manifest_at=manifest_at,
         flops=count_step_flops(engine.module, run.family, config.data.seq_len),

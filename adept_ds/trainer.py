@@ -10,20 +10,22 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
 from adept_ds import zero
-from adept_ds.checkpoint import Manifest, load_checkpoint, save_checkpoint
+from adept_ds.checkpoint import Manifest, load_checkpoint, save_checkpoint, tag_of
 from adept_ds.config import Config, TrainSection
-from adept_ds.data import Blocks, global_batch
-from adept_ds.distributed import local_size, max_over_ranks, rank, share_of_rank, sum_over_ranks, world_size
+from adept_ds.data import TrainingData
+from adept_ds.distributed import local_size, max_over_ranks, rank, sum_over_ranks, world_size
 from adept_ds.errors import StopRequestedError
 from adept_ds.evaluation import EvalSet, evaluate
 from adept_ds.flops import StepFlops
-from adept_ds.importance import ProbeBatches, estimate_importance
+from adept_ds.importance import OnlineImportance, ProbeBatches, estimate_importance
 from adept_ds.memory import free_memory_bytes, peak_memory_bytes
+from adept_ds.movement import UnitMovement
 from adept_ds.prefix import FrozenPrefix
 from adept_ds.runlog import RunLog
 from adept_ds.stopping import StopRequest
@@ -42,6 +44,39 @@ def lr_factor(step: int, train: TrainSection) -> float:
     return 1.0 - share if train.schedule == "linear" else 1.0
 
 
+def take_step(
+    engine: Any, data: TrainingData, step: int, train: TrainSection, online: OnlineImportance | None
+) -> tuple[float, float]:
+    """Optimizer step `step` (from 0). Returns this rank's losses, summed over domain rows and over replayed ones.
+
+    Args:
+        online: sees the gradient of the replayed rows alone; they must then fill whole micro-batches of every rank.
+    """
+    domain_loss = replay_loss = 0.0
+    batches = data.micro_batches(step, train, rank(), world_size())
+    replayed = sum(rows[-1].replayed for rows in batches)
+
+    def nothing() -> None:
+        pass
+
+    before_step = nothing
+    for number, rows in enumerate(batches, start=1):
+        input_ids, labels = (tensor.to(engine.device) for tensor in data.batch(rows))
+        losses = engine(input_ids, labels)
+        backward = partial(engine.backward, losses.sum() / data.predicted_tokens(rows))
+        if online and number == replayed:
+            share = data.replayed / train.global_batch_size
+            before_step = zero.end_segment(engine, backward, partial(online.observe, share))
+        else:
+            backward()
+        if number == len(batches):
+            before_step()
+        engine.step()
+        for row, loss in zip(rows, (losses.detach() / (data.domain.seq_len - 1)).tolist(), strict=True):
+            domain_loss, replay_loss = domain_loss + loss * (not row.replayed), replay_loss + loss * row.replayed
+    return domain_loss, replay_loss
+
+
 @dataclass
 class Trainer:
     """One training run on one engine. `run` does everything; the rest are its steps."""
@@ -50,10 +85,12 @@ class Trainer:
     engine: Any
     optimizer: torch.optim.Optimizer
     unit_lr: UnitLR
-    blocks: Blocks
+    data: TrainingData
     probe: ProbeBatches | None
-    """None: multipliers are never refreshed."""
+    """Text of refreshes; None if they need none, or if there are none."""
     prefix: FrozenPrefix | None
+    online: OnlineImportance | None
+    movement: UnitMovement
     eval_sets: list[EvalSet]
     manifest_at: Callable[[int], Manifest]
     flops: StepFlops
@@ -75,8 +112,7 @@ class Trainer:
         log = RunLog(self.config.run_dir, first_step, config_text)
         with self.terminal.progress("training") as bar:
             if first_step:
-                load_checkpoint(self.engine, self._checkpoints, self.manifest_at(first_step))
-                self.unit_lr.check_ranks_agree()
+                self._resume(first_step)
             else:
                 self._start(log, initial_importance)
             for step in range(first_step, train.steps):
@@ -88,9 +124,7 @@ class Trainer:
                 self._after_step(step + 1, log)
                 is_last = step + 1 == train.steps
                 if stop_agreed or is_last or (step + 1) % train.checkpoint_every == 0:
-                    save_checkpoint(
-                        self.engine, self._checkpoints, self.manifest_at(step + 1), self.config.train.keep_checkpoints
-                    )
+                    self._save(step + 1)
                 if stop_agreed and not is_last:
                     log.close()
                     raise StopRequestedError(f"stopped after step {step + 1} of {train.steps}; checkpoint written")
@@ -102,6 +136,24 @@ class Trainer:
             multipliers = self.unit_lr.refresh(importance)
             log.refresh(0, self.unit_lr.registry.units, importance, multipliers, 0.0)
         self._evaluate(0, log)
+
+    def _save(self, step: int) -> None:
+        state = {"movement_since": self.movement.since, "online": self.online and self.online.state_dict()}
+        save_checkpoint(
+            self.engine,
+            self._checkpoints,
+            self.manifest_at(step),
+            self.config.train.keep_checkpoints,
+            state,
+            lambda directory: self.movement.save(directory, step),
+        )
+
+    def _resume(self, step: int) -> None:
+        state = load_checkpoint(self.engine, self._checkpoints, self.manifest_at(step))
+        self.unit_lr.check_ranks_agree()
+        self.movement.load(self._checkpoints / tag_of(step), step, state["movement_since"])
+        if self.online:
+            self.online.load_state_dict(state["online"])
 
     def _keep_frozen_gathered(self) -> None:
         """Use the memory that the first step left over; after it, because a step's peak is known then."""
@@ -116,47 +168,55 @@ class Trainer:
         """One optimizer step: its record, and whether the ranks agreed to stop after it."""
         train = self.config.train
         start = time.perf_counter()
-        indices = global_batch(step, train.global_batch_size, len(self.blocks), train.seed)
-        mine = [indices[i] for i in share_of_rank(len(indices), rank(), world_size())]
         lr = train.lr * lr_factor(step, train)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        loss_sum = 0.0
-        for first in range(0, len(mine), train.micro_batch_size):
-            batch = mine[first : first + train.micro_batch_size]
-            input_ids, labels = (tensor.to(self.engine.device) for tensor in self.blocks.batch(batch))
-            loss = self.engine(input_ids, labels).sum() / self.blocks.predicted_tokens(batch)
-            self.engine.backward(loss)
-            self.engine.step()
-            loss_sum += float(loss.detach()) * len(batch)
-        total, stops = sum_over_ranks([loss_sum, float(self.stop.requested)]).tolist()
+        domain, replay = take_step(self.engine, self.data, step, train, self.online)
+        domain, replay, stops = sum_over_ranks([domain, replay, float(self.stop.requested)]).tolist()
         seconds = time.perf_counter() - start
-        tokens = len(indices) * self.blocks.seq_len
+        size, replayed = train.global_batch_size, self.data.replayed
+        tokens = size * self.data.domain.seq_len
+        loss = (domain + replay) / size
         record = {
             "step": step + 1,
-            "loss": total / len(indices),
+            "loss": loss,
             "lr": lr,
-            "grad_norm": _as_float(self.engine.get_global_grad_norm()),
+            "grad_norm": _finite(self.engine.get_global_grad_norm()),
             "tokens": (step + 1) * tokens,
             "seconds": seconds,
             "tokens_per_second": tokens / seconds,
             "mfu": self.flops.total * tokens / seconds / (self.matmul_rate * world_size()),
             "peak_memory_bytes": peak_memory_bytes(),
         }
-        if not math.isfinite(total):
-            raise FloatingPointError(f"the training loss is {total} at step {step + 1}; lower train.lr")
+        if replayed:
+            record |= {"domain_loss": domain / (size - replayed), "replay_loss": replay / replayed}
+        if train.precision == "fp16":
+            record |= {"loss_scale": zero.loss_scale(self.engine)}
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"the training loss is {loss} at step {step + 1}; lower train.lr")
         return record, stops > 0
 
     def _after_step(self, step: int, log: RunLog) -> None:
-        config = self.config
-        if self.probe is not None and step % config.importance.every == 0 and step < config.train.steps:
+        config, units = self.config, self.unit_lr.registry.units
+        is_last = step == config.train.steps
+        refreshes = (self.probe or self.online) and step % config.importance.every == 0 and not is_last
+        if refreshes or is_last:
+            since, multipliers = self.movement.since, self.unit_lr.multipliers
+            log.movement(step, since, units, multipliers, *self.movement.measure(step))
+        if refreshes:
             start = time.perf_counter()
-            importance = estimate_importance(self.engine, self.unit_lr.registry, self.probe, prefix=self.prefix)
-            multipliers = self.unit_lr.refresh(importance)
-            seconds = time.perf_counter() - start
-            log.refresh(step, self.unit_lr.registry.units, importance, multipliers, seconds)
-        if step % config.train.eval_every == 0 or step == config.train.steps:
+            importance = self._importance()
+            if importance is not None:
+                multipliers = self.unit_lr.refresh(importance)
+                log.refresh(step, units, importance, multipliers, time.perf_counter() - start)
+        if step % config.train.eval_every == 0 or is_last:
             self._evaluate(step, log)
+
+    def _importance(self) -> list[float] | None:
+        if self.online:
+            return self.online.take()
+        assert self.probe is not None
+        return estimate_importance(self.engine, self.unit_lr.registry, self.probe, prefix=self.prefix)
 
     def _evaluate(self, step: int, log: RunLog) -> None:
         if not self.eval_sets:
@@ -178,5 +238,6 @@ def _progress_text(record: dict[str, Any], steps: int) -> str:
     return f"step {record['step']}/{steps}  loss {record['loss']:.4f}  {record['tokens_per_second']:.0f} tokens/s"
 
 
-def _as_float(value: Any) -> float | None:
-    return None if value is None else float(value)
+def _finite(value: Any) -> float | None:
+    """fp16 has no norm in a step that overflowed."""
+    return None if value is None or not math.isfinite(value) else float(value)

@@ -17,6 +17,7 @@ import torch
 from conftest import ROOT, Workspace
 from worker import Lab
 
+from adept_ds.config import Config
 from adept_ds.distributed import init_distributed, rank, ranks_from_environment
 from adept_ds.optim import UnitAdamW
 
@@ -38,12 +39,21 @@ def cpu_adam(parameters: Any, **options: Any) -> torch.optim.Optimizer:
 OTHER_OPTIMIZERS = {"attached": stock_adamw, "cpu_adam": cpu_adam}
 
 
-def train(lab: Lab, deepspeed: str, granularity: str, variant: str = "") -> dict[str, Any]:
-    config = lab.config(
-        deepspeed=str(ROOT / "ds_configs" / f"{deepspeed}.json"),
-        importance={"granularity": granularity},
+def config_of(lab: Lab, deepspeed: str, granularity: str, variant: str = "") -> Config:
+    general = [str(lab.workspace.root / "general.jsonl")]
+    online = variant == "online"
+    thresholds = {"above_threshold": 0, "around_threshold": 1000}
+    shipped = ROOT / "ds_configs" / f"{deepspeed}.json"
+    return lab.config(
+        deepspeed=str(lab.strict_zero3(thresholds[variant]) if variant in thresholds else shipped),
+        data={"replay": general, "replay_share": 0.5} if online else {},
+        importance={"granularity": granularity, "source": "online" if online else "probe"},
         train={"micro_batch_size": 1, "activation_checkpointing": variant == "recomputed"},
     )
+
+
+def train(lab: Lab, deepspeed: str, granularity: str, variant: str = "") -> dict[str, Any]:
+    config = config_of(lab, deepspeed, granularity, variant)
     with mock.patch("adept_ds.engine.UnitAdamW", OTHER_OPTIMIZERS.get(variant, UnitAdamW)):
         outcome = lab.train(config, probe_after=REFRESH_AFTER, refresh=True)
     importances = [dict(zip(outcome.units, values, strict=True)) for values in outcome.importances]
@@ -55,8 +65,12 @@ def main() -> None:
     init_distributed(ranks_from_environment(os.environ))
     lab = Lab(workspace, output.parent)
     outcomes = {cell: train(lab, *cell.split("/")) for cell in cells}
+    source = {
+        granularity: lab.source_importance(config_of(lab, "zero3", granularity)) for granularity in ("matrix", "fine")
+    }
     if rank() == 0:
-        torch.save({"expanded": str(lab.expanded), "layers": lab.layers, "cells": outcomes}, output)
+        found = {"expanded": str(lab.expanded), "layers": lab.layers, "cells": outcomes, "source": source}
+        torch.save(found, output)
 
 
 if __name__ == "__main__":

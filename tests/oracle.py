@@ -90,13 +90,13 @@ def importance(model: Any, layers: Sequence[int], batches: Sequence[Batch]) -> d
 
 
 def multipliers(importances: dict[str, float]) -> dict[str, float]:
-    """2 * (1 - min-max scaled importance), norms apart from matrices (paper, equation 6)."""
+    """2 * (1 - min-max scaled importance), norms apart from matrices (paper, equation 6); 1 where all are equal."""
     result = {}
     for norms in (True, False):
         group = {unit: value for unit, value in importances.items() if ("norm" in unit) == norms}
         low, high = min(group.values()), max(group.values())
         for unit, value in group.items():
-            result[unit] = 2 * (1 - (value - low) / (high - low))
+            result[unit] = 2 * (1 - (value - low) / (high - low)) if high > low else 1.0
     return result
 
 
@@ -180,8 +180,12 @@ def train_by_unit(
     probe_batches: Sequence[Batch],
     refresh_after: Sequence[int],
     options: dict[str, Any],
+    replayed: int = 0,
 ) -> Training:
-    """AdamW's formula with a learning rate of its own for every element; multipliers start at 1."""
+    """AdamW's formula with a learning rate of its own for every element; multipliers start at 1.
+
+    With `replayed`, importances are the mean over the steps since the last refresh, on that many first rows of each.
+    """
     parameters = trainable(model, layers)
     units = {
         name: units_of_elements(name, parameter.shape, granularity, model.config.head_dim)
@@ -193,7 +197,18 @@ def train_by_unit(
     factor = torch.ones(len(names), dtype=torch.float64)
     (beta1, beta2), result = options["betas"], Training()
     moments = {name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in parameters.items()}
+    sums, sizes = torch.zeros(2, len(names), dtype=torch.float64)
+
+    def add_importance(text: Batch) -> None:
+        gradients = torch.autograd.grad(mean_loss(model, [text]), list(parameters.values()))
+        for (name, parameter), gradient in zip(parameters.items(), gradients, strict=True):
+            value = (parameter.detach().double() * gradient.double()).abs().flatten()
+            sums.index_add_(0, index[name], value)
+            sizes.index_add_(0, index[name], torch.ones_like(value))
+
     for step, batch in enumerate(steps):
+        if replayed:
+            add_importance((batch[0][:replayed], batch[1][:replayed]))
         loss = mean_loss(model, [batch])
         gradients = torch.autograd.grad(loss, list(parameters.values()))
         norm = torch.stack([gradient.norm() for gradient in gradients]).norm()
@@ -210,14 +225,11 @@ def train_by_unit(
                 parameter.sub_(rate * (update + options["weight_decay"] * parameter))
         result.losses.append(float(loss.detach()))
         if step in refresh_after:
-            sums, sizes = torch.zeros(2, len(names), dtype=torch.float64)
-            for probe in probe_batches:
-                gradients = torch.autograd.grad(mean_loss(model, [probe]), list(parameters.values()))
-                for (name, parameter), gradient in zip(parameters.items(), gradients, strict=True):
-                    value = (parameter.detach().double() * gradient.double()).abs().flatten()
-                    sums.index_add_(0, index[name], value)
-                    sizes.index_add_(0, index[name], torch.ones_like(value))
+            for probe in () if replayed else probe_batches:
+                add_importance(probe)
             result.importances.append(dict(zip(names, (sums / sizes).tolist(), strict=True)))
+            sums.zero_()
+            sizes.zero_()
             result.multipliers.append(multipliers(result.importances[-1]))
             factor = torch.tensor([result.multipliers[-1][unit] for unit in names], dtype=torch.float64)
     result.weights = {name: parameter.detach().clone() for name, parameter in parameters.items()}

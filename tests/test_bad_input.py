@@ -170,6 +170,35 @@ CHEAP = [
         words=["train.global_batch_size", "2", "4 ranks", "at least 4"],
         ranks=4,
     ),
+    override(
+        "nothing is replayed",
+        "data.replay=[{ws}/general.jsonl]",
+        "data.replay_share=0.01",
+        words=["data.replay_share: 0.01", "0 of the 12 sequences", "use 0.0833333, which replays 1"],
+    ),
+    override(
+        "replayed sequences that do not fill micro-batches",
+        "data.replay=[{ws}/general.jsonl]",
+        "data.replay_share=0.25",
+        "importance.source=online",
+        words=[
+            "replays 3 of the 12",
+            "train.micro_batch_size (2)",
+            "ranks (2)",
+            "importance.source: online",
+            "use 0.33",
+        ],
+        ranks=2,
+    ),
+    override(
+        "no room for both texts",
+        "data.replay=[{ws}/general.jsonl]",
+        "importance.source=online",
+        "train.micro_batch_size=6",
+        words=["data.replay_share", "ranks (2)", "raise train.global_batch_size to at least 24"],
+        ranks=2,
+    ),
+    override("missing replay", "data.replay=[{bad}/no.jsonl]", words=["data.replay", "/no.jsonl'", "give"]),
     # DeepSpeed's file
     override("missing DeepSpeed file", "deepspeed={bad}/no.json", words=["deepspeed", "/no.json'", "give"]),
     override(
@@ -277,7 +306,7 @@ def test_a_corpus_that_cannot_be_packed_is_refused_in_one_line(
         override(
             "seen when packed: fewer blocks than a global batch",
             "data.domain=[{bad}/few.jsonl]",
-            words=["data.domain", "5 blocks", "2 ranks", "global_batch_size 12", "add text"],
+            words=["data.domain", "5 blocks", "global_batch_size 12", "12 of them", "add text"],
         ),
     ],
 )

@@ -121,6 +121,14 @@ def test_a_dumped_lr_policy_has_what_takes_effect_and_is_read_back_the_same(poli
     assert (again, dump_config(again)) == (config, dump_config(config))
 
 
+@pytest.mark.parametrize("data", [{}, {"replay": ["g.jsonl"]}, {"replay": ["g.jsonl"], "replay_share": 0.5}])
+def test_a_dumped_data_section_has_what_takes_effect_and_is_read_back_the_same(data: dict[str, Any]) -> None:
+    config = parse_config({"model": "m", "run_dir": "r", "data": data})
+    tree = yaml.safe_load(dump_config(config))
+    assert ("replay_share" in tree["data"]) == bool(data)
+    assert parse_config(tree) == config
+
+
 def test_a_dumped_lr_policy_has_its_own_parameters_only() -> None:
     def dumped(**policy: str) -> set[str]:
         return set(LrPolicySection.model_validate(policy).model_dump())
@@ -265,6 +273,17 @@ def test_a_checked_configuration_cannot_be_changed(config_file: Path) -> None:
             ["preset: official", "map: linear", "smoothing: 0.0", "remove one or the other"],
             id="preset and more",
         ),
+        pytest.param(
+            "data.replay_share=0.5",
+            ["data.replay_share: 0.5", "list files in data.replay", "remove data.replay_share"],
+            id="a share of no replay",
+        ),
+        pytest.param(
+            "importance.source=online",
+            ["importance.source: online", "list files in data.replay"],
+            id="online of nothing",
+        ),
+        pytest.param("data.replay_share=1", ["data.replay_share", "less than 1"], id="replay alone"),
         pytest.param(
             "lr_policy.preset=official", ["lr_policy.preset: official", "importance.initial to ones"], id="preset alone"
         ),

@@ -14,7 +14,17 @@ import torch
 from conftest import save_byte_tokenizer, write_corpus
 
 from adept_ds import data
-from adept_ds.data import FILLER, Blocks, build_blocks, global_batch, rank_batches, read_documents
+from adept_ds.config import TrainSection
+from adept_ds.data import (
+    FILLER,
+    Blocks,
+    Row,
+    TrainingData,
+    build_blocks,
+    global_batch,
+    rank_batches,
+    read_documents,
+)
 from adept_ds.distributed import share_of_rank
 from adept_ds.errors import InputError
 from adept_ds.loss import IGNORED_LABEL, count_predicted
@@ -150,6 +160,42 @@ def test_all_ranks_together_train_on_the_global_batch(world_size: int) -> None:
         shares = [[batch[i] for i in share_of_rank(12, rank, world_size)] for rank in range(world_size)]
         assert [index for share in shares for index in share] == batch
         assert {len(share) for share in shares} == {12 // world_size}
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+@pytest.mark.parametrize("replayed", [0, 4, 5])
+def test_a_batch_is_the_same_at_every_number_of_ranks_and_replayed_sequences_come_first(
+    tmp_path: Path, tokenizer_dir: Path, world_size: int, replayed: int
+) -> None:
+    domain = pack([write_texts(tmp_path / "d.jsonl", "x" * 200)], tokenizer_dir, tmp_path / "cache")
+    general = pack([write_texts(tmp_path / "g.jsonl", "y" * 130)], tokenizer_dir, tmp_path / "cache")
+    data = TrainingData(domain, general if replayed else None, replayed)
+    train = TrainSection(global_batch_size=12, micro_batch_size=1, seed=1)
+    for step in range(5):
+        ranks = [data.micro_batches(step, train, rank, world_size) for rank in range(world_size)]
+        rows = [row for batches in ranks for batch in batches for row in batch]
+        assert {len(batches) for batches in ranks} == {12 // world_size}
+        assert sorted(row.index for row in rows if row.replayed) == sorted(
+            global_batch(step, replayed, len(general), 1)
+        )
+        mine = [row.index for row in rows if not row.replayed]
+        assert sorted(mine) == sorted(global_batch(step, 12 - replayed, len(domain), 1))
+        for batches in ranks:
+            kinds = [row.replayed for batch in batches for row in batch]
+            assert kinds == sorted(kinds, reverse=True)
+            assert replayed % world_size or sum(kinds) == replayed // world_size
+
+
+def test_a_micro_batch_of_both_texts_has_each_rows_own_tokens(tmp_path: Path, tokenizer_dir: Path) -> None:
+    domain, general = (
+        pack([write_texts(tmp_path / "d.jsonl", "x" * 200)], tokenizer_dir, tmp_path / "cache"),
+        pack([write_texts(tmp_path / "g.jsonl", "y" * 130)], tokenizer_dir, tmp_path / "cache"),
+    )
+    data = TrainingData(domain, general, 1)
+    input_ids, labels = data.batch([Row(1, replayed=True), Row(2, replayed=False)])
+    assert torch.equal(input_ids, torch.cat([general.batch([1])[0], domain.batch([2])[0]]))
+    assert torch.equal(labels, input_ids)
+    assert data.predicted_tokens([Row(1, replayed=True), Row(2, replayed=False)]) == 2 * (domain.seq_len - 1)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 7])

@@ -41,6 +41,9 @@ class Finished:
         records = read_json_lines(self.directory / "unit_importance.jsonl")
         return [{unit["unit"]: unit[key] for unit in record["units"]} for record in records]
 
+    def movement(self) -> list[dict[str, Any]]:
+        return read_json_lines(self.directory / "unit_movement.jsonl")
+
     def weights(self) -> dict[str, torch.Tensor]:
         return load_file(self.directory / "export" / "model.safetensors")
 
@@ -151,6 +154,28 @@ def test_training_moves_the_copies_and_nothing_else(runs: dict[int, Finished]) -
         assert torch.equal(tensor, after[name]) != name.startswith(copies), name
 
 
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_the_movement_of_a_unit_is_the_norm_of_what_its_weights_changed_by(
+    runs: dict[int, Finished], world_size: int
+) -> None:
+    """From start to end against the two checkpoints; four intervals of seven steps, each with its multipliers."""
+    run = runs[world_size]
+    before, after = load_file(run.directory / "expanded" / "model.safetensors"), run.weights()
+    squares: dict[str, float] = {}
+    for name, tensor in after.items():
+        unit = oracle.unit_of(name)
+        squares[unit] = squares.get(unit, 0.0) + float((tensor - before[name]).double().square().sum())
+    records = run.movement()
+    assert [(record["since"], record["step"]) for record in records] == [(0, 2), (2, 4), (4, 6), (6, 7)]
+    for unit in records[-1]["units"]:
+        assert unit["moved_since_start"] == pytest.approx(squares[unit["unit"]] ** 0.5, rel=1e-6)
+    for record, multipliers in zip(records, run.units("multiplier"), strict=True):
+        assert {unit["unit"]: unit["multiplier"] for unit in record["units"]} == multipliers
+    for unit in records[0]["units"]:
+        assert unit["moved"] == unit["moved_since_start"]
+        assert (unit["moved"] == 0) == (unit["multiplier"] == 0)
+
+
 @pytest.mark.parametrize("world_size", WORLD_SIZES[1:])
 def test_evaluation_does_not_depend_on_the_number_of_ranks(runs: dict[int, Finished], world_size: int) -> None:
     """Before training to rounding; afterwards as the weights agree."""
@@ -193,19 +218,25 @@ def test_a_resumed_run_ends_bit_for_bit_like_an_uninterrupted_one(
     assert "resuming after step 3" in result.stdout
     assert Finished(cut).losses() == runs[2].losses()
     assert Finished(cut).units("multiplier") == runs[2].units("multiplier")
+    assert Finished(cut).movement() == runs[2].movement()
     expected = runs[2].weights()
     for name, tensor in Finished(cut).weights().items():
         assert torch.equal(tensor, expected[name]), name
 
 
-def test_heads_and_neurons_with_smoothed_importances_resume_bit_for_bit_too(
+def test_heads_and_neurons_with_smoothed_online_importances_resume_bit_for_bit_too(
     workspace: Workspace, tmp_path: Path
 ) -> None:
-    """What smoothing remembers is part of a checkpoint. Fine units, another map, every rank with its own cut rows."""
+    """What smoothing and the running mean remember is part of a checkpoint, here one between two refreshes.
+
+    Fine units, another map, every rank with its own cut rows; without a probe corpus.
+    """
     import shutil
 
     sections = {
-        "importance": {"every": 2, "granularity": "fine"},
+        "data": {"replay": [str(workspace.root / "general.jsonl")], "replay_share": 0.35},
+        "probe": {"corpus": []},
+        "importance": {"source": "online", "every": 2, "granularity": "fine"},
         "lr_policy": {"map": "rank", "scope": "per_layer", "smoothing": 0.7, "min_multiplier": 0.1},
         "expand": {"k": None, "layers": [1, 3]},
     }
@@ -218,7 +249,12 @@ def test_heads_and_neurons_with_smoothed_importances_resume_bit_for_bit_too(
     result = adept(2, "run", workspace.config(cut.directory, **sections))
     assert result.returncode == 0, result.stderr
     assert "resuming after step 3" in result.stdout
+    assert cut.units("importance") == whole.units("importance")
     assert cut.units("multiplier") == whole.units("multiplier")
+    assert cut.movement() == whole.movement()
+    losses = [record for record in read_json_lines(whole.directory / "metrics.jsonl") if "loss" in record]
+    for record in losses:  # four replayed sequences of twelve
+        assert record["loss"] == pytest.approx((4 * record["replay_loss"] + 8 * record["domain_loss"]) / 12)
     expected = whole.weights()
     for name, tensor in cut.weights().items():
         assert torch.equal(tensor, expected[name]), name
@@ -239,3 +275,5 @@ def test_plain_training_of_given_layers_needs_no_general_corpus(workspace: Works
     result = adept(1, "run", config)
     assert result.returncode == 0, result.stderr
     assert not (tmp_path / "run" / "unit_importance.jsonl").exists()
+    (record,) = Finished(tmp_path / "run").movement()
+    assert {unit["multiplier"] for unit in record["units"]} == {1.0}

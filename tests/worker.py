@@ -7,34 +7,36 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from conftest import ROOT, Workspace
+from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 
 from adept_ds import zero
 from adept_ds.config import Config, parse_config
-from adept_ds.data import block_order, build_blocks, global_batch
+from adept_ds.data import TrainingData, block_order, build_blocks
 from adept_ds.distributed import (
     gather_objects,
     init_distributed,
     on_main_rank,
     rank,
     ranks_from_environment,
-    share_of_rank,
-    world_size,
 )
 from adept_ds.engine import build_training_engine, release
 from adept_ds.errors import UnitMismatchError
 from adept_ds.expansion import expand_checkpoint
 from adept_ds.families import FAMILIES
 from adept_ds.files import write_json
-from adept_ds.importance import ProbeBatches, estimate_importance
+from adept_ds.importance import OnlineImportance, ProbeBatches, estimate_importance
 from adept_ds.prefix import FrozenPrefix
+from adept_ds.trainer import take_step
 from adept_ds.unit_lr import UnitLR
 
 FAMILY = FAMILIES["llama"]
@@ -73,14 +75,18 @@ class Lab:
         cache = scratch / "blocks"
         self.domain = build_blocks("d", base.data.domain, workspace.model, 32, cache, keep_tail=False)
         self.general = build_blocks("g", base.probe.corpus, workspace.model, 24, cache, keep_tail=True)
+        self.replay = build_blocks("r", base.probe.corpus, workspace.model, 32, cache, keep_tail=False)
 
     def config(self, **sections: Any) -> Config:
         return parse_config(self.workspace.tree(self.scratch / "run", **sections))
 
-    def strict_zero3(self) -> Path:
-        """ZeRO-3 that keeps nothing gathered by itself; by default every parameter of a tiny model is small enough."""
-        path = self.scratch / "strict.json"
-        settings = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
+    def strict_zero3(self, threshold: int = 0) -> Path:
+        """ZeRO-3 that keeps nothing gathered by itself; by default every parameter of a tiny model is small enough.
+
+        With a threshold, it keeps parameters of fewer elements.
+        """
+        path = self.scratch / f"strict_{threshold}.json"
+        settings = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": threshold}}
         on_main_rank(lambda: write_json(path, settings))
         return path
 
@@ -92,6 +98,7 @@ class Lab:
         config: Config,
         *,
         probe_after: Iterable[int] = (),
+        probe_within: Iterable[int] = (),
         multipliers: dict[str, float] | None = None,
         refresh: bool = False,
         keep_bytes: int = 0,
@@ -99,6 +106,7 @@ class Lab:
     ) -> Outcome:
         """STEPS optimizer steps; importances are estimated after those in `probe_after`, and used if `refresh`.
 
+        In `probe_within` they are also estimated between the micro-batches of a step.
         After the first, up to `keep_bytes` of frozen parameters stay gathered. What the frozen layers below compute
         for `cached_batches` of the probe's micro-batches is computed once.
         """
@@ -117,10 +125,20 @@ class Lab:
 
         layers[0].self_attn.register_forward_hook(count)
         addresses: dict[Any, int] = {}
+        online = OnlineImportance(engine, registry) if config.importance.source == "online" else None
+        data = TrainingData(self.domain, self.replay if config.replayed else None, config.replayed)
+        whole_step, probe = engine.step, self.probe(config.train.micro_batch_size)
+
+        def step_and_probe() -> None:
+            whole_step()
+            if step in probe_within and engine.micro_steps % engine.gradient_accumulation_steps():
+                importances.append(estimate_importance(engine, registry, probe))
+
+        engine.step = step_and_probe
         for step in range(STEPS):
             for group in optimizer.param_groups:
                 group["lr"] = 3e-3
-            losses.append(self._step(engine, config, step))
+            losses.append(sum(take_step(engine, data, step, config.train, online)))
             if step == 0 and keep_bytes:
                 partitions = {p: p.ds_tensor.clone() for p in engine.module.parameters()}
                 kept = zero.keep_frozen_gathered(engine, keep_bytes)
@@ -129,26 +147,14 @@ class Lab:
                 assert sum(parameter.numel() * parameter.element_size() for parameter in whole) == kept[0]
                 addresses = {parameter: parameter.data_ptr() for parameter in whole}
             if step in probe_after:
-                probe = self.probe(config.train.micro_batch_size)
-                importances.append(estimate_importance(engine, registry, probe, prefix=prefix))
+                estimate = online.take() if online else estimate_importance(engine, registry, probe, prefix=prefix)
+                importances.append(estimate)
                 if refresh:
                     unit_lr.refresh(importances[-1])
         gathered_again = sum(parameter.data_ptr() != address for parameter, address in addresses.items())
         outcome = self._outcome(engine, losses, importances, registry.names, kept, gathered_again, lowest_runs)
         release(engine)
         return outcome
-
-    def _step(self, engine: Any, config: Config, step: int) -> float:
-        indices = global_batch(step, config.train.global_batch_size, len(self.domain), 0)
-        mine = [indices[i] for i in share_of_rank(len(indices), rank(), world_size())]
-        size, total = config.train.micro_batch_size, 0.0
-        for first in range(0, len(mine), size):
-            batch = mine[first : first + size]
-            loss = engine(*self.domain.batch(batch)).sum() / self.domain.predicted_tokens(batch)
-            engine.backward(loss)
-            engine.step()
-            total += float(loss.detach())
-        return total
 
     def _outcome(
         self,
@@ -178,6 +184,13 @@ class Lab:
         trained = {name: values[name] for name, parameter in parameters.items() if parameter.requires_grad}
         return Outcome(losses, trained, digest.hexdigest(), importances, units, cut, kept, gathered_again, lowest_runs)
 
+    def source_importance(self, config: Config) -> dict[str, float]:
+        """Of the layers that are copied, as a run estimates it before the first step."""
+        engine, _, registry = build_training_engine(config, self.workspace.model, FAMILY, [1, 3], plain_sgd=True)
+        importance = estimate_importance(engine, registry, self.probe(config.train.micro_batch_size))
+        release(engine)
+        return dict(zip(registry.names, importance, strict=True))
+
     def misplaced_share(self, config: Config) -> float:
         """How far the first step of any master weight is from its unit's multiplier times the step it takes with 1.
 
@@ -193,7 +206,7 @@ class Lab:
             optimizer.param_groups[0]["lr"] = 3e-3
             layout = zero.partition_layout(engine)
             before = [partition.tensor.detach().clone() for partition in layout]
-            self._step(engine, config, 0)
+            take_step(engine, TrainingData(self.domain), 0, config.train, None)
             moved[run] = [p.tensor.detach() - old for p, old in zip(layout, before, strict=True)]
             release(engine)
         factors, worst = torch.tensor(list(values.values())), 0.0
@@ -207,6 +220,21 @@ class Lab:
                     worst = max(worst, float((tile.view(shared[run_of]) - expected).abs().max()))
         assert max(float(move.abs().max()) for move in moved["shared"]) > 1e-3
         return max(gather_objects(worst)) / 3e-3
+
+    def overflowing(self, config: Config) -> dict[str, Any]:
+        """Estimates in fp16 with a right loss scale, and with one so large that gradients overflow; then a step."""
+        engine, _, registry = build_training_engine(config, self.workspace.model, FAMILY, [1, 3])
+        probe, importances = self.probe(config.train.micro_batch_size), []
+        for scale in (2.0**10, 2.0**40):
+            zero.set_loss_scale(engine, scale)
+            importances.append(dict(zip(registry.names, estimate_importance(engine, registry, probe), strict=True)))
+        scale_after = zero.loss_scale(engine)
+        before = [partition.tensor.detach().clone() for partition in zero.partition_layout(engine)]
+        take_step(engine, TrainingData(self.domain), 0, config.train, None)
+        after = [partition.tensor for partition in zero.partition_layout(engine)]
+        moved = any(not torch.equal(old, new) for old, new in zip(before, after, strict=True))
+        release(engine)
+        return {"importances": importances, "scale_after": scale_after, "moved": moved}
 
     def disagreement(self) -> str:
         """What the check says when rank 1 holds another multiplier."""
@@ -241,16 +269,27 @@ def main() -> None:
         "cached_in_part": lab.train(recompute, probe_after=(0, 1, 3), cached_batches=2),
         "silent": lab.train(plain, multipliers=silent),
         "silent_units": list(silent),
+        "recomputed_within": lab.train(recompute, probe_within=(0, 1, 4)),
         "disagreement": lab.disagreement(),
         "expanded": str(lab.expanded),
     }
     for name in ("zero1", "zero2", "zero3", "zero3_offload"):
         config = lab.config(deepspeed=str(ROOT / "ds_configs" / f"{name}.json"))
         results[name] = lab.train(config, probe_after=(0, 2), refresh=True)
-    for name in ("zero1", "zero2", "zero3", "zero3_offload"):
-        bf16 = {"precision": "bf16"}
-        settings = {"deepspeed": str(ROOT / "ds_configs" / f"{name}.json"), "importance": {"granularity": "fine"}}
-        results[f"bf16 {name}"] = lab.misplaced_share(lab.config(train=bf16, **settings))
+        results[f"{name} within"] = lab.train(config, probe_after=(0, 2), refresh=True, probe_within=(0, 1, 4))
+    # DeepSpeed takes fp16 on a CPU for unsupported where it would be slow.
+    with mock.patch.object(CPU_Accelerator, "is_fp16_supported", lambda _: True):
+        for name, precision in itertools.product(("zero1", "zero2", "zero3", "zero3_offload"), ("bf16", "fp16")):
+            config = lab.config(
+                deepspeed=str(ROOT / "ds_configs" / f"{name}.json"),
+                importance={"granularity": "fine"},
+                train={"precision": precision},
+            )
+            results[f"{precision} {name}"] = lab.misplaced_share(config)
+        for name in ("zero2", "zero3"):
+            path = str(ROOT / "ds_configs" / f"{name}.json")
+            results[f"overflow {name}"] = lab.overflowing(lab.config(deepspeed=path, train={"precision": "fp16"}))
+    results["source importance"] = lab.source_importance(plain)
     results["second_rank_cut_rows"] = gather_objects(results["plain"].cut_rows)[1]
     if rank() == 0:
         torch.save({k: dataclasses.asdict(v) if isinstance(v, Outcome) else v for k, v in results.items()}, output)
