@@ -32,6 +32,7 @@ setup(
         "jinja2>=3.1",
         "matplotlib>=3.8",
         "numpy>=1.26",
+        "scipy>=1.11",
         "psutil>=5.9",
     ],
     extras_require={

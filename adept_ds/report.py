@@ -24,13 +24,14 @@ from markupsafe import Markup
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
+from scipy.stats import spearmanr
 
 from adept_ds.errors import InputError
 from adept_ds.files import read_json, write_text
 
 Json = dict[str, Any]
 INK, GREY, PALE, COPY, BLUE, GREEN = "#1f2937", "#9aa5b4", "#cfd8e4", "#d9660b", "#2459c4", "#12806a"
-WIDTH, MAX_POINTS, MAX_COLUMNS, MAX_UNITS = 10.4, 1200, 48, 40
+WIDTH, MAX_POINTS, MAX_COLUMNS, MAX_UNITS, MAX_DOTS = 10.4, 1200, 48, 40, 400
 STYLE: Json = {"svg.fonttype": "path", "font.size": 8.5, "axes.titlesize": 9.5, "axes.edgecolor": GREY}
 STYLE |= {"axes.grid": True, "axes.grid.axis": "y", "axes.axisbelow": True, "grid.color": "#e6eaef"}
 STYLE |= dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), INK)
@@ -50,6 +51,7 @@ class Run:
     summary: Json
     metrics: list[Json]
     refreshes: list[tuple[float, Json]]
+    movements: list[tuple[float, Json]]
 
     @property
     def copies(self) -> dict[int, int]:
@@ -76,6 +78,57 @@ class Run:
         return (evals[0][1], evals[-1][1]) if len(evals) > 1 else ({}, {})
 
 
+@dataclass(frozen=True)
+class Moved:
+    """A unit over the whole run; or the mean of a layer's heads or neurons, where units are many."""
+
+    name: str
+    multiplier: float
+    """Mean over steps."""
+    change: float
+    """Root mean square over elements of the change since the start."""
+
+    @property
+    def is_norm(self) -> bool:
+        return "norm" in self.name
+
+
+@dataclass(frozen=True)
+class Movement:
+    """What shows that multipliers acted."""
+
+    units: list[Moved]
+    correlation: float | None
+    """Spearman's, of multiplier and change."""
+    stopped: int
+    """How often a unit had multiplier 0 from one refresh to the next."""
+    stopped_but_moved: list[str]
+
+
+def _movement(run: Run) -> Movement | None:
+    if not run.movements:
+        return None
+    weights: dict[str, list[tuple[float, float]]] = {}
+    stopped = []
+    for step, line in run.movements:
+        for unit in line["units"]:
+            weights.setdefault(unit["unit"], []).append((unit["multiplier"], step - line["since"]))
+            stopped += [unit] if unit["multiplier"] == 0 else []
+    grouped: dict[str, list[tuple[float, float]]] = {}
+    last = run.movements[-1][1]["units"]
+    for unit in last:
+        values, steps = zip(*weights[unit["unit"]], strict=True)
+        place = re.match(r"(.*?\d+\.)(.*)", unit["unit"])
+        name = place[1] + re.sub(r"\d+", "*", place[2]) if place and len(last) > MAX_DOTS else unit["unit"]
+        change = unit["moved_since_start"] / math.sqrt(unit["numel"])
+        grouped.setdefault(name, []).append((float(np.average(values, weights=steps)), change))
+    units = [Moved(name, *map(float, np.mean(members, axis=0))) for name, members in grouped.items()]
+    columns = [unit.multiplier for unit in units], [unit.change for unit in units]
+    varies = all(max(column) > min(column) for column in columns)
+    correlation = float(spearmanr(*columns).statistic) if varies else None
+    return Movement(units, correlation, len(stopped), sorted({u["unit"] for u in stopped if u["moved"] != 0}))
+
+
 def write_report(run_dir: Path) -> Path:
     """Write `run_dir/report.html` from the files beside it; a reader never sees half a page."""
     run, target = _read_run(Path(run_dir)), Path(run_dir) / "report.html"
@@ -84,7 +137,8 @@ def write_report(run_dir: Path) -> Path:
     env = Environment(loader=loader, autoescape=True, undefined=ChainableUndefined, trim_blocks=True)
     env.filters["short"], env.tests["finite"] = _short, _finite
     svgs = {name: _svg(name, draw, run) for name, draw in FIGURES.items()}
-    write_text(target, env.get_template("report.html.j2").render(run=run, svgs=svgs))
+    page = env.get_template("report.html.j2").render(run=run, svgs=svgs, movement=_movement(run))
+    write_text(target, page)
     return target
 
 
@@ -99,7 +153,9 @@ def _read_run(run_dir: Path) -> Run:
     probe, expansion, scores, summary = (_read_record(run_dir / name) for name in names)
     metrics, units = (_read_lines(run_dir / name) for name in ("metrics.jsonl", "unit_importance.jsonl"))
     refreshes = _in_order((line["step"], {unit["unit"]: unit for unit in line.get("units", [])}) for line in units)
-    return Run(text, config if isinstance(config, dict) else {}, probe, expansion, scores, summary, metrics, refreshes)
+    movements = _in_order((line["step"], line) for line in _read_lines(run_dir / "unit_movement.jsonl"))
+    settings = config if isinstance(config, dict) else {}
+    return Run(text, settings, probe, expansion, scores, summary, metrics, refreshes, movements)
 
 
 def _read_record(path: Path) -> Json:
@@ -292,8 +348,26 @@ def _draw_units(run: Run, figure: Figure) -> None:
     figure.colorbar(image, ax=panels, fraction=0.02, pad=0.01, label="multiplier")
 
 
+def _draw_movement(run: Run, figure: Figure) -> None:
+    movement = _movement(run)
+    if movement is None:
+        return
+    figure.set_size_inches(WIDTH, 3.6)
+    axes = figure.add_subplot()
+    for is_norm, color, marker in ((False, BLUE, "o"), (True, COPY, "D")):
+        chosen = [unit for unit in movement.units if unit.is_norm == is_norm]
+        label = "norms" if is_norm else "everything else"
+        style: Json = {"color": color, "marker": marker, "alpha": 0.75, "s": 22, "linewidths": 0}
+        axes.scatter([u.multiplier for u in chosen], [u.change for u in chosen], label=label, **style)
+    axes.set(xlabel="mean multiplier over the run", ylabel="change of a weight since the start\n(root mean square)")
+    axes.set(xlim=(-0.02 * axes.get_xlim()[1], None), ylim=(-0.02 * axes.get_ylim()[1], None))
+    axes.yaxis.set_major_formatter(lambda value, _: _short(value))
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2)
+
+
 LOSS = (("loss", "training loss (nats)", BLUE), ("lr", "learning rate", GREY))
 SPEED = (("tokens_per_second", "tokens per second", GREEN), ("grad_norm", "gradient norm", COPY))
 FIGURES: dict[str, Callable[[Run, Figure], None]] = {"layers": _draw_layers, "stack": _draw_stack}
 FIGURES |= {"training": lambda run, figure: _draw_panels(run, figure, LOSS), "evals": _draw_evals}
-FIGURES |= {"units": _draw_units, "speed": lambda run, figure: _draw_panels(run, figure, SPEED)}
+FIGURES |= {"units": _draw_units, "movement": _draw_movement}
+FIGURES |= {"speed": lambda run, figure: _draw_panels(run, figure, SPEED)}

@@ -24,10 +24,11 @@ TITLES = {
     "training": "Training loss and learning rate",
     "evals": "Held-out loss during training",
     "units": "How fast each unit may learn",
+    "movement": "What the multipliers did",
     "speed": "Throughput and gradient norm",
     "config": "Configuration",
 }
-FIGURES = ("layers", "stack", "training", "evals", "units", "speed")
+FIGURES = ("layers", "stack", "training", "evals", "units", "movement", "speed")
 
 
 def write_lines(path: Path, lines: list[dict[str, Any]]) -> None:
@@ -87,6 +88,7 @@ def make_run(run_dir: Path, model: str = "models/SmolLM2-135M") -> Path:
     (run_dir / "expanded/expansion.json").write_text(json.dumps(expansion), encoding="utf-8")
     noise = random.Random(2)
     write_lines(run_dir / "unit_importance.jsonl", [refresh_line(step, noise) for step in range(0, 100, 20)])
+    write_movement(run_dir)
     write_lines(run_dir / "metrics.jsonl", metric_lines())
     write_evaluation(run_dir, general=2.21)
     summary = {"trainable_parameters": 14_160_000, "total_parameters": 148_680_000, "world_size": 2, "seconds": 75.4,
@@ -94,6 +96,21 @@ def make_run(run_dir: Path, model: str = "models/SmolLM2-135M") -> Path:
                "step_seconds": 0.64, "zero_stage": 3, "precision": "bf16"}  # fmt: skip
     (run_dir / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
     return run_dir
+
+
+def write_movement(run_dir: Path, refreshes: Path | None = None) -> None:
+    """Every element moves by 1e-5 times its multiplier in each step, always in the same direction."""
+    lines: list[dict[str, Any]] = []
+    travelled: dict[str, float] = {}
+    for refresh in map(json.loads, (refreshes or run_dir / "unit_importance.jsonl").read_text().splitlines()):
+        units = []
+        for unit in refresh["units"]:
+            name, numel, step = unit["unit"], 576 if "norm" in unit["unit"] else 331_776, 1e-5 * unit["multiplier"] * 20
+            travelled[name] = travelled.get(name, 0.0) + step
+            units.append({"unit": name, "numel": numel, "multiplier": unit["multiplier"],
+                          "moved": step * numel**0.5, "moved_since_start": travelled[name] * numel**0.5})  # fmt: skip
+        lines.append({"step": refresh["step"] + 20, "since": refresh["step"], "units": units})
+    write_lines(run_dir / "unit_movement.jsonl", lines)
 
 
 def write_evaluation(run_dir: Path, general: float, domain: float = 1.61) -> None:
@@ -198,7 +215,7 @@ def test_only_the_probe_has_run(tmp_path: Path) -> None:
     page = page_of(tmp_path)
     assert figures(page) == {name: name == "layers" for name in FIGURES}
     assert "Layers probed; no training yet. Layers 12, 17, 20, 21 matter least for general text." in words(page)
-    assert page.count("Left out") == 7
+    assert page.count("Left out") == 8
 
 
 def test_only_metrics(tmp_path: Path) -> None:
@@ -265,3 +282,52 @@ def test_long_runs_and_fine_units_stay_small(tmp_path: Path) -> None:
 def test_same_input_gives_the_same_page(tmp_path: Path) -> None:
     write_importance(tmp_path, layers=24)
     assert page_of(tmp_path) == page_of(tmp_path)
+
+
+def movement_of(run_dir: Path, *lines: dict[str, Any]) -> str:
+    write_lines(run_dir / "unit_movement.jsonl", list(lines))
+    return words(page_of(run_dir).split('<section id="movement"')[1].split("</section>")[0])
+
+
+def moved(unit: str, multiplier: float, distance: float, total: float, numel: int = 4) -> dict[str, Any]:
+    return {"unit": unit, "numel": numel, "multiplier": multiplier, "moved": distance, "moved_since_start": total}
+
+
+def test_a_unit_that_moves_as_its_multiplier_says_lies_on_the_line(page: str) -> None:
+    """Norms are 576 times smaller than matrices here, and move as far by element."""
+    assert "Rank correlation (Spearman) of multiplier and change: 1.00" in words(page)
+
+
+def test_the_mean_multiplier_weighs_each_by_how_long_it_held(tmp_path: Path) -> None:
+    run_dir = make_run(tmp_path / "run")
+    first = {
+        "step": 10,
+        "since": 0,
+        "units": [moved("layers.1.mlp.up_proj", 2.0, 1, 1), moved("layers.1.norm", 1, 1, 1)],
+    }
+    then = {
+        "step": 40,
+        "since": 10,
+        "units": [moved("layers.1.mlp.up_proj", 0.4, 1, 3), moved("layers.1.norm", 1, 1, 1)],
+    }
+    text = movement_of(run_dir, first, then)
+    assert "layers.1.mlp.up_proj 0.800 1.5" in text  # (10 * 2 + 30 * 0.4) / 40; norm 3 over 4 elements
+    assert "layers.1.norm 1.000 0.5" in text
+
+
+def test_a_unit_that_moved_although_it_was_stopped_is_named(tmp_path: Path) -> None:
+    run_dir = make_run(tmp_path / "run")
+    units = [moved("layers.1.a", 0.0, 0.0, 1.0), moved("layers.1.b", 0.0, 1e-9, 1.0), moved("layers.1.c", 1.0, 1, 1)]
+    text = movement_of(run_dir, {"step": 10, "since": 0, "units": units})
+    assert "Units that moved although their multiplier was 0 (1): layers.1.b" in text
+    text = movement_of(run_dir, {"step": 10, "since": 0, "units": [units[0], units[2]]})
+    assert "multiplier 0 from one refresh to the next: 1. None of them moved" in text
+
+
+def test_thousands_of_neurons_are_shown_by_their_layers_mean(tmp_path: Path) -> None:
+    run_dir = make_run(tmp_path / "run")
+    units = [moved(f"layers.{layer}.mlp.neuron.{n}", n % 3, n % 3, n % 3) for layer in (3, 7) for n in range(6000)]
+    text = movement_of(run_dir, {"step": 10, "since": 0, "units": units})
+    assert "layers.3.mlp.neuron.* 1.000 0.5" in text
+    assert "layers.7.mlp.neuron.* 1.000 0.5" in text
+    assert (run_dir / "report.html").stat().st_size < 1_500_000

@@ -5,9 +5,11 @@
     adept     local slices of weights and gradients, one all-reduce of n_units numbers
     gathering safe_get_full_fp32_param and safe_get_full_grad of every trainable parameter, on every rank
 
-Both follow the same forward and backward passes; what comes after those is measured, in turns. Seconds are medians over
-turns, of the slowest rank. Bytes are those of all collectives that a rank took part in, counted in a turn that is not
-timed.
+Both follow the same forward and backward passes, with frozen weights kept gathered, as in training where memory is left
+over. What comes after the passes is measured, in turns, and the passes themselves: whole, and with the frozen layers
+below the lowest trained one replayed. What adept does beyond the passes is also what online importance adds to a
+training step. Seconds are medians over turns, of the slowest rank. Bytes are those of all collectives that a rank took
+part in, counted in a turn that is not timed.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ from adept_ds.distributed import init_distributed, max_over_ranks, rank, ranks_f
 from adept_ds.engine import build_training_engine
 from adept_ds.families import family_of
 from adept_ds.importance import ProbeBatches, backward_global_batch, local_sums
+from adept_ds.prefix import FrozenPrefix
 from adept_ds.units import UnitRegistry
 
 
@@ -78,14 +81,22 @@ def gathered_sums(engine: Any, registry: UnitRegistry, parameters: Sequence[tupl
     return sums
 
 
-def refresh(engine: Any, registry: UnitRegistry, probe: ProbeBatches, *, gathering: bool, count: bool) -> Refresh:
+def refresh(
+    engine: Any,
+    registry: UnitRegistry,
+    probe: ProbeBatches,
+    *,
+    gathering: bool = False,
+    count: bool = False,
+    prefix: FrozenPrefix | None = None,
+) -> Refresh:
     """Counting slows down, so a refresh is either counted or timed."""
     parameters = [(name, p) for name, p in engine.module.named_parameters() if name in registry.placements]
     sums, counted, batches = torch.zeros(len(registry), dtype=torch.float64), CountedBytes(), probe.global_batches()
     start, collecting = time.perf_counter(), 0.0
     with zero.probing_gradients(engine):
         for number in range(len(batches)):
-            backward_global_batch(engine, probe, number)
+            backward_global_batch(engine, probe, number, prefix)
             before = time.perf_counter()
             with counted if count else nullcontext():
                 sums += (gathered_sums if gathering else local_sums)(engine, registry, parameters)
@@ -104,18 +115,23 @@ def run_rank(arguments: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         config = parse_config({"model": str(arguments.model), "run_dir": folder})
         blocks = build_blocks("corpus", [arguments.corpus], arguments.model, 256, arguments.cache, keep_tail=False)
-        engine, _, registry = build_training_engine(config, arguments.model, family_of(arguments.model), layers)
+        family = family_of(arguments.model)
+        engine, _, registry = build_training_engine(config, arguments.model, family, layers)
     probe = ProbeBatches(blocks, tuple(range(arguments.blocks)), arguments.blocks, 2)
     ways = {"adept": False, "gathering": True}
     counted = {way: refresh(engine, registry, probe, gathering=full, count=True) for way, full in ways.items()}
+    zero.keep_frozen_gathered(engine, 1 << 40)
+    prefix = FrozenPrefix(family.layer_modules(engine.module), min(layers), arguments.blocks)
+    refresh(engine, registry, probe, prefix=prefix)
     pairs = zip(counted["adept"].importance, counted["gathering"].importance, strict=True)
-    timed: dict[str, list[float]] = {way: [] for way in [*ways, "passes"]}
+    timed: dict[str, list[float]] = {way: [] for way in [*ways, "passes", "replayed"]}
     for _ in range(arguments.turns):
         for way, full in ways.items():
-            one = refresh(engine, registry, probe, gathering=full, count=False)
+            one = refresh(engine, registry, probe, gathering=full)
             slowest, passes = max_over_ranks(one.seconds, one.passes_seconds)
             timed[way].append(slowest)
             timed["passes"].append(passes)
+        timed["replayed"] += max_over_ranks(refresh(engine, registry, probe, prefix=prefix).passes_seconds)
     if rank() == 0:
         result = {
             "units": len(registry),
@@ -161,6 +177,7 @@ def main() -> None:
     seconds = found["seconds"]
     print(f"{found['trained'] / 1e6:.1f} M trained elements, {found['units']} units, {arguments.ranks} ranks, ZeRO-3")
     print(f"forward and backward passes {seconds['passes']:8.3f} s")
+    print(f"the same, prefix replayed   {seconds['replayed']:8.3f} s")
     for way in ("adept", "gathering"):
         print(f"beyond that, {way:<14} {seconds[way]:8.3f} s   {found['bytes'][way]:12,} bytes")
     print(f"largest relative difference of an importance {found['difference']:.1e}")
