@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from adept_ds.config import Config, TrainSection, read_deepspeed_config
+from adept_ds.ds_features import unsupported_feature
 from adept_ds.errors import InputError
 from adept_ds.families import Family, family_of, layer_count
 
@@ -113,18 +114,15 @@ def check_deepspeed_config(config: Config) -> dict[str, Any]:
             remedy = f"remove it and set {instead} in the run configuration" if instead else "remove it"
             raise InputError(f"deepspeed: '{config.deepspeed}' sets '{key}', which adept-ds sets itself; {remedy}")
     zero = _json_object(user, "zero_optimization")
-    offload = {key: _json_object(zero, key) for key in ("offload_optimizer", "offload_param")}
+    for key in ("offload_optimizer", "offload_param"):
+        _json_object(zero, key)
     if zero.get("stage") not in (1, 2, 3):
         raise InputError(
             f"deepspeed: zero_optimization.stage is {zero.get('stage')!r}; adept-ds trains with stage 1, 2 or 3"
         )
-    for key, section in offload.items():
-        if section.get("device") == "nvme":
-            raise InputError(f"deepspeed: zero_optimization.{key}.device is 'nvme', which is not supported; use 'cpu'")
-    if zero["stage"] != 3 and offload["offload_optimizer"].get("device", "none") != "none":
-        raise InputError("deepspeed: zero_optimization.offload_optimizer is supported with stage 3; set stage to 3")
-    if offload["offload_optimizer"].get("ratio", 1.0) != 1.0:
-        raise InputError("deepspeed: zero_optimization.offload_optimizer.ratio must be 1.0 (the whole optimizer)")
+    refusal = unsupported_feature(user)
+    if refusal:
+        raise InputError(f"deepspeed: '{config.deepspeed}': {refusal}")
     return user
 
 

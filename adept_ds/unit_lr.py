@@ -16,7 +16,8 @@ from typing import Any
 from adept_ds import zero
 from adept_ds.config import LrPolicySection
 from adept_ds.distributed import all_ranks_equal, gather_objects
-from adept_ds.errors import UnitMismatchError
+from adept_ds.ds_features import unsupported_feature
+from adept_ds.errors import InputError, UnitMismatchError
 from adept_ds.lr_policy import multipliers_from_importance, smooth
 from adept_ds.optim import UnitAdamW, UnitSlice, attach_multipliers
 from adept_ds.units import UnitRegistry
@@ -35,6 +36,7 @@ class UnitLR:
         policy: how `refresh` maps importances to multipliers.
 
     Raises:
+        InputError: the engine uses a feature of DeepSpeed under which multipliers would not hold.
         LayoutError: DeepSpeed lays out partitions in another way than `zero` was written for.
         ValueError: `units` names a parameter that the model has not.
     """
@@ -42,6 +44,9 @@ class UnitLR:
     def __init__(
         self, engine: Any, units: UnitRegistry | Mapping[str, str], policy: LrPolicySection | None = None
     ) -> None:
+        refusal = unsupported_feature(zero.ds_config(engine))
+        if refusal:
+            raise InputError(f"deepspeed: {refusal}")
         self.registry = units if isinstance(units, UnitRegistry) else _registry_of(engine, units)
         self._policy = policy or LrPolicySection()
         client = zero.client_optimizer(engine)

@@ -7,15 +7,17 @@ what is read here is documented interface, so `partition_layout` checks every as
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_grad, set_z3_leaf_modules
 
+from adept_ds.config import read_deepspeed_config
 from adept_ds.errors import LayoutError
 
 WRITTEN_AGAINST = "0.19.8"
@@ -130,6 +132,12 @@ def _share_partition(parameter: Any) -> None:
 
 def zero_stage(engine: Any) -> int:
     return int(engine.zero_optimization_stage())
+
+
+def ds_config(engine: Any) -> dict[str, Any]:
+    """The configuration that the engine was made with, which may have been given as a file."""
+    config = engine.config
+    return dict(config) if isinstance(config, Mapping) else read_deepspeed_config(Path(config))
 
 
 def client_optimizer(engine: Any) -> torch.optim.Optimizer:
