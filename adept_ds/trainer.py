@@ -55,22 +55,18 @@ def take_step(
     domain_loss = replay_loss = 0.0
     batches = data.micro_batches(step, train, rank(), world_size())
     replayed = sum(rows[-1].replayed for rows in batches)
-
-    def nothing() -> None:
-        pass
-
-    before_step = nothing
+    add_replayed: Callable[[], None] | None = None
     for number, rows in enumerate(batches, start=1):
         input_ids, labels = (tensor.to(engine.device) for tensor in data.batch(rows))
         losses = engine(input_ids, labels)
         backward = partial(engine.backward, losses.sum() / data.predicted_tokens(rows))
         if online and number == replayed:
             share = data.replayed / train.global_batch_size
-            before_step = zero.end_segment(engine, backward, partial(online.observe, share))
+            add_replayed = zero.end_segment(engine, backward, partial(online.observe, share))
         else:
             backward()
-        if number == len(batches):
-            before_step()
+        if add_replayed and number == len(batches):
+            add_replayed()
         engine.step()
         for row, loss in zip(rows, (losses.detach() / (data.domain.seq_len - 1)).tolist(), strict=True):
             domain_loss, replay_loss = domain_loss + loss * (not row.replayed), replay_loss + loss * row.replayed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -61,3 +62,22 @@ def test_converter_refuses_what_is_no_checkpoint(tmp_path: Path) -> None:
     assert result.returncode == 2
     assert "holds no DeepSpeed checkpoint" in result.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_compared_runs_show_correlations_by_kind_and_what_refreshes_cost(tmp_path: Path) -> None:
+    """Norms in the same order, everything else in the opposite one."""
+    units = ["layers.1.a_norm", "layers.1.b_norm", "layers.1.c_norm", "layers.1.up", "layers.1.down", "layers.1.gate"]
+    multipliers = {"first": [0.1, 0.5, 0.9, 0.2, 1.0, 1.8], "second": [0.2, 0.6, 1.0, 1.8, 1.0, 0.2]}
+    for name, values in multipliers.items():
+        (tmp_path / name).mkdir()
+        entries = [{"unit": unit, "multiplier": value} for unit, value in zip(units, values, strict=True)]
+        line = {"step": 8, "units": entries}
+        (tmp_path / name / "unit_importance.jsonl").write_text(json.dumps(line) + "\n")
+        metrics = [{"step": 8, "loss": 2.0, "seconds": 3.25}, {"step": 8, "refresh_seconds": 1.5}]
+        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(metric) + "\n" for metric in metrics))
+    result = _tool("tools/compare_importance.py", tmp_path / "first", tmp_path / "second")
+    assert result.returncode == 0, result.stderr
+    (row,) = [line for line in result.stdout.splitlines() if line.startswith("│ 8 ")]
+    assert [cell.strip() for cell in row.strip("│").split("│")][2:] == ["1.000", "-1.000", "0.583"]
+    assert "1.50" in result.stdout
+    assert "3.25" in result.stdout
