@@ -31,6 +31,7 @@ UNSUPPORTED = (
     Unsupported("zero_optimization.offload_optimizer.ratio", "part of the optimizer stays on the device", (None, 1)),
     Unsupported("zero_optimization.cpu_offload", "it is an old name; write offload_optimizer: {device: cpu}"),
     Unsupported("zero_optimization.cpu_offload_param", "it is an old name; write offload_param: {device: cpu}"),
+    Unsupported("zero_optimization.round_robin_gradients", "gradients lie in another order than their parameters"),
     Unsupported("zero_optimization.zero_quantized_gradients", "importances are products with exact gradients"),
     Unsupported("zero_optimization.zero_quantized_weights", _QUANTISED),
     Unsupported("zero_optimization.zero_quantized_nontrainable_weights", _QUANTISED),

@@ -38,14 +38,23 @@ def cpu_adam(parameters: Any, **options: Any) -> torch.optim.Optimizer:
 
 OTHER_OPTIMIZERS = {"attached": stock_adamw, "cpu_adam": cpu_adam}
 
+ZERO_SETTINGS: dict[str, dict[str, Any]] = {
+    "above_threshold": {"stage": 3, "stage3_param_persistence_threshold": 0},
+    "around_threshold": {"stage": 3, "stage3_param_persistence_threshold": 1000},
+    "many_groups": {"stage": 3, "sub_group_size": 3000},
+    "params_offloaded": {"stage": 3, "offload_param": {"device": "cpu"}, "offload_optimizer": {"device": "cpu"}},
+    "overlapping": {"stage": 2, "overlap_comm": True, "reduce_bucket_size": 500},
+}
+"""Variants that are DeepSpeed settings."""
+
 
 def config_of(lab: Lab, deepspeed: str, granularity: str, variant: str = "") -> Config:
     general = [str(lab.workspace.root / "general.jsonl")]
     online = variant == "online"
-    thresholds = {"above_threshold": 0, "around_threshold": 1000}
+    settings = ZERO_SETTINGS.get(variant)
     shipped = ROOT / "ds_configs" / f"{deepspeed}.json"
     return lab.config(
-        deepspeed=str(lab.strict_zero3(thresholds[variant]) if variant in thresholds else shipped),
+        deepspeed=str(lab.deepspeed_file(f"{deepspeed}_{variant}", **settings) if settings else shipped),
         data={"replay": general, "replay_share": 0.5} if online else {},
         importance={"granularity": granularity, "source": "online" if online else "probe"},
         train={"micro_batch_size": 1, "activation_checkpointing": variant == "recomputed"},

@@ -26,7 +26,8 @@ CELLS = {
     2: [f"{stage}/{granularity}" for stage in STAGES for granularity in GRANULARITIES]
     + ["zero3/fine/recomputed", "zero2/fine/attached", "zero3_offload/fine/attached"]
     + [f"{stage}/matrix/online" for stage in STAGES]
-    + ["zero3/fine/above_threshold", "zero3/fine/around_threshold"],
+    + ["zero3/fine/above_threshold", "zero3/fine/around_threshold", "zero3/fine/many_groups"]
+    + ["zero3/fine/params_offloaded", "zero2/fine/overlapping"],
     3: [f"{stage}/fine" for stage in STAGES]
     + ["zero2/matrix", "zero3/matrix", "zero2/matrix/online", "zero3/fine/above_threshold"],
     4: ["zero2/fine", "zero3/fine"],
@@ -42,7 +43,9 @@ def outcomes(workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> 
     found = {}
     for world_size, cells in CELLS.items():
         output = tmp_path_factory.mktemp("cells") / "outcomes.pt"
-        result = launch(world_size, [str(ROOT / "tests" / "cells.py"), str(workspace.root), str(output), *cells])
+        result = launch(
+            world_size, [str(ROOT / "tests" / "cells.py"), str(workspace.root), str(output), *cells], timeout=600
+        )
         assert result.returncode == 0, result.stderr
         found[world_size] = dict(torch.load(output))
     return found

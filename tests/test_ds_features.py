@@ -18,6 +18,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "super offload": ({"zero_optimization": {"offload_optimizer": {"super_offload": True}}}, "super_offload"),
     "half of the optimizer": ({"zero_optimization": {"offload_optimizer": {"ratio": 0.5}}}, "ratio"),
     "an old name for offload": ({"zero_optimization": {"cpu_offload": True}}, "cpu_offload"),
+    "gradients dealt out in turn": ({"zero_optimization": {"round_robin_gradients": True}}, "round_robin_gradients"),
     "quantised gradients": ({"zero_optimization": {"zero_quantized_gradients": True}}, "zero_quantized_gradients"),
     "quantised weights": ({"zero_optimization": {"zero_quantized_weights": True}}, "zero_quantized_weights"),
     "hpZ": ({"zero_optimization": {"zero_hpz_partition_size": 8}}, "zero_hpz_partition_size"),

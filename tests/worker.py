@@ -80,15 +80,14 @@ class Lab:
     def config(self, **sections: Any) -> Config:
         return parse_config(self.workspace.tree(self.scratch / "run", **sections))
 
-    def strict_zero3(self, threshold: int = 0) -> Path:
-        """ZeRO-3 that keeps nothing gathered by itself; by default every parameter of a tiny model is small enough.
-
-        With a threshold, it keeps parameters of fewer elements.
-        """
-        path = self.scratch / f"strict_{threshold}.json"
-        settings = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": threshold}}
-        on_main_rank(lambda: write_json(path, settings))
+    def deepspeed_file(self, name: str, **zero_optimization: Any) -> Path:
+        path = self.scratch / f"{name}.json"
+        on_main_rank(lambda: write_json(path, {"zero_optimization": zero_optimization}))
         return path
+
+    def strict_zero3(self) -> Path:
+        """ZeRO-3 that keeps nothing gathered by itself; by default every parameter of a tiny model is small enough."""
+        return self.deepspeed_file("strict", stage=3, stage3_param_persistence_threshold=0)
 
     def probe(self, micro_batch_size: int) -> ProbeBatches:
         return ProbeBatches(self.general, tuple(block_order(len(self.general), 0)[:7]), 5, micro_batch_size)
