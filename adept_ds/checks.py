@@ -120,7 +120,7 @@ def check_deepspeed_config(config: Config) -> dict[str, Any]:
         raise InputError(
             f"deepspeed: zero_optimization.stage is {zero.get('stage')!r}; adept-ds trains with stage 1, 2 or 3"
         )
-    refusal = unsupported_feature(user)
+    refusal = unsupported_feature(user, whole_run=True)
     if refusal:
         raise InputError(f"deepspeed: '{config.deepspeed}': {refusal}")
     return user

@@ -56,6 +56,7 @@ class UnitMultipliers:
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self._optimizer = optimizer
         self._slices: dict[int, list[UnitSlice]] = {}
+        self._last_held: dict[str, float] = {}
         self._cached: tuple[dict[str, float], list[float], torch.Tensor] | None = None
 
     def name_units(self, names: Sequence[str]) -> None:
@@ -126,8 +127,11 @@ class UnitMultipliers:
 
     @property
     def _held(self) -> dict[str, float]:
-        held: dict[str, float] = self._optimizer.param_groups[0].get(MULTIPLIERS_KEY, {})
-        return held
+        # At stages 1 and 2 DeepSpeed steps one parameter group after the other, and takes the others away meanwhile.
+        # The first one, where a loaded checkpoint puts its multipliers, comes first.
+        for group in self._optimizer.param_groups:
+            self._last_held = group.get(MULTIPLIERS_KEY, self._last_held)
+        return self._last_held
 
 
 def attach_multipliers(optimizer: torch.optim.Optimizer) -> UnitMultipliers:

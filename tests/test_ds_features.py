@@ -18,7 +18,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "super offload": ({"zero_optimization": {"offload_optimizer": {"super_offload": True}}}, "super_offload"),
     "half of the optimizer": ({"zero_optimization": {"offload_optimizer": {"ratio": 0.5}}}, "ratio"),
     "an old name for offload": ({"zero_optimization": {"cpu_offload": True}}, "cpu_offload"),
-    "gradients dealt out in turn": ({"zero_optimization": {"round_robin_gradients": True}}, "round_robin_gradients"),
+    "gradients dealt out in turn": (
+        {"zero_optimization": {"stage": 2, "round_robin_gradients": True}},
+        "round_robin_gradients",
+    ),
     "quantised gradients": ({"zero_optimization": {"zero_quantized_gradients": True}}, "zero_quantized_gradients"),
     "quantised weights": ({"zero_optimization": {"zero_quantized_weights": True}}, "zero_quantized_weights"),
     "hpZ": ({"zero_optimization": {"zero_hpz_partition_size": 8}}, "zero_hpz_partition_size"),
@@ -45,6 +48,48 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "checkpoints written later": ({"checkpoint": {"writer": {"decoupled": True}}}, "decoupled"),
     "1-bit Adam": ({"optimizer": {"type": "OneBitAdam"}}, "onebitadam"),
     "Muon": ({"optimizer": {"type": "Muon"}}, "muon"),
+    "steps scaled by norms": ({"optimizer": {"type": "Lamb"}}, "lamb"),
+    "steps scaled by norms, torch's": ({"optimizer": {"type": "Adafactor"}}, "adafactor"),
+    "division before the sum": (
+        {"zero_optimization": {"stage": 3}, "gradient_predivide_factor": 2.0},
+        "gradient_predivide_factor",
+    ),
+    "elastic checkpoints": ({"zero_optimization": {"stage": 1, "elastic_checkpoint": True}}, "elastic_checkpoint"),
+    "masters from low precision": (
+        {"zero_optimization": {"stage": 2, "load_from_fp32_weights": False}},
+        "load_from_fp32_weights",
+    ),
+    "masters in fp16": ({"fp16": {"enabled": True, "fp16_master_weights_and_grads": True}}, "fp16_master"),
+    "masters in bf16": ({"bf16": {"enabled": True, "bf16_master_weights_and_grads": True}}, "bf16_master"),
+    "curriculum learning": (
+        {"data_efficiency": {"data_sampling": {"curriculum_learning": {"enabled": True}}}},
+        "curriculum_learning",
+    ),
+    "dropped tokens": ({"data_efficiency": {"data_routing": {"random_ltd": {"enabled": True}}}}, "random_ltd"),
+    "no ZeRO": ({"zero_optimization": {"stage": 0}}, "stage"),
+    "no ZeRO by default": ({}, "stage"),
+    "an optimizer without partitions": (
+        {
+            "zero_optimization": {"stage": 1},
+            "bf16": {"enabled": True},
+            "data_types": {"grad_accum_dtype": "fp32"},
+        },
+        "grad_accum_dtype",
+    ),
+    "a removed feature, switched off": ({"amp": {"enabled": False}}, "amp"),
+    "a removed feature of ZeRO": ({"zero_optimization": {"stage": 3, "mics_shard_size": -1}}, "mics_shard_size"),
+}
+
+REFUSED_IN_A_RUN: dict[str, dict[str, Any]] = {
+    "use_node_local_storage": {"checkpoint": {"use_node_local_storage": True}},
+    "load_universal": {"checkpoint": {"load_universal": True}},
+    "autotuning": {"autotuning": {"enabled": True}},
+    "leaf_module.classes": {"zero_optimization": {"stage": 3, "leaf_module": {"classes": ["LlamaDecoderLayer"]}}},
+    "leaf_module.names": {"zero_optimization": {"stage": 3, "leaf_module": {"names": ["model.layers.2"]}}},
+    "leaf_module.name_suffixes": {"zero_optimization": {"stage": 3, "leaf_module": {"name_suffixes": [".mlp"]}}},
+    "module_granularity_threshold": {
+        "zero_optimization": {"stage": 3, "stage3_module_granularity_threshold": 1000},
+    },
 }
 
 
@@ -61,7 +106,12 @@ def test_it_is_refused_by_its_key_with_a_reason(name: str) -> None:
 @pytest.mark.parametrize(
     "ds_config",
     [
-        {},
+        {"zero_optimization": {"stage": 1}, "bf16": {"enabled": True}},
+        {"zero_optimization": {"stage": 2}, "bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}},
+        {"zero_optimization": {"stage": 2}, "gradient_predivide_factor": 2.0, "prescale_gradients": True},
+        {"zero_optimization": {"stage": 3, "round_robin_gradients": True, "reduce_scatter": False}},
+        {"zero_optimization": {"stage": 3, "load_from_fp32_weights": False, "parameter_alignment": True}},
+        {"optimizer": {"type": "Lion"}, "pipeline": {"stages": "auto"}},
         {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 1.0}}},
         {"zero_optimization": {"stage": 2, "zero_quantized_weights": False, "zero_hpz_partition_size": 1}},
         {"zero_optimization": {"stage": 2, "overlap_comm": True, "reduce_bucket_size": 1000}},
@@ -72,12 +122,62 @@ def test_it_is_refused_by_its_key_with_a_reason(name: str) -> None:
     ids=json.dumps,
 )
 def test_what_is_off_or_does_no_harm_is_accepted(ds_config: dict[str, Any]) -> None:
+    assert unsupported_feature({"zero_optimization": {"stage": 3}} | ds_config, whole_run=True) is None
+
+
+@pytest.mark.parametrize("key", REFUSED_IN_A_RUN)
+def test_what_only_a_run_cannot_take_is_refused_there(key: str) -> None:
+    ds_config = {"zero_optimization": {"stage": 3}} | REFUSED_IN_A_RUN[key]
+    assert key in (unsupported_feature(ds_config, whole_run=True) or "")
     assert unsupported_feature(ds_config) is None
+
+
+@pytest.mark.parametrize("value", [None, "cpu", 3, [1], {"device": []}, True])
+def test_what_is_malformed_is_left_to_the_checks_of_its_form(value: Any) -> None:
+    for ds_config in (
+        {"zero_optimization": value},
+        {"zero_optimization": {"stage": value, "leaf_module": value, "offload_optimizer": value}},
+        {"optimizer": value, "bf16": value, "data_types": value, "checkpoint": {"writer": value}},
+    ):
+        unsupported_feature(ds_config, whole_run=True)  # whatever it says, it does not raise
+
+
+@pytest.mark.parametrize("by_alias", [True, False])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_every_default_of_zero_is_accepted_when_written_out(stage: int, by_alias: bool) -> None:
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    defaults = DeepSpeedZeroConfig(stage=stage).model_dump(by_alias=by_alias)
+    assert unsupported_feature({"zero_optimization": defaults}, whole_run=True) is None
+
+
+def test_every_refused_key_of_zero_is_a_field_of_its_configuration() -> None:
+    from deepspeed.runtime.config import _REMOVED_ZERO_CONFIG_KEYS
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from deepspeed.runtime.zero.leaf_module_config import DeepSpeedZeroLeafModuleConfig
+    from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadOptimizerConfig
+
+    def names(model: Any) -> set[str]:
+        return {name for field, info in model.model_fields.items() for name in (field, info.alias) if name}
+
+    inner = {"offload_optimizer": DeepSpeedZeroOffloadOptimizerConfig, "leaf_module": DeepSpeedZeroLeafModuleConfig}
+    known = names(DeepSpeedZeroConfig) | _REMOVED_ZERO_CONFIG_KEYS.keys()
+    known |= {f"{section}.{name}" for section, model in inner.items() for name in names(model)}
+    keys = {feature.key for feature in UNSUPPORTED if feature.key.startswith("zero_optimization.")}
+    assert {key.removeprefix("zero_optimization.") for key in keys} <= known
+
+
+def test_everything_that_deepspeed_has_removed_is_refused() -> None:
+    """By name and in one line, where DeepSpeed would start to load and then raise."""
+    from deepspeed.runtime.config import _REMOVED_TOP_LEVEL_CONFIG_KEYS, _REMOVED_ZERO_CONFIG_KEYS
+
+    removed = _REMOVED_TOP_LEVEL_CONFIG_KEYS.keys() | {f"zero_optimization.{key}" for key in _REMOVED_ZERO_CONFIG_KEYS}
+    assert removed <= {feature.key for feature in UNSUPPORTED}
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "ds_configs").glob("*.json")), ids=lambda path: path.stem)
 def test_every_shipped_configuration_is_accepted(path: Path) -> None:
-    assert unsupported_feature(hjson.loads(path.read_text())) is None
+    assert unsupported_feature(hjson.loads(path.read_text()), whole_run=True) is None
 
 
 @pytest.mark.parametrize("feature", UNSUPPORTED, ids=lambda feature: feature.key)

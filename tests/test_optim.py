@@ -349,3 +349,25 @@ def test_the_map_of_a_parameter_is_smaller_than_a_hundredth_of_its_state() -> No
     optimizer.multipliers.name_units([str(unit) for unit in range(4096)])
     optimizer.multipliers.bind(flat, [UnitSlice(0, flat.numel(), Placement((64, 4096), 0, axis=1))])
     assert 0 < optimizer.multipliers.map_bytes <= 0.02 * 2 * flat.numel() * flat.element_size()
+
+
+def test_multipliers_hold_while_groups_are_stepped_one_after_the_other() -> None:
+    """As DeepSpeed does at stages 1 and 2: it takes the other groups away meanwhile."""
+    first, second = flat_tensor(0), flat_tensor(1)
+    groups = [{"params": [first], "weight_decay": 0.1}, {"params": [second], "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=0.05)
+    multipliers = attach_multipliers(optimizer)
+    multipliers.name_units(UNITS)
+    for tensor in (first, second):
+        multipliers.bind(tensor, SLICES)
+        tensor.grad = gradient(0)
+    multipliers.set(MULTIPLIERS)
+    before, both = second.detach().clone(), optimizer.param_groups
+    for group in both:
+        optimizer.param_groups = [group]
+        optimizer.step()
+    optimizer.param_groups = both
+    steps = {unit_of(piece): (second.detach() - before)[piece.start : piece.stop].abs() for piece in SLICES}
+    for unit, factor in MULTIPLIERS.items():  # the first step of AdamW without decay is the learning rate
+        torch.testing.assert_close(steps[unit], torch.full_like(steps[unit], 0.05 * factor), rtol=1e-5, atol=1e-7)
+    assert multipliers.values == MULTIPLIERS
