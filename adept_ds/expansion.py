@@ -1,26 +1,28 @@
 """Stage one, second half: insert identity copies of layers into a checkpoint (paper, section 3.1; design trap 6, 8).
 
-Works on safetensors files, not on a loaded model: one shard in memory at a time, plus the copies. Each copy stands
-directly above its source; the last factors that write to the residual stream are zero in it, so the expanded model
-computes exactly the function of its source.
+Works on safetensors files, not on a loaded model, and moves bytes. Each copy stands directly above its source; the last
+factors that write to the residual stream are zero in it, so the expanded model computes exactly the function of its
+source.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import shutil
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from adept_ds.errors import InputError
 from adept_ds.families import Family, family_of, layer_count
-from adept_ds.files import hash_files, new_directory, read_json, write_json
+from adept_ds.files import new_directory, read_json, write_json
+from adept_ds.tensor_files import Piece, StoredTensor, Zeros, read_header, write_tensors
 from adept_ds.terminal import ProgressCallback
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -42,7 +44,7 @@ class Expansion:
     copies: tuple[LayerCopy, ...]
     zeroed: tuple[str, ...]
     fingerprint: str
-    """SHA-256 of the expanded weight files."""
+    """SHA-256 over those of the expanded weight files."""
 
     @classmethod
     def load(cls, directory: Path) -> Expansion:
@@ -89,43 +91,81 @@ def weight_files(model_dir: Path) -> list[Path]:
     return files
 
 
-def expand_checkpoint(
-    source: Path, destination: Path, selected: Sequence[int], progress: ProgressCallback | None = None
-) -> Expansion:
-    """Write the expanded checkpoint of `source` to `destination` (replaced if it exists), and describe it.
+@dataclass(frozen=True)
+class Plan:
+    """An expanded checkpoint before it is written: which tensor comes from where."""
+
+    expansion: Expansion
+    """Without fingerprint."""
+    files: dict[str, dict[str, Piece]]
+    """Name of each weight file -> its tensors."""
+    config: dict[str, Any]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(piece.num_bytes for pieces in self.files.values() for piece in pieces.values())
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(math.prod(piece.shape) for pieces in self.files.values() for piece in pieces.values())
+
+
+def plan_expansion(source: Path, selected: Sequence[int]) -> Plan:
+    """Read the headers of `source`'s files, and say what its expansion consists of.
 
     Args:
         selected: source layers to copy.
-        progress: called with the finished share of the work and the name of the shard.
     """
     from transformers import AutoConfig
 
     family = family_of(source)
     # Through AutoConfig, because old files leave lists such as layer_types to be derived from the layer count.
     config = AutoConfig.from_pretrained(source).to_dict()
+    config.pop("_name_or_path", None)
     source_layers = layer_count(source)
     copies = plan_copies(selected)
-    files = weight_files(source)
-    zeroed: list[str] = []
-    weight_map: dict[str, str] = {}
-    total_size = 0
+    sources = weight_files(source)
+    files, zeroed = {}, []
+    for number, file in enumerate(sources):
+        pieces, zeros = _expand_shard(read_header(file), family, copies)
+        files[_shard_name(number, len(sources))] = pieces
+        zeroed += zeros
+    expanded_config = family.expand_config(config, layer_origins(source_layers, selected))
+    return Plan(Expansion(source_layers, tuple(copies), tuple(zeroed), ""), files, expanded_config)
+
+
+def expand_checkpoint(
+    source: Path, destination: Path, selected: Sequence[int], progress: ProgressCallback | None = None
+) -> Expansion:
+    """Write the expanded checkpoint of `source` to `destination` (replaced if it exists), and describe it.
+
+    Bytes go from file to file: whatever the size of the model, next to no memory is needed. Only a finished directory
+    has a config.json.
+
+    Args:
+        selected: source layers to copy.
+        progress: called with the finished share of the work and the name of the shard.
+    """
+    plan = plan_expansion(source, selected)
+    total, done, digest = plan.num_bytes, 0, hashlib.sha256()
     with new_directory(destination) as folder:
-        for number, file in enumerate(files):
-            if progress:
-                progress(number / len(files), file.name)
-            tensors, zeros = _expand_shard(file, family, copies)
-            name = _shard_name(number, len(files))
-            save_file(tensors, folder / name, metadata={"format": "pt"})
-            zeroed += zeros
-            weight_map |= dict.fromkeys(tensors, name)
-            total_size += sum(tensor.nbytes for tensor in tensors.values())
-        if len(files) > 1:
-            write_json(folder / INDEX_NAME, {"metadata": {"total_size": total_size}, "weight_map": weight_map})
-        _write_config(folder, family.expand_config(config, layer_origins(source_layers, selected)))
+        for name, pieces in plan.files.items():
+
+            def advance(num_bytes: int, name: str = name) -> None:
+                nonlocal done
+                done += num_bytes
+                if progress:
+                    progress(min(1.0, done / total), name)
+
+            digest.update(write_tensors(folder / name, pieces, advance).encode())
+        if len(plan.files) > 1:
+            weight_map = {tensor: name for name, pieces in plan.files.items() for tensor in pieces}
+            write_json(folder / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map})
         copy_companions(source, folder)
-        fingerprint = hash_files(weight_files(folder))
-        expansion = Expansion(source_layers, tuple(copies), tuple(zeroed), fingerprint)
+        expansion = replace(plan.expansion, fingerprint=digest.hexdigest())
         write_json(folder / "expansion.json", asdict(expansion))
+        text = json.dumps(plan.config, indent=2, default=str) + "\n"
+        (folder / "config.json").write_text(text, encoding="utf-8")
     if progress:
         progress(1.0, "")
     return expansion
@@ -150,33 +190,29 @@ def copy_companions(source: Path, destination: Path) -> None:
             shutil.copy2(file, destination / file.name)
 
 
-def _expand_shard(file: Path, family: Family, copies: Sequence[LayerCopy]) -> tuple[dict[str, torch.Tensor], list[str]]:
+def _expand_shard(
+    stored: Mapping[str, StoredTensor], family: Family, copies: Sequence[LayerCopy]
+) -> tuple[dict[str, Piece], list[str]]:
     """The tensors of one shard under their new names, with the copies that belong to it; and which are zeroed."""
     copy_of = {copy.source: copy for copy in copies}
-    tensors: dict[str, torch.Tensor] = {}
+    pieces: dict[str, Piece] = {}
     zeroed = []
-    for name, tensor in read_shard(file):
+    for name, tensor in stored.items():
         place = family.split_name(name)
         if place is None:
-            tensors[name] = tensor
+            pieces[name] = tensor
             continue
         layer, inner = place
         shift = sum(copy.source < layer for copy in copies)
-        tensors[family.join_name(layer + shift, inner)] = tensor
+        pieces[family.join_name(layer + shift, inner)] = tensor
         if layer in copy_of:
             copied = family.join_name(copy_of[layer].index, inner)
+            pieces[copied] = tensor
             if family.writes_residual(inner):
-                tensors[copied] = torch.zeros_like(tensor)
+                pieces[copied] = Zeros(tensor)
                 zeroed.append(copied)
-            else:
-                tensors[copied] = tensor.clone()
-    return tensors, zeroed
+    return pieces, zeroed
 
 
 def _shard_name(number: int, count: int) -> str:
     return "model.safetensors" if count == 1 else f"model-{number + 1:05d}-of-{count:05d}.safetensors"
-
-
-def _write_config(folder: Path, config: dict[str, Any]) -> None:
-    config.pop("_name_or_path", None)
-    (folder / "config.json").write_text(json.dumps(config, indent=2, default=str) + "\n", encoding="utf-8")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -69,17 +68,6 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
             if number < len(lines):
                 raise
     return records
-
-
-def hash_files(paths: list[Path]) -> str:
-    """SHA-256 over the contents of several files, in the given order."""
-    digest = hashlib.sha256()
-    for path in paths:
-        with path.open("rb") as file:
-            while chunk := file.read(1 << 22):
-                digest.update(chunk)
-        digest.update(b"\0")
-    return digest.hexdigest()
 
 
 def stamp_files(paths: list[Path]) -> list[list[Any]]:

@@ -17,6 +17,7 @@ from adept_ds import expansion as expansion_module
 from adept_ds.errors import InputError
 from adept_ds.expansion import Expansion, LayerCopy, expand_checkpoint, layer_origins, plan_copies
 from adept_ds.files import read_json, write_json
+from adept_ds.tensor_files import write_tensors
 
 SELECTED = [0, 2, 4]  # the lowest, the highest and one between
 ORIGINS = [0, 0, 1, 2, 2, 3, 4, 4]  # source layer of each expanded layer, by hand
@@ -295,13 +296,15 @@ def test_an_interrupted_expansion_leaves_what_was_there(
         (destination / "old").write_text("old")
     written: list[str] = []
 
-    def interrupted(tensors: dict[str, torch.Tensor], path: Path, **options: Any) -> None:
-        written.append(Path(path).name)
-        save_file(tensors, path, **options)
+    def interrupted(path: Path, *arguments: Any) -> str:
+        written.append(path.name)
+        digest = write_tensors(path, *arguments)
         if len(written) == 2:
+            assert not (path.parent / "config.json").exists(), "killed now, it must not look like a model"
             raise error
+        return digest
 
-    monkeypatch.setattr(expansion_module, "save_file", interrupted)
+    monkeypatch.setattr(expansion_module, "write_tensors", interrupted)
     with pytest.raises(type(error)):
         expand_checkpoint(sharded, destination, SELECTED)
     assert len(written) == 2

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from adept_ds.files import hash_files, new_directory, read_json_lines, stamp_files, write_json, write_text
+from adept_ds.files import new_directory, read_json_lines, stamp_files, write_json, write_text
 
 
 def names(directory: Path) -> list[str]:
@@ -132,18 +132,6 @@ def test_a_broken_line_in_the_middle_is_not_passed_over(tmp_path: Path) -> None:
 
 def test_a_missing_log_is_an_empty_one(tmp_path: Path) -> None:
     assert read_json_lines(tmp_path / "nothing.jsonl") == []
-
-
-def test_the_hash_depends_on_content_and_on_where_files_end(tmp_path: Path) -> None:
-    a, b = tmp_path / "a", tmp_path / "b"
-    a.write_bytes(b"12")
-    b.write_bytes(b"3")
-    first = hash_files([a, b])
-    a.rename(tmp_path / "c")
-    assert hash_files([tmp_path / "c", b]) == first, "the name does not count"
-    (tmp_path / "c").write_bytes(b"1")
-    b.write_bytes(b"23")
-    assert hash_files([tmp_path / "c", b]) != first, "the same bytes, cut elsewhere"
 
 
 def test_a_stamp_changes_with_size_or_time_and_not_with_the_order(tmp_path: Path) -> None:

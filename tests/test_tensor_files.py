@@ -1,0 +1,98 @@
+"""Files that are put together from others' bytes are what the safetensors library itself would read and write."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from adept_ds import tensor_files
+from adept_ds.errors import InputError
+from adept_ds.tensor_files import Zeros, read_header, write_tensors
+
+TENSORS = {
+    "matrix": torch.arange(35.0).view(5, 7),
+    "half": torch.linspace(-3, 3, 9, dtype=torch.bfloat16),
+    "numbers": torch.arange(3),
+    "nothing": torch.zeros(0, 4),
+    "one": torch.tensor(2.5),
+    "eight": torch.randn(16, generator=torch.Generator().manual_seed(0)).to(torch.float8_e4m3fn),
+}
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    save_file(TENSORS, tmp_path / "source.safetensors", metadata={"format": "pt"})
+    return tmp_path / "source.safetensors"
+
+
+@pytest.mark.parametrize("chunk", [3, 1 << 23])
+def test_pieces_of_a_file_come_back_bit_for_bit_under_other_names(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int
+) -> None:
+    monkeypatch.setattr(tensor_files, "_CHUNK", chunk)
+    stored = read_header(source)
+    assert stored.keys() == TENSORS.keys()
+    pieces = {f"new.{name}": stored[name] for name in reversed(list(stored))}
+    seen: list[int] = []
+    target = tmp_path / "target.safetensors"
+    digest = write_tensors(target, pieces | {"zeroed": Zeros(stored["matrix"])}, seen.append)
+    assert digest == hashlib.sha256(target.read_bytes()).hexdigest()
+    assert sum(seen) == target.stat().st_size
+    loaded = load_file(target)
+    assert torch.equal(loaded.pop("zeroed"), torch.zeros(5, 7))
+    assert loaded.keys() == {f"new.{name}" for name in TENSORS}
+    for name, tensor in TENSORS.items():
+        assert loaded[f"new.{name}"].dtype == tensor.dtype
+        assert loaded[f"new.{name}"].shape == tensor.shape
+        mine, wanted = (value.reshape(-1).view(torch.uint8) for value in (loaded[f"new.{name}"], tensor))
+        assert torch.equal(mine, wanted)
+    with safe_open(target, framework="pt") as file:
+        assert file.metadata() == {"format": "pt"}
+
+
+def test_a_file_written_twice_has_the_same_digest_and_another_content_another(source: Path, tmp_path: Path) -> None:
+    stored = read_header(source)
+    first = write_tensors(tmp_path / "a", stored)
+    assert write_tensors(tmp_path / "b", stored) == first
+    assert write_tensors(tmp_path / "c", stored | {"matrix": Zeros(stored["matrix"])}) != first
+
+
+def header_of(tensors: dict[str, dict[str, object]], data: bytes) -> bytes:
+    text = json.dumps(tensors).encode()
+    return struct.pack("<Q", len(text)) + text + data
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        pytest.param(b"", id="empty"),
+        pytest.param(b"1234567", id="shorter than a length"),
+        pytest.param(struct.pack("<Q", 1 << 40) + b"{}", id="a header longer than the file"),
+        pytest.param(struct.pack("<Q", 4) + b"\xff{}[", id="no JSON"),
+        pytest.param(struct.pack("<Q", 2) + b"[]", id="a list"),
+        pytest.param(header_of({"a": {"dtype": "F32", "shape": [2]}}, b"12345678"), id="no place"),
+        pytest.param(header_of({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}, b"1234"), id="cut short"),
+        pytest.param(header_of({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 8]}}, b"12345678"), id="size"),
+        pytest.param(header_of({"a": {"dtype": "U8", "shape": [4], "data_offsets": [4, 8]}}, b"12345678"), id="a hole"),
+        pytest.param(header_of({"a": {"dtype": "U8", "shape": [4], "data_offsets": [0, 4]}}, b"12345678"), id="more"),
+    ],
+)
+def test_a_damaged_file_is_an_input_error_that_names_it(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "bad.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=r"bad\.safetensors' is damaged .*complete the download"):
+        read_header(path)
+
+
+def test_a_file_that_shrinks_while_it_is_read_is_an_input_error(source: Path, tmp_path: Path) -> None:
+    stored = read_header(source)
+    source.write_bytes(source.read_bytes()[:-8])
+    with pytest.raises(InputError, match="shorter than its header says"):
+        write_tensors(tmp_path / "target", stored)
