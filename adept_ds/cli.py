@@ -131,6 +131,7 @@ def expand(
         list[str] | None, typer.Argument(metavar="[OUT | KEY=VALUE...]", help="with MODEL: the new directory")
     ] = None,
     layers: Annotated[str | None, typer.Option(help="source layers to copy, for example 12,17 (with MODEL)")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would be written (with MODEL)")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Insert identity copies of layers: the expanded model computes exactly the same function."""
@@ -141,12 +142,22 @@ def expand(
         selected = _parse_layers(layers)
         source = checks.resolve_model_dir("MODEL", target)
         checks.check_layers(source, selected)
+        if dry_run:
+            with _quiet() as terminal:
+                from adept_ds.expansion import describe_expansion
+                from adept_ds.summary import print_expansion
+
+                facts = describe_expansion(source, out, selected)
+                _show(terminal, as_json, facts, lambda: print_expansion(facts, terminal))
+            return
         with _quiet() as terminal, terminal.progress("expanding") as bar:
             from adept_ds.expansion import expand_checkpoint
 
             expansion = expand_checkpoint(source, out, selected, bar)
             _show(terminal, as_json, dataclasses.asdict(expansion), lambda: terminal.say(f"expanded model in {out}"))
         return
+    if dry_run:
+        raise InputError("--dry-run goes with MODEL and OUT; `adept show CONFIG` says what a run would do")
     settings = load_config(Path(target), arguments or [])
     checks.check_model(settings)
     with _session(settings) as session:
@@ -154,6 +165,29 @@ def expand(
 
         expansion = expand_stage(session)
         _show(session.terminal, as_json, dataclasses.asdict(expansion))
+
+
+@app.command(epilog="Example:  adept verify MODEL EXPANDED")
+def verify(
+    source: Annotated[Path, typer.Argument(metavar="MODEL", help="the model that was expanded")],
+    expanded: Annotated[Path, typer.Argument(metavar="EXPANDED", help="what was made from it")],
+    logits: Annotated[
+        bool | None, typer.Option("--logits/--no-logits", help="compare logits too; by default, where memory allows")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Prove that an expanded model is its source: tensor by tensor, and by logits on random tokens."""
+    import dataclasses
+
+    for name, directory in (("MODEL", source), ("EXPANDED", expanded)):
+        checks.check_model_dir(name, directory)
+    with _quiet() as terminal, terminal.progress("comparing") as bar:
+        from adept_ds.verification import verify_expansion
+
+        found = verify_expansion(source, expanded, bar, logits=logits)
+        how = "logits equal bit for bit" if found.logits else "logits not compared"
+        text = f"{found.tensors} tensors are what they must be ({found.num_bytes / 2**30:.2f} GiB), {how}"
+        _show(terminal, as_json, dataclasses.asdict(found), lambda: terminal.say(text))
 
 
 @app.command(epilog="Example:  deepspeed --module adept_ds train config.yaml")

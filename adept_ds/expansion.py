@@ -11,13 +11,10 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
-
-import torch
-from safetensors import SafetensorError, safe_open
 
 from adept_ds.errors import InputError
 from adept_ds.families import Family, family_of, layer_count
@@ -134,6 +131,23 @@ def plan_expansion(source: Path, selected: Sequence[int]) -> Plan:
     return Plan(Expansion(source_layers, tuple(copies), tuple(zeroed), ""), files, expanded_config)
 
 
+def describe_expansion(source: Path, destination: Path, selected: Sequence[int]) -> dict[str, Any]:
+    """What `expand_checkpoint` would write: layers, parameters, bytes and files."""
+    before, after = plan_expansion(source, []), plan_expansion(source, selected)
+    files = {name: sum(piece.num_bytes for piece in pieces.values()) for name, pieces in after.files.items()}
+    return {
+        "destination": str(destination),
+        "source_layers": after.expansion.source_layers,
+        "copies": [asdict(copy) for copy in after.expansion.copies],
+        "zeroed_tensors": len(after.expansion.zeroed),
+        "source_parameters": before.num_parameters,
+        "added_parameters": after.num_parameters - before.num_parameters,
+        "source_bytes": before.num_bytes,
+        "added_bytes": after.num_bytes - before.num_bytes,
+        "files": files,
+    }
+
+
 def expand_checkpoint(
     source: Path, destination: Path, selected: Sequence[int], progress: ProgressCallback | None = None
 ) -> Expansion:
@@ -169,16 +183,6 @@ def expand_checkpoint(
     if progress:
         progress(1.0, "")
     return expansion
-
-
-def read_shard(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """Names and tensors of a safetensors file. Raises `InputError` when it is damaged."""
-    try:
-        with safe_open(file, framework="pt") as shard:
-            for name in shard.keys():  # noqa: SIM118 - safe_open is not a mapping
-                yield name, shard.get_tensor(name)
-    except SafetensorError as error:
-        raise InputError(f"model: '{file}' is damaged ({error}); complete the download") from None
 
 
 def copy_companions(source: Path, destination: Path) -> None:

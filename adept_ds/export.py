@@ -7,13 +7,15 @@ are put together from DeepSpeed's partitions by DeepSpeed's own reader. No engin
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from adept_ds.errors import InputError
-from adept_ds.expansion import INDEX_NAME, copy_companions, read_shard, weight_files
+from adept_ds.expansion import INDEX_NAME, copy_companions, weight_files
 from adept_ds.files import new_directory, read_json, write_json
 from adept_ds.terminal import ProgressCallback
 
@@ -38,6 +40,16 @@ def read_zero_checkpoint(checkpoint: Path) -> dict[str, torch.Tensor]:
     if tag is None or not _is_tag(root / tag):
         raise InputError(f"'{checkpoint}' holds no DeepSpeed checkpoint; give run_dir/checkpoints/step_N")
     return dict(get_fp32_state_dict_from_zero_checkpoint(str(root), tag=tag))
+
+
+def _read_shard(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """Names and tensors of a safetensors file. Raises `InputError` when it is damaged."""
+    try:
+        with safe_open(file, framework="pt") as shard:
+            for name in shard.keys():  # noqa: SIM118 - safe_open is not a mapping
+                yield name, shard.get_tensor(name)
+    except SafetensorError as error:
+        raise InputError(f"model: '{file}' is damaged ({error}); complete the download") from None
 
 
 def export_checkpoint(
@@ -65,7 +77,7 @@ def export_checkpoint(
                 progress(number / len(files), file.name)
             tensors = {
                 name: _result_tensor(name, tensor, trained.get(name), _DTYPES[dtype])
-                for name, tensor in read_shard(file)
+                for name, tensor in _read_shard(file)
             }
             missing -= tensors.keys()
             save_file(tensors, folder / file.name, metadata={"format": "pt"})

@@ -15,6 +15,23 @@ from adept_ds.probing import LayerImportance
 from adept_ds.terminal import Terminal
 
 
+def print_expansion(facts: dict[str, Any], terminal: Terminal) -> None:
+    """The plan of `adept expand --dry-run` (see `expansion.describe_expansion`)."""
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    copies = ", ".join(f"{copy['source']} at {copy['index']}" for copy in facts["copies"])
+    gib, total, added = 2**30, facts["source_parameters"], facts["added_parameters"]
+    rows = {
+        "layers": f"{facts['source_layers']} + {len(facts['copies'])}: copy of {copies}",
+        "parameters": f"{total / 1e6:.1f} M + {added / 1e6:.1f} M ({added / total:.1%})",
+        "size": f"{facts['source_bytes'] / gib:.2f} + {facts['added_bytes'] / gib:.2f} GiB",
+        "files": f"{len(facts['files'])}, the largest {max(facts['files'].values()) / gib:.2f} GiB",
+        "would write": facts["destination"],
+    }
+    for name, value in rows.items():
+        table.add_row(f"[bold]{name}[/]", value)
+    terminal.console.print(table)
+
+
 def print_summary(run_dir: Path, terminal: Terminal) -> None:
     """The end of `adept run`: losses before and after, what was trained, how fast, and where everything lies."""
     evaluation = run_dir / "evaluation.json"
