@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from adept_ds.errors import InputError
-from adept_ds.families import Family, family_of, layer_count
+from adept_ds.families import Family, family_of, layer_count, read_model_config
 from adept_ds.files import new_directory, read_json, write_json
 from adept_ds.tensor_files import Piece, StoredTensor, Zeros, read_header, write_tensors
 from adept_ds.terminal import ProgressCallback
@@ -113,12 +113,13 @@ def plan_expansion(source: Path, selected: Sequence[int]) -> Plan:
     Args:
         selected: source layers to copy.
     """
-    from transformers import AutoConfig
+    family, config = family_of(source), read_model_config(source)
+    if any(key not in config for key in family.derived_config):
+        # Old files leave such lists to be derived from the number of layers.
+        from transformers import AutoConfig
 
-    family = family_of(source)
-    # Through AutoConfig, because old files leave lists such as layer_types to be derived from the layer count.
-    config = AutoConfig.from_pretrained(source).to_dict()
-    config.pop("_name_or_path", None)
+        complete = AutoConfig.from_pretrained(source)
+        config |= {key: getattr(complete, key) for key in family.derived_config}
     source_layers = layer_count(source)
     copies = plan_copies(selected)
     sources = weight_files(source)

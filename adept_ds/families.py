@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,6 +51,8 @@ class Family:
     layer_count_key: str = "num_hidden_layers"
     per_layer_config: tuple[str, ...] = ("layer_types",)
     """Configuration keys that hold a list with one entry per layer; a copy inherits its source's entry."""
+    derived_config: tuple[str, ...] = ()
+    """Those of them that transformers derives from the number of layers where config.json has none."""
 
     def split_name(self, parameter: str) -> tuple[int, str] | None:
         """'model.layers.3.mlp.up_proj.weight' -> (3, 'mlp.up_proj.weight'); None outside the decoder layers."""
@@ -102,18 +104,14 @@ _LLAMA = Family(
     fine=_FINE,
 )
 
-_QWEN3 = Family(
-    layers="model.layers",
-    residual_writers=("self_attn.o_proj", "mlp.down_proj"),
-    matrices=_ATTENTION + _GATED_MLP,
-    norms=(*_PRE_NORMS, "self_attn.q_norm", "self_attn.k_norm"),
-    fine=_FINE,
-)
+_QWEN2 = replace(_LLAMA, derived_config=("layer_types",))
+
+_QWEN3 = replace(_QWEN2, norms=(*_PRE_NORMS, "self_attn.q_norm", "self_attn.k_norm"))
 
 FAMILIES: dict[str, Family] = {
     "llama": _LLAMA,
     "mistral": _LLAMA,
-    "qwen2": _LLAMA,
+    "qwen2": _QWEN2,
     "qwen3": _QWEN3,
 }
 """`model_type` of a Hugging Face configuration -> family."""

@@ -6,21 +6,24 @@ from file to file, whatever their dtype. The format: 8 bytes (little-endian leng
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
 import os
-import queue
 import struct
-import threading
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
 from adept_ds.errors import InputError
 
 _CHUNK = 1 << 23
+_NOT_IN_KERNEL = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP}
+"""How file systems say that they cannot copy from file to file by themselves."""
 _MAX_HEADER = 100 << 20
 """The format's own limit."""
 _ITEM_BYTES = {
@@ -43,16 +46,37 @@ class StoredTensor:
     """As the format calls it: 'F32', 'BF16'."""
     shape: tuple[int, ...]
 
-    def chunks(self) -> Iterator[bytes]:
-        with self.file.open("rb") as file:
+    def chunks(self) -> Iterator[memoryview]:
+        """Its bytes; a chunk is valid until the next one."""
+        buffer = memoryview(bytearray(min(_CHUNK, self.num_bytes)))
+        with self.file.open("rb", buffering=0) as file:
             file.seek(self.start)
-            left = self.num_bytes
-            while left:
-                chunk = file.read(min(left, _CHUNK))
-                if not chunk:
-                    raise InputError(f"model: '{self.file}' is shorter than its header says; complete the download")
-                left -= len(chunk)
+            for start in range(0, self.num_bytes, _CHUNK):
+                chunk = buffer[: self.num_bytes - start]
+                if file.readinto(chunk) != len(chunk):
+                    raise self._too_short()
                 yield chunk
+
+    def copy_to(self, target: FileIO) -> Iterator[int]:
+        """Append its bytes to a file; yields the number of each chunk."""
+        copied = 0
+        with self.file.open("rb", buffering=0) as file:
+            file.seek(self.start)
+            while copied < self.num_bytes:
+                try:
+                    step = os.copy_file_range(file.fileno(), target.fileno(), min(self.num_bytes - copied, _CHUNK))
+                except OSError as error:
+                    if copied or error.errno not in _NOT_IN_KERNEL:
+                        raise
+                    yield from map(target.write, self.chunks())
+                    return
+                if not step:
+                    raise self._too_short()
+                copied += step
+                yield step
+
+    def _too_short(self) -> InputError:
+        return InputError(f"model: '{self.file}' is shorter than its header says; complete the download")
 
 
 @dataclass(frozen=True)
@@ -73,10 +97,13 @@ class Zeros:
     def shape(self) -> tuple[int, ...]:
         return self.like.shape
 
-    def chunks(self) -> Iterator[bytes]:
-        zeros = bytes(min(_CHUNK, self.num_bytes))
+    def chunks(self) -> Iterator[memoryview]:
+        zeros = memoryview(bytes(min(_CHUNK, self.num_bytes)))
         for start in range(0, self.num_bytes, _CHUNK):
             yield zeros[: self.num_bytes - start]
+
+    def copy_to(self, target: FileIO) -> Iterator[int]:
+        yield from map(target.write, self.chunks())
 
 
 Piece = StoredTensor | Zeros
@@ -135,45 +162,21 @@ def write_tensors(path: Path, pieces: Mapping[str, Piece], on_bytes: Callable[[i
         position = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("wb") as file, _Hasher() as hasher:
-        for chunk in _file_chunks(text, pieces):
-            hasher.put(chunk)
-            file.write(chunk)
-            if on_bytes:
-                on_bytes(len(chunk))
-        file.flush()
-        os.fsync(file.fileno())
-    return hasher.digest()
+    head = struct.pack("<Q", len(text)) + text
+    with path.open("wb", buffering=0) as file, ThreadPoolExecutor(max_workers=1) as pool:
+        # Hashing takes longer than copying, which the kernel does without showing us the bytes.
+        digest = pool.submit(_sha256, head, pieces)
+        file.write(head)
+        for piece in pieces.values():
+            for num_bytes in piece.copy_to(file):
+                if on_bytes:
+                    on_bytes(num_bytes)
+        return digest.result()
 
 
-def _file_chunks(header: bytes, pieces: Mapping[str, Piece]) -> Iterator[bytes]:
-    yield struct.pack("<Q", len(header)) + header
+def _sha256(head: bytes, pieces: Mapping[str, Piece]) -> str:
+    digest = hashlib.sha256(head)
     for piece in pieces.values():
-        yield from piece.chunks()
-
-
-class _Hasher:
-    """SHA-256 in a thread of its own: hashing takes about as long as writing."""
-
-    def __init__(self) -> None:
-        self._hash = hashlib.sha256()
-        self._queue: queue.Queue[bytes | None] = queue.Queue(maxsize=2)  # more would be memory
-        self._thread = threading.Thread(target=self._work, daemon=True)
-
-    def __enter__(self) -> _Hasher:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._queue.put(None)
-        self._thread.join()
-
-    def put(self, chunk: bytes) -> None:
-        self._queue.put(chunk)
-
-    def digest(self) -> str:
-        return self._hash.hexdigest()
-
-    def _work(self) -> None:
-        while (chunk := self._queue.get()) is not None:
-            self._hash.update(chunk)
+        for chunk in piece.chunks():
+            digest.update(chunk)
+    return digest.hexdigest()
