@@ -245,13 +245,6 @@ class Config(Section):
         """Sequences of each training batch that come from `data.replay`."""
         return round(self.data.replay_share * self.train.global_batch_size) if self.data.replay else 0
 
-    @property
-    def importance_corpus(self) -> list[Path]:
-        """Text that importances are estimated on; none is needed where multipliers are constant."""
-        if self.lr_policy.map == "constant":
-            return []
-        return self.data.replay if self.importance.source == "online" else self.probe.corpus
-
     @model_validator(mode="after")
     def _replay_has_text(self) -> Config:
         if not self.data.replay and "replay_share" in self.data.model_fields_set:

@@ -179,7 +179,7 @@ class Lab:
         digest = hashlib.sha256()
         for name, parameter in parameters.items():
             if not parameter.requires_grad:
-                digest.update(values[name].numpy().tobytes())
+                digest.update(values[name].float().numpy().tobytes())
         trained = {name: values[name] for name, parameter in parameters.items() if parameter.requires_grad}
         return Outcome(losses, trained, digest.hexdigest(), importances, units, cut, kept, gathered_again, lowest_runs)
 
@@ -276,6 +276,16 @@ def main() -> None:
         config = lab.config(deepspeed=str(ROOT / "ds_configs" / f"{name}.json"))
         results[name] = lab.train(config, probe_after=(0, 2), refresh=True)
         results[f"{name} within"] = lab.train(config, probe_after=(0, 2), refresh=True, probe_within=(0, 1, 4))
+    replayed = {"replay": [str(workspace.root / "general.jsonl")], "replay_share": 1 / 3}
+    for name in ("zero2", "zero3"):
+        config = lab.config(
+            deepspeed=str(ROOT / "ds_configs" / f"{name}.json"),
+            data=replayed,
+            importance={"source": "online"},
+            train={"precision": "bf16"},
+        )
+        results[f"bf16 online {name}"] = lab.train(config, probe_after=(1, 3))
+        results[f"bf16 online {name} within"] = lab.train(config, probe_after=(1, 3), probe_within=(0, 2))
     # DeepSpeed takes fp16 on a CPU for unsupported where it would be slow.
     with mock.patch.object(CPU_Accelerator, "is_fp16_supported", lambda _: True):
         for name, precision in itertools.product(("zero1", "zero2", "zero3", "zero3_offload"), ("bf16", "fp16")):
