@@ -40,6 +40,40 @@ DELTA_AXIS = {"mask": "delta loss (nats) with layer bypassed", "taylor": "delta 
 
 
 @dataclass(frozen=True)
+class Moved:
+    """A unit over the whole run; or the mean of a layer's heads or neurons."""
+
+    name: str
+    multiplier: float
+    """Mean over steps."""
+    change: float
+    """Root mean square over elements of the change since the start."""
+
+    @property
+    def is_norm(self) -> bool:
+        return "norm" in self.name
+
+
+@dataclass(frozen=True)
+class Movement:
+    """What shows that multipliers acted. An interval lies between two lines of unit_movement.jsonl."""
+
+    units: list[Moved]
+    """Farthest first; without those whose weights are not finite numbers any more."""
+    dots: list[Moved]
+    """The same, or where units are many, the means of those that differ in a number only."""
+    correlations: list[float]
+    """Spearman's, of multiplier and change over the units of an interval; where nothing differs there is none. One
+    over all intervals would mostly tell how the learning rate decays."""
+    stopped: dict[str, int]
+    """Units that had multiplier 0 in an interval -> number of elements."""
+    stopped_but_moved: dict[str, str]
+    """Those of them that moved in it nevertheless -> how far, when."""
+    broken: int
+    """Units whose weights are not finite numbers any more."""
+
+
+@dataclass(frozen=True)
 class Run:
     """What a run directory holds, read and put in order."""
 
@@ -51,7 +85,7 @@ class Run:
     summary: Json
     metrics: list[Json]
     refreshes: list[tuple[float, Json]]
-    movements: list[tuple[float, Json]]
+    movement: Movement | None
 
     @property
     def copies(self) -> dict[int, int]:
@@ -78,57 +112,6 @@ class Run:
         return (evals[0][1], evals[-1][1]) if len(evals) > 1 else ({}, {})
 
 
-@dataclass(frozen=True)
-class Moved:
-    """A unit over the whole run; or the mean of a layer's heads or neurons, where units are many."""
-
-    name: str
-    multiplier: float
-    """Mean over steps."""
-    change: float
-    """Root mean square over elements of the change since the start."""
-
-    @property
-    def is_norm(self) -> bool:
-        return "norm" in self.name
-
-
-@dataclass(frozen=True)
-class Movement:
-    """What shows that multipliers acted."""
-
-    units: list[Moved]
-    correlation: float | None
-    """Spearman's, of multiplier and change."""
-    stopped: int
-    """How often a unit had multiplier 0 from one refresh to the next."""
-    stopped_but_moved: list[str]
-
-
-def _movement(run: Run) -> Movement | None:
-    if not run.movements:
-        return None
-    weights: dict[str, list[tuple[float, float]]] = {}
-    stopped = []
-    for step, line in run.movements:
-        for unit in line["units"]:
-            weights.setdefault(unit["unit"], []).append((unit["multiplier"], step - line["since"]))
-            stopped += [unit] if unit["multiplier"] == 0 else []
-    grouped: dict[str, list[tuple[float, float]]] = {}
-    last = run.movements[-1][1]["units"]
-    for unit in last:
-        values, steps = zip(*weights[unit["unit"]], strict=True)
-        place = re.match(r"(.*?\d+\.)(.*)", unit["unit"])
-        name = place[1] + re.sub(r"\d+", "*", place[2]) if place and len(last) > MAX_DOTS else unit["unit"]
-        change = unit["moved_since_start"] / math.sqrt(unit["numel"])
-        grouped.setdefault(name, []).append((float(np.average(values, weights=steps)), change))
-    units = [Moved(name, *map(float, np.mean(members, axis=0))) for name, members in grouped.items()]
-    columns = [unit.multiplier for unit in units], [unit.change for unit in units]
-    varies = all(max(column) > min(column) for column in columns)
-    correlation = float(spearmanr(*columns).statistic) if varies else None
-    return Movement(units, correlation, len(stopped), sorted({u["unit"] for u in stopped if u["moved"] != 0}))
-
-
 def write_report(run_dir: Path) -> Path:
     """Write `run_dir/report.html` from the files beside it; a reader never sees half a page."""
     run, target = _read_run(Path(run_dir)), Path(run_dir) / "report.html"
@@ -137,8 +120,7 @@ def write_report(run_dir: Path) -> Path:
     env = Environment(loader=loader, autoescape=True, undefined=ChainableUndefined, trim_blocks=True)
     env.filters["short"], env.tests["finite"] = _short, _finite
     svgs = {name: _svg(name, draw, run) for name, draw in FIGURES.items()}
-    page = env.get_template("report.html.j2").render(run=run, svgs=svgs, movement=_movement(run))
-    write_text(target, page)
+    write_text(target, env.get_template("report.html.j2").render(run=run, svgs=svgs))
     return target
 
 
@@ -153,9 +135,9 @@ def _read_run(run_dir: Path) -> Run:
     probe, expansion, scores, summary = (_read_record(run_dir / name) for name in names)
     metrics, units = (_read_lines(run_dir / name) for name in ("metrics.jsonl", "unit_importance.jsonl"))
     refreshes = _in_order((line["step"], {unit["unit"]: unit for unit in line.get("units", [])}) for line in units)
-    movements = _in_order((line["step"], line) for line in _read_lines(run_dir / "unit_movement.jsonl"))
+    movement = _movement(_read_lines(run_dir / "unit_movement.jsonl"))
     settings = config if isinstance(config, dict) else {}
-    return Run(text, settings, probe, expansion, scores, summary, metrics, refreshes, movements)
+    return Run(text, settings, probe, expansion, scores, summary, metrics, refreshes, movement)
 
 
 def _read_record(path: Path) -> Json:
@@ -182,6 +164,68 @@ def _in_order(pairs: Iterable[tuple[Any, Any]]) -> list[tuple[float, Any]]:
             kept.pop()
         kept.append((step, value))
     return kept
+
+
+def _movement(lines: list[Json]) -> Movement | None:
+    whole = ((line["step"], line) for line in lines if _finite(line.get("since")) and line["since"] < line["step"])
+    intervals = [(line["since"], step, _measured(line.get("units"))) for step, line in _in_order(whole)]
+    intervals = [interval for interval in intervals if interval[2]]
+    if not intervals:
+        return None
+    held: dict[str, list[tuple[float, float]]] = {}
+    stopped: dict[str, int] = {}
+    nevertheless: dict[str, str] = {}
+    for since, step, units in intervals:
+        for name, unit in units.items():
+            held.setdefault(name, []).append((unit["multiplier"], step - since))
+            if unit["multiplier"] == 0:
+                stopped[name] = unit["numel"]
+                if unit["moved"] != 0:
+                    nevertheless[name] = f"{_short(unit['moved'])} (L2 norm) from step {since} to {step}"
+    last = {name: _rms(unit, "moved_since_start") for name, unit in intervals[-1][2].items()}
+    moved = [Moved(name, _mean(held[name]), change) for name, change in last.items() if math.isfinite(change)]
+    moved.sort(key=lambda unit: -unit.change)
+    correlations = [value for _, _, units in intervals for value in _rank_correlation(units.values())]
+    return Movement(moved, _by_kind(moved), correlations, stopped, nevertheless, len(last) - len(moved))
+
+
+def _measured(units: object) -> dict[str, Json]:
+    """The units of a line that have all that is needed, by name; weights that overflowed have a distance of NaN."""
+    numbers = ("numel", "multiplier", "moved", "moved_since_start")
+    whole = [u for u in units if isinstance(u, dict) and "unit" in u] if isinstance(units, list) else []
+    whole = [u for u in whole if all(isinstance(u.get(key), int | float) for key in numbers)]
+    return {str(u["unit"]): u for u in whole if u["numel"] > 0 and math.isfinite(u["multiplier"])}
+
+
+def _rms(unit: Json, distance: str) -> float:
+    return float(unit[distance] / math.sqrt(unit["numel"]))
+
+
+def _mean(weighted: list[tuple[float, float]]) -> float:
+    values, weights = zip(*weighted, strict=True)
+    return float(np.average(values, weights=weights))
+
+
+def _rank_correlation(units: Iterable[Json]) -> list[float]:
+    """Spearman's, of multiplier and change: none for less than three units, or if either is the same for all."""
+    pairs = [(unit["multiplier"], _rms(unit, "moved")) for unit in units if math.isfinite(unit["moved"])]
+    columns = list(zip(*pairs, strict=True))
+    differ = len(pairs) > 2 and all(len(set(column)) > 1 for column in columns)
+    return [float(spearmanr(*columns).statistic)] if differ else []
+
+
+def _by_kind(units: list[Moved]) -> list[Moved]:
+    """If they are too many for the figure: the mean of those of a layer whose names differ in a number only."""
+    if len(units) <= MAX_DOTS:
+        return units
+    kinds: dict[str, list[tuple[float, float]]] = {}
+    for unit in units:
+        layer = re.match(r".*?\d+\.", unit.name)
+        cut = layer.end() if layer else 0
+        kind = unit.name[:cut] + re.sub(r"\d+", "*", unit.name[cut:])
+        kinds.setdefault(kind, []).append((unit.multiplier, unit.change))
+    means = [Moved(name, *map(float, np.mean(members, axis=0))) for name, members in kinds.items()]
+    return sorted(means, key=lambda unit: -unit.change)
 
 
 def _losses(sets: Json | None) -> dict[str, float]:
@@ -349,13 +393,13 @@ def _draw_units(run: Run, figure: Figure) -> None:
 
 
 def _draw_movement(run: Run, figure: Figure) -> None:
-    movement = _movement(run)
-    if movement is None:
+    if not (run.movement and run.movement.dots):
         return
     figure.set_size_inches(WIDTH, 3.6)
     axes = figure.add_subplot()
+    dots = run.movement.dots[:: math.ceil(len(run.movement.dots) / MAX_DOTS)]
     for is_norm, color, marker in ((False, BLUE, "o"), (True, COPY, "D")):
-        chosen = [unit for unit in movement.units if unit.is_norm == is_norm]
+        chosen = [unit for unit in dots if unit.is_norm == is_norm]
         label = "norms" if is_norm else "everything else"
         style: Json = {"color": color, "marker": marker, "alpha": 0.75, "s": 22, "linewidths": 0}
         axes.scatter([u.multiplier for u in chosen], [u.change for u in chosen], label=label, **style)

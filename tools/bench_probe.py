@@ -1,27 +1,43 @@
-"""The one-sweep layer probe beside M + 1 plain forward passes, on the same blocks, measured in turns in one process.
+"""The one-sweep layer probe beside M + 1 plain forward passes, on the same blocks, in turns.
 
     python tools/bench_probe.py --model demo_data/model --corpus demo_data/general_probe.jsonl
+    python tools/bench_probe.py --model demo_data/model --corpus demo_data/general_probe.jsonl --ranks 2
 
-Prints both times, their ratio, the speed-up that counting operations predicts, and the largest difference between
-the deltas of the two. One process, all cores.
+Prints both times, their ratio, the speed-up that counting operations predicts, and the largest difference between the
+deltas of the two. One process, all cores; or ranks of one thread under ZeRO-3, where no parameter stays gathered and
+the bytes that all-gathers moved are counted too, in a turn that is not timed.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from bench_refresh import CountedBytes, on_ranks
 
-from adept_ds.data import Blocks, block_order, build_blocks
+from adept_ds.config import parse_config
+from adept_ds.data import Blocks, block_order, build_blocks, rank_batches
+from adept_ds.distributed import (
+    init_distributed,
+    max_over_ranks,
+    rank,
+    ranks_from_environment,
+    sum_over_ranks,
+    world_size,
+)
+from adept_ds.engine import build_forward_engine
 from adept_ds.families import family_of, layer_count
 from adept_ds.flops import count_step_flops
-from adept_ds.modeling import load_causal_lm
 from adept_ds.probing import install_layer_sweep, probe_layers
+from adept_ds.zero import gather_layers_whole
+
+STRICT_ZERO3 = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
 
 
 def predicted_speed_up(model: torch.nn.Module, num_layers: int, seq_len: int, model_dir: Path) -> float:
@@ -35,63 +51,99 @@ def predicted_speed_up(model: torch.nn.Module, num_layers: int, seq_len: int, mo
 
 
 def plain_deltas(model: Any, layers: list[Any], blocks: Blocks, indices: list[int]) -> list[float]:
-    """One forward pass per bypassed layer, and one of the whole model."""
+    """One forward pass per bypassed layer, and one of the whole model; every rank its share of the blocks."""
+    mine = [index for batch in rank_batches(indices, rank(), world_size(), 1) for index in batch]
     losses = []
     with torch.no_grad():
         for bypassed in [None, *layers]:
             original = bypassed.forward if bypassed is not None else None
             if bypassed is not None:
                 bypassed.forward = lambda hidden, *args, **kwargs: hidden
-            losses.append(sum(float(model(*blocks.batch([index])).double().sum()) for index in indices))
+            losses.append(sum(float(model(*blocks.batch([index])).double().sum()) for index in mine))
             if bypassed is not None:
                 bypassed.forward = original
-    tokens = blocks.predicted_tokens(indices)
-    return [(loss - losses[0]) / tokens for loss in losses[1:]]
+    totals = sum_over_ranks(losses).tolist()
+    return [(total - totals[0]) / blocks.predicted_tokens(indices) for total in totals[1:]]
 
 
-def timed(action: Callable[[], list[float]]) -> tuple[float, list[float]]:
-    start = time.perf_counter()
-    result = action()
-    return time.perf_counter() - start, result
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Both ways on this rank, in turns; seconds are those of the slowest rank."""
+    family, num_layers = family_of(arguments.model), layer_count(arguments.model)
+    with tempfile.TemporaryDirectory() as folder:
+        settings = Path(folder) / "strict.json"
+        settings.write_text(json.dumps(STRICT_ZERO3))
+        config = parse_config({"model": "m", "run_dir": folder, "deepspeed": str(settings)})
+
+        def prepare(model: torch.nn.Module) -> None:
+            install_layer_sweep(model, family, arguments.max_stack_tokens)
+            gather_layers_whole(model, family.layer_modules(model))
+
+        plain_model, device = build_forward_engine(config, arguments.model)
+        sweep_model, _ = build_forward_engine(config, arguments.model, prepare)
+    whole = getattr(plain_model, "module", plain_model)
+    layers = list(family.layer_modules(whole))
+    cache = arguments.cache or Path(tempfile.mkdtemp())
+    blocks = build_blocks("corpus", [arguments.corpus], arguments.model, arguments.seq_len, cache, keep_tail=False)
+
+    def plain(indices: list[int]) -> list[float]:
+        return plain_deltas(plain_model, layers, blocks, indices)
+
+    def sweep(indices: list[int]) -> list[float]:
+        result = probe_layers(sweep_model, num_layers, blocks, indices, batch_size=1, device=device, k=1)
+        return [layer.delta for layer in result.layers]
+
+    ways = {"plain": plain, "sweep": sweep}
+    order, per_turn = block_order(len(blocks), 0), arguments.blocks
+    seconds, num_bytes, difference = dict.fromkeys(ways, 0.0), dict.fromkeys(ways, 0), 0.0
+    for turn in range(arguments.turns):
+        deltas = {}
+        for name, way in ways.items():
+            start = time.perf_counter()
+            deltas[name] = way(order[turn * per_turn : (turn + 1) * per_turn])
+            seconds[name] += max_over_ranks(time.perf_counter() - start)[0]
+        difference = max(difference, *(abs(a - b) for a, b in zip(deltas["plain"], deltas["sweep"], strict=True)))
+    if arguments.ranks > 1:
+        for name, way in ways.items():
+            with CountedBytes() as counted:
+                way(order[:per_turn])
+            num_bytes[name] = counted.total
+    predicted = predicted_speed_up(whole, num_layers, arguments.seq_len, arguments.model)
+    return {
+        "layers": num_layers,
+        "seconds": seconds,
+        "bytes": num_bytes,
+        "difference": difference,
+        "predicted": predicted,
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, help="Hugging Face directory")
     parser.add_argument("--corpus", type=Path, required=True, help="general-competence corpus")
-    parser.add_argument("--blocks", type=int, default=2, help="blocks per turn")
+    parser.add_argument("--blocks", type=int, default=2, help="blocks per turn, over all ranks")
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--turns", type=int, default=2)
     parser.add_argument("--max-stack-tokens", type=int, default=8192)
+    parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("--cache", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    family, num_layers = family_of(arguments.model), layer_count(arguments.model)
-    plain_model = load_causal_lm(arguments.model, torch.float32).eval()
-    sweep_model = load_causal_lm(arguments.model, torch.float32).eval()
-    install_layer_sweep(sweep_model, family, arguments.max_stack_tokens)
-    layers = list(family.layer_modules(plain_model))
-    with tempfile.TemporaryDirectory() as folder:
-        blocks = build_blocks(
-            "corpus", [arguments.corpus], arguments.model, arguments.seq_len, Path(folder), keep_tail=False
-        )
-        order = block_order(len(blocks), 0)
-        plain_seconds = sweep_seconds = difference = 0.0
-        for turn in range(arguments.turns):
-            indices = order[turn * arguments.blocks : (turn + 1) * arguments.blocks]
-
-            def sweep(indices: list[int] = indices) -> list[float]:
-                result = probe_layers(sweep_model, num_layers, blocks, indices, batch_size=1, device="cpu", k=1)
-                return [layer.delta for layer in result.layers]
-
-            seconds, expected = timed(lambda indices=indices: plain_deltas(plain_model, layers, blocks, indices))  # type: ignore[misc]
-            plain_seconds += seconds
-            seconds, deltas = timed(sweep)
-            sweep_seconds += seconds
-            difference = max(difference, *(abs(a - b) for a, b in zip(expected, deltas, strict=True)))
-    predicted = predicted_speed_up(plain_model, num_layers, arguments.seq_len, arguments.model)
-    print(f"{num_layers + 1} plain forwards  {plain_seconds:7.1f} s")
-    print(f"one sweep           {sweep_seconds:7.1f} s")
-    print(f"speed-up            {plain_seconds / sweep_seconds:7.2f} x  (operations predict {predicted:.2f} x)")
-    print(f"largest difference of a delta {difference:.1e} nats")
+    if "RANK" in os.environ:
+        init_distributed(ranks_from_environment(os.environ))
+        result = measure(arguments)
+        if rank() == 0:
+            print("RESULT " + json.dumps(result), flush=True)
+        return
+    found = on_ranks(arguments.ranks, __file__) if arguments.ranks > 1 else measure(arguments)
+    seconds, moved = found["seconds"], found["bytes"]
+    ratio = seconds["plain"] / seconds["sweep"]
+    print(f"{found['layers'] + 1} plain forwards  {seconds['plain']:7.1f} s")
+    print(f"one sweep           {seconds['sweep']:7.1f} s")
+    print(f"speed-up            {ratio:7.2f} x  (operations predict {found['predicted']:.2f} x)")
+    if arguments.ranks > 1:
+        fewer = moved["plain"] / moved["sweep"]
+        print(f"bytes in collectives {moved['plain']:,} and {moved['sweep']:,}: {fewer:.1f} x fewer")
+    print(f"largest difference of a delta {found['difference']:.1e} nats")
 
 
 if __name__ == "__main__":

@@ -108,6 +108,25 @@ def refresh(
     return Refresh(importance, time.perf_counter() - start - collecting, collecting, counted.total)
 
 
+def on_ranks(ranks: int, script: str) -> dict[str, Any]:
+    """Run this very command on real ranks of one thread; what rank 0 printed as RESULT {...}.
+
+    They are given a --cache directory that they share.
+    """
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    with tempfile.TemporaryDirectory() as cache:
+        result = subprocess.run(
+            [*launcher, script, *sys.argv[1:], "--cache", cache],
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+        )
+    line = next((line for line in result.stdout.splitlines() if line.startswith("RESULT ")), None)
+    if line is None:
+        sys.exit(result.stderr)
+    return dict(json.loads(line.removeprefix("RESULT ")))
+
+
 def run_rank(arguments: argparse.Namespace) -> None:
     """What each rank does; rank 0 prints the result as JSON."""
     init_distributed(ranks_from_environment(os.environ))
@@ -156,24 +175,7 @@ def main() -> None:
     if "RANK" in os.environ:
         run_rank(arguments)
         return
-    with tempfile.TemporaryDirectory() as cache:
-        launcher = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            f"--nproc_per_node={arguments.ranks}",
-        ]
-        result = subprocess.run(
-            [*launcher, f"--nproc_per_node={arguments.ranks}", __file__, *sys.argv[1:], "--cache", cache],
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-        )
-    line = next((line for line in result.stdout.splitlines() if line.startswith("RESULT ")), None)
-    if line is None:
-        sys.exit(result.stderr)
-    found = json.loads(line.removeprefix("RESULT "))
+    found = on_ranks(arguments.ranks, __file__)
     seconds = found["seconds"]
     print(f"{found['trained'] / 1e6:.1f} M trained elements, {found['units']} units, {arguments.ranks} ranks, ZeRO-3")
     print(f"forward and backward passes {seconds['passes']:8.3f} s")

@@ -1,0 +1,87 @@
+"""What training writes about the movement of units; other records are in test_trainer_parts.py."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from adept_ds.files import read_json_lines
+from adept_ds.runlog import RunLog
+from adept_ds.units import Unit
+
+UNITS = [Unit("layers.1.a", "matrix", 1, "a", 16), Unit("layers.1.b", "norm", 1, "b", 4)]
+
+
+def write_log(run_dir: Path, first_step: int, steps: range) -> None:
+    log = RunLog(run_dir, first_step, "model: m")
+    for step in steps:
+        log.movement(step, step - 2, UNITS, [2.0, 0.0], [1.0 + first_step, 0.0], [float(step), 6.0])
+    log.close()
+
+
+def scalars(run_dir: Path) -> dict[str, list[tuple[int, float]]]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board: Any = EventAccumulator(str(run_dir / "tensorboard"))
+    board.Reload()
+    tags = [tag for tag in board.Tags()["scalars"] if tag.startswith("movement/")]
+    return {tag: [(event.step, event.value) for event in board.Scalars(tag)] for tag in tags}
+
+
+def test_movement_is_written_as_the_design_says(tmp_path: Path) -> None:
+    write_log(tmp_path, 0, range(2, 4, 2))
+    (line,) = (tmp_path / "unit_movement.jsonl").read_text().splitlines()
+    assert json.loads(line) == {
+        "step": 2,
+        "since": 0,
+        "units": [
+            {"unit": "layers.1.a", "numel": 16, "multiplier": 2.0, "moved": 1.0, "moved_since_start": 2.0},
+            {"unit": "layers.1.b", "numel": 4, "multiplier": 0.0, "moved": 0.0, "moved_since_start": 6.0},
+        ],
+    }
+
+
+def test_movement_after_the_resumed_step_is_dropped(tmp_path: Path) -> None:
+    write_log(tmp_path, 0, range(2, 10, 2))  # crashed after step 8; the last checkpoint was step 4
+    with (tmp_path / "unit_movement.jsonl").open("a") as file:
+        file.write('{"step": 10, "sin')  # in the middle of a line
+    write_log(tmp_path, 4, range(6, 12, 2))
+    records = read_json_lines(tmp_path / "unit_movement.jsonl")
+    assert [(record["step"], record["units"][0]["moved"]) for record in records] == [
+        (2, 1.0), (4, 1.0), (6, 5.0), (8, 5.0), (10, 5.0)
+    ]  # fmt: skip
+
+
+def test_a_run_from_the_start_keeps_no_movement_of_an_earlier_one(tmp_path: Path) -> None:
+    write_log(tmp_path, 0, range(2, 10, 2))
+    write_log(tmp_path, 0, range(2, 4, 2))
+    assert [record["step"] for record in read_json_lines(tmp_path / "unit_movement.jsonl")] == [2]
+
+
+def test_tensorboard_shows_movement_by_element(tmp_path: Path) -> None:
+    write_log(tmp_path, 0, range(2, 6, 2))
+    # L2 norms over the root of 16 and of 4 elements; exact in fp32
+    expected = {"movement/layers.1.a": [(2, 0.5), (4, 1.0)], "movement/layers.1.b": [(2, 3.0), (4, 3.0)]}
+    assert scalars(tmp_path) == expected
+
+
+def test_movements_of_a_layers_neurons_are_one_curve_and_a_histogram(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    neurons = [Unit(f"layers.2.mlp.neuron.{number}", "neuron", 2, "mlp.neuron", 4) for number in range(5)]
+    log = RunLog(tmp_path, 0, "model: m")
+    log.movement(3, 0, [*UNITS, *neurons], [1.0] * 7, [1.0] * 7, [4.0, 2.0, 0.0, 2.0, 4.0, 6.0, 8.0])
+    log.close()
+    board = EventAccumulator(str(tmp_path / "tensorboard"))
+    board.Reload()
+    assert scalars(tmp_path)["movement/layers.2.mlp.neuron"] == [(3, 2.0)]
+    assert len(scalars(tmp_path)) == 3
+    assert board.Tags()["histograms"] == ["movement/layers.2.mlp.neuron"]
+    assert len(read_json_lines(tmp_path / "unit_movement.jsonl")[0]["units"]) == 7
+
+
+def test_only_rank_0_writes_movement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("adept_ds.runlog.rank", lambda: 1)
+    write_log(tmp_path, 0, range(2, 6, 2))
+    assert not list(tmp_path.iterdir())
