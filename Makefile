@@ -29,6 +29,8 @@ bench: $(VENV)/.demo
 	$(OFFLINE) $(BIN)/python tools/demo/prepare.py --out $(DEMO_DIR)
 	$(OFFLINE) $(BIN)/python tools/bench_training.py --model $(DEMO_DIR)/model
 	$(OFFLINE) $(BIN)/python tools/bench_probe.py --model $(DEMO_DIR)/model --corpus $(DEMO_DIR)/general_probe.jsonl
+	$(OFFLINE) $(BIN)/python tools/bench_probe.py --model $(DEMO_DIR)/model --corpus $(DEMO_DIR)/general_probe.jsonl --ranks 2
+	$(OFFLINE) $(BIN)/python tools/bench_expand.py --folder $(DEMO_DIR)
 	$(OFFLINE) $(BIN)/python tools/bench_refresh.py --model $(DEMO_DIR)/model --corpus $(DEMO_DIR)/general_probe.jsonl
 	$(OFFLINE) $(BIN)/python tools/bench_step.py --granularity matrix
 	$(OFFLINE) $(BIN)/python tools/bench_step.py --granularity fine

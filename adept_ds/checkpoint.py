@@ -63,7 +63,7 @@ def save_checkpoint(
     """Write a checkpoint under a temporary tag; it takes its real name only when every rank is done.
 
     Args:
-        state: of the trainer; the same on every rank.
+        state: of the trainer on this rank.
         write_more: called on every rank with the checkpoint's directory.
     """
     temporary, tag = f".{tag_of(manifest.step)}.tmp", tag_of(manifest.step)
@@ -71,7 +71,7 @@ def save_checkpoint(
     engine.save_checkpoint(
         str(directory),
         tag=temporary,
-        client_state={"adept_ds": {"step": manifest.step, "rng": gather_objects(_rng_state()), "trainer": state}},
+        client_state={"adept_ds": {"step": manifest.step, "ranks": gather_objects((_rng_state(), state))}},
         exclude_frozen_parameters=True,
         save_latest=False,
     )
@@ -90,7 +90,7 @@ def save_checkpoint(
 
 
 def load_checkpoint(engine: Any, directory: Path, expected: Manifest) -> dict[str, Any]:
-    """Restore weights of the copies, optimizer, multipliers and random state; returns the trainer's state.
+    """Restore weights of the copies, optimizer, multipliers and random state; returns this rank's state.
 
     Raises:
         InputError: the checkpoint belongs to another expansion, number of ranks, ZeRO stage or setting.
@@ -102,8 +102,9 @@ def load_checkpoint(engine: Any, directory: Path, expected: Manifest) -> dict[st
         raise InputError(
             f"'{directory / tag_of(expected.step)}' cannot be loaded; delete it to resume from an older one"
         )
-    _restore_rng_state(client_state["adept_ds"]["rng"][rank()])
-    return dict(client_state["adept_ds"]["trainer"])
+    rng, state = client_state["adept_ds"]["ranks"][rank()]
+    _restore_rng_state(rng)
+    return dict(state)
 
 
 def check_resumable(directory: Path, expected: Manifest) -> None:

@@ -96,9 +96,6 @@ class TrainingData:
         pairs = [self._blocks(row).batch([row.index]) for row in rows]
         return torch.cat([ids for ids, _ in pairs]), torch.cat([labels for _, labels in pairs])
 
-    def predicted_tokens(self, rows: Sequence[Row]) -> int:
-        return sum(self._blocks(row).predicted_tokens([row.index]) for row in rows)
-
     def _blocks(self, row: Row) -> Blocks:
         return self.replay if row.replayed and self.replay is not None else self.domain
 

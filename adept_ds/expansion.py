@@ -88,6 +88,11 @@ def weight_files(model_dir: Path) -> list[Path]:
     return files
 
 
+def stored_tensors(model_dir: Path) -> dict[str, StoredTensor]:
+    """All tensors of a checkpoint, by name: where they lie."""
+    return {name: tensor for file in weight_files(model_dir) for name, tensor in read_header(file).items()}
+
+
 @dataclass(frozen=True)
 class Plan:
     """An expanded checkpoint before it is written: which tensor comes from where."""
@@ -114,7 +119,7 @@ def plan_expansion(source: Path, selected: Sequence[int]) -> Plan:
         selected: source layers to copy.
     """
     family, config = family_of(source), read_model_config(source)
-    if any(key not in config for key in family.derived_config):
+    if any(config.get(key) is None for key in family.derived_config):
         # Old files leave such lists to be derived from the number of layers.
         from transformers import AutoConfig
 

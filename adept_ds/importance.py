@@ -70,8 +70,8 @@ def estimate_importance(
 class OnlineImportance:
     """Running mean of importance over the training batches since it was last asked for.
 
-    Its text is what the batches replay of the general corpus, so it needs no passes of its own. The state is the same
-    on every rank.
+    Its text is what the batches replay of the general corpus, so it needs no passes of its own. Every rank keeps sums
+    of its own slices; only `take` communicates.
     """
 
     def __init__(self, engine: Any, registry: UnitRegistry) -> None:
@@ -87,21 +87,22 @@ class OnlineImportance:
         Args:
             share: of the batch, that is replayed: the loss of a training step is a mean over the whole batch.
         """
-        sums = sum_over_ranks(local_sums(self._engine, self._registry, self._parameters))
-        if zero.loss_scale(self._engine) > 1 and not sums.isfinite().all():
-            return  # fp16: the step will be skipped for the same reason
-        self._sums += sums / (share * self._registry.sizes)
+        sums = local_sums(self._engine, self._registry, self._parameters)
+        if _has_overflowed(self._engine, sums):
+            return  # the step will be skipped for the same reason
+        self._sums += sums / share
         self._count += 1
 
     def take(self) -> list[float] | None:
         """Importance of every unit, in registry order, and begin anew; None if nothing was observed."""
         if not self._count:
             return None
-        mean = (self._sums / self._count).tolist()
+        mean: list[float] = (sum_over_ranks(self._sums) / (self._registry.sizes * self._count)).tolist()
         self._sums, self._count = torch.zeros_like(self._sums), 0
         return mean
 
     def state_dict(self) -> dict[str, Any]:
+        """Of this rank."""
         return {"sums": self._sums.tolist(), "count": self._count}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -129,10 +130,14 @@ def _batch_sums(
         backward_global_batch(engine, probe, number, prefix)
         sums = local_sums(engine, registry, parameters)
         zero.clear_probe_gradients(engine)
-        scale = zero.loss_scale(engine)
-        if scale <= 1 or not max_over_ranks(float(not sums.isfinite().all()))[0]:
+        if not _has_overflowed(engine, sums):
             return sums
-        zero.set_loss_scale(engine, max(1.0, scale / 16))
+        zero.set_loss_scale(engine, max(1.0, zero.loss_scale(engine) / 16))
+
+
+def _has_overflowed(engine: Any, sums: torch.Tensor) -> bool:
+    """Whether loss scaling (fp16) was too much for the gradients of any rank."""
+    return zero.loss_scale(engine) > 1 and bool(max_over_ranks(float(not sums.isfinite().all()))[0])
 
 
 def backward_global_batch(engine: Any, probe: ProbeBatches, number: int, prefix: FrozenPrefix | None = None) -> None:

@@ -1,7 +1,7 @@
 """How far each unit has moved: what shows that its multiplier acted.
 
-Weights at the start are read from the expanded checkpoint, where they lie anyway; those of the last time that was asked
-are kept on the host, 4 bytes for each trained element over all ranks.
+Weights at the start are read from the expanded checkpoint, where they lie anyway; those of the last refresh are kept on
+the host, 4 bytes for each trained element over all ranks.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from adept_ds import zero
 from adept_ds.distributed import rank, sum_over_ranks
-from adept_ds.expansion import weight_files
+from adept_ds.expansion import stored_tensors
 from adept_ds.units import UnitRegistry
 
 
@@ -32,9 +32,9 @@ class UnitMovement:
         self._layout = zero.partition_layout(engine)
         self._registry = registry
         self._precision = precision
-        trained = {piece.parameter for partition in self._layout for piece in partition.pieces}
-        self._file_of = {name: file for file in weight_files(start_dir) for name in _names(file) if name in trained}
-        self._last = self._weights()
+        self._stored = stored_tensors(start_dir)
+        self._last: list[torch.Tensor] | None = None
+        """Weights at `since`; None: those of the start."""
         self.since = 0
         """The step at which was last asked."""
 
@@ -42,12 +42,13 @@ class UnitMovement:
         """Change of every unit since `self.since` and since the start, in registry order; the same on every rank."""
         now = self._weights()
         sums = torch.zeros(2, len(self._registry), dtype=torch.float64)
-        for partition, new, last in zip(self._layout, now, self._last, strict=True):
+        for number, partition in enumerate(self._layout):
             for piece in partition.pieces:
-                place, end = self._registry.placements[piece.parameter], piece.param_start + piece.numel
                 run = slice(piece.flat_start, piece.flat_start + piece.numel)
-                changes = (new[run] - last[run], new[run] - self._start(piece, place.shape))
-                for tile in place.tiles(piece.param_start, end):
+                new, start = now[number][run], self._start(piece)
+                changes = (new - (start if self._last is None else self._last[number][run]), new - start)
+                end = piece.param_start + piece.numel
+                for tile in self._registry.placements[piece.parameter].tiles(piece.param_start, end):
                     for total, change in zip(sums, changes, strict=True):
                         squares = tile.view(change).square().sum(1 - tile.axis, dtype=torch.float64)
                         total.index_add_(0, tile.units, squares)
@@ -57,44 +58,31 @@ class UnitMovement:
 
     def save(self, checkpoint: Path, step: int) -> None:
         """Into the checkpoint of step `step`, unless its own weights are those that are kept."""
-        if self.since not in (0, step):
+        if self._last is not None and self.since != step:
             save_file({str(i): tensor for i, tensor in enumerate(self._last)}, _file(checkpoint))
 
     def load(self, checkpoint: Path, step: int, since: int) -> None:
         """Go on from a checkpoint, after its weights were loaded."""
         self.since = since
-        if since == 0:
-            self._last = [self._start_of_partition(partition) for partition in self._layout]
-        elif since == step:
+        if since == step:
             self._last = self._weights()
-        else:
+        elif since:
             saved = load_file(_file(checkpoint))
             self._last = [saved[str(i)] for i in range(len(self._layout))]
 
     def _weights(self) -> list[torch.Tensor]:
         return [partition.tensor.detach().to("cpu", torch.float32, copy=True) for partition in self._layout]
 
-    def _start_of_partition(self, partition: zero.FlatPartition) -> torch.Tensor:
-        start = torch.zeros(partition.tensor.shape, dtype=torch.float32)
-        for piece in partition.pieces:
-            shape = self._registry.placements[piece.parameter].shape
-            start[piece.flat_start : piece.flat_start + piece.numel] = self._start(piece, shape)
-        return start
-
-    def _start(self, piece: zero.Piece, shape: tuple[int, ...]) -> torch.Tensor:
+    def _start(self, piece: zero.Piece) -> torch.Tensor:
         """The piece's elements at the start; only its rows are read."""
-        row = math.prod(shape[1:])
+        stored = self._stored[piece.parameter]
+        row = math.prod(stored.shape[1:])
         first, last = piece.param_start // row, -(-(piece.param_start + piece.numel) // row)
-        with safe_open(self._file_of[piece.parameter], framework="pt") as file:
+        with safe_open(stored.file, framework="pt") as file:
             rows = file.get_slice(piece.parameter)[first:last]
         offset = piece.param_start - first * row
         flat: torch.Tensor = rows.flatten()[offset : offset + piece.numel]
         return flat.to(self._precision).float()
-
-
-def _names(file: Path) -> list[str]:
-    with safe_open(file, framework="pt") as opened:
-        return list(opened.keys())
 
 
 def _file(checkpoint: Path) -> Path:

@@ -22,8 +22,8 @@ from typing import Any
 from adept_ds.errors import InputError
 
 _CHUNK = 1 << 23
-_NOT_IN_KERNEL = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP}
-"""How file systems say that they cannot copy from file to file by themselves."""
+_NOT_IN_KERNEL = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, None}
+"""How file systems say that they cannot copy from file to file by themselves; None: Python has no such call here."""
 _MAX_HEADER = 100 << 20
 """The format's own limit."""
 _ITEM_BYTES = {
@@ -65,8 +65,8 @@ class StoredTensor:
             while copied < self.num_bytes:
                 try:
                     step = os.copy_file_range(file.fileno(), target.fileno(), min(self.num_bytes - copied, _CHUNK))
-                except OSError as error:
-                    if copied or error.errno not in _NOT_IN_KERNEL:
+                except (OSError, AttributeError) as error:
+                    if copied or getattr(error, "errno", None) not in _NOT_IN_KERNEL:
                         raise
                     yield from map(target.write, self.chunks())
                     return

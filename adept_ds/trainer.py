@@ -58,8 +58,8 @@ def take_step(
     add_replayed: Callable[[], None] | None = None
     for number, rows in enumerate(batches, start=1):
         input_ids, labels = (tensor.to(engine.device) for tensor in data.batch(rows))
-        losses = engine(input_ids, labels)
-        backward = partial(engine.backward, losses.sum() / data.predicted_tokens(rows))
+        losses = engine(input_ids, labels) / (data.domain.seq_len - 1)  # blocks are full: all but the first token count
+        backward = partial(engine.backward, losses.mean())
         if online and number == replayed:
             share = data.replayed / train.global_batch_size
             add_replayed = zero.end_segment(engine, backward, partial(online.observe, share))
@@ -68,7 +68,7 @@ def take_step(
         if add_replayed and number == len(batches):
             add_replayed()
         engine.step()
-        for row, loss in zip(rows, (losses.detach() / (data.domain.seq_len - 1)).tolist(), strict=True):
+        for row, loss in zip(rows, losses.detach().tolist(), strict=True):
             domain_loss, replay_loss = domain_loss + loss * (not row.replayed), replay_loss + loss * row.replayed
     return domain_loss, replay_loss
 

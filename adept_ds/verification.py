@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from adept_ds.errors import InputError
-from adept_ds.expansion import Expansion, plan_expansion, weight_files
+from adept_ds.expansion import Expansion, plan_expansion, stored_tensors
 from adept_ds.files import read_json
-from adept_ds.tensor_files import StoredTensor, read_header
 from adept_ds.terminal import ProgressCallback
 
 _ROWS, _TOKENS = 2, 32
 _MEMORY_PER_BYTE = 1.5
-"""Of a checkpoint, that loading it and one forward pass take at most."""
+"""Room for loading a checkpoint and one forward pass; a model of 135 M parameters took 1.34 in fp32."""
 
 
 @dataclass(frozen=True)
@@ -48,9 +47,7 @@ def verify_expansion(
         )
     _compare_config(expanded, plan.config)
     wanted = {name: piece for pieces in plan.files.values() for name, piece in pieces.items()}
-    stored: dict[str, StoredTensor] = {}
-    for file in weight_files(expanded):
-        stored |= read_header(file)
+    stored = stored_tensors(expanded)
     odd = sorted(wanted.keys() ^ stored.keys())
     if odd:
         raise InputError(f"'{odd[0]}' is only in one of '{source}' and '{expanded}'; expand '{source}' again")

@@ -89,7 +89,7 @@ def plain(
 def test_final_weights_are_those_of_the_formula_element_by_element(
     outcomes: dict[int, dict[str, Any]], plain: dict[str, oracle.Training], world_size: int, cell: str
 ) -> None:
-    """1e-5 in fp32 on weights of order 1; importances at the first refresh to 1e-4, after one step's rounding."""
+    """1e-5 in fp32 on weights of order 1; importances to 2e-3, after what steps have made of rounding."""
     outcome, expected = outcomes[world_size]["cells"][cell], plain["online" if "online" in cell else cell.split("/")[1]]
     assert outcome["trained"].keys() == expected.weights.keys()
     difference = max(float((outcome["trained"][n] - w).abs().max()) for n, w in expected.weights.items())

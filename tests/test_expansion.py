@@ -166,15 +166,16 @@ def test_layer_types_and_layer_indices_follow_the_source(pair: tuple[Path, Path]
         assert expanded.config.layer_types == [types[origin] for origin in ORIGINS]
 
 
-def test_mixed_layer_types_are_inherited_and_not_derived_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize("old_style", ["absent", "null"])
+def test_mixed_layer_types_are_inherited_and_not_derived_again(tmp_path: Path, old_style: str) -> None:
     """With max_window_layers 3, layers 3 and 4 slide; derived anew for 8 layers it would be layers 3 to 7."""
     source = save_tiny_model(tmp_path / "source", "qwen2")
     expand_checkpoint(source, tmp_path / "expanded", SELECTED)
     types = load(tmp_path / "expanded").config.layer_types
     assert types == ["full_attention"] * 5 + ["sliding_attention"] * 3
-    old_style = read_json(source / "config.json")
-    del old_style["layer_types"]  # as checkpoints of older versions have it: to be derived
-    write_json(source / "config.json", old_style)
+    config = read_json(source / "config.json")
+    del config["layer_types"]  # as checkpoints of older versions have it: to be derived
+    write_json(source / "config.json", config | ({} if old_style == "absent" else {"layer_types": None}))
     expand_checkpoint(source, tmp_path / "expanded", SELECTED)
     assert load(tmp_path / "expanded").config.layer_types == types
     assert torch.equal(logits(tmp_path / "expanded"), logits(source))

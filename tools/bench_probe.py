@@ -82,8 +82,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         sweep_model, _ = build_forward_engine(config, arguments.model, prepare)
     whole = getattr(plain_model, "module", plain_model)
     layers = list(family.layer_modules(whole))
-    cache = arguments.cache or Path(tempfile.mkdtemp())
-    blocks = build_blocks("corpus", [arguments.corpus], arguments.model, arguments.seq_len, cache, keep_tail=False)
+    with tempfile.TemporaryDirectory() as folder:
+        cache = arguments.cache or Path(folder)
+        blocks = build_blocks("corpus", [arguments.corpus], arguments.model, arguments.seq_len, cache, keep_tail=False)
 
     def plain(indices: list[int]) -> list[float]:
         return plain_deltas(plain_model, layers, blocks, indices)
