@@ -29,7 +29,7 @@ def scalars(run_dir: Path) -> dict[str, list[tuple[int, float]]]:
     return {tag: [(event.step, event.value) for event in board.Scalars(tag)] for tag in tags}
 
 
-def test_movement_is_written_as_the_design_says(tmp_path: Path) -> None:
+def test_a_line_of_movement_has_every_unit_with_its_multiplier_and_both_distances(tmp_path: Path) -> None:
     write_log(tmp_path, 0, range(2, 4, 2))
     (line,) = (tmp_path / "unit_movement.jsonl").read_text().splitlines()
     assert json.loads(line) == {

@@ -223,6 +223,7 @@ class Lab:
     def overflowing(self, config: Config) -> dict[str, Any]:
         """Estimates in fp16 with a right loss scale, and with one so large that gradients overflow; then a step."""
         engine, _, registry = build_training_engine(config, self.workspace.model, FAMILY, [1, 3])
+        UnitLR(engine, registry)
         probe, importances = self.probe(config.train.micro_batch_size), []
         for scale in (2.0**10, 2.0**40):
             zero.set_loss_scale(engine, scale)
