@@ -27,7 +27,7 @@ def resolve_precision(config: Config) -> torch.dtype:
         return torch.float32 if accelerator.device_name() == "cpu" else torch.bfloat16
     if precision == "fp16" and not accelerator.is_fp16_supported():
         raise InputError(
-            f"train.precision: fp16 is nothing that DeepSpeed trains in on this device ({accelerator.device_name()}); "
+            f"train.precision: DeepSpeed does not train in fp16 on this device ({accelerator.device_name()}); "
             "use bf16 or fp32"
         )
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]

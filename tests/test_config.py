@@ -313,3 +313,17 @@ def test_a_misspelt_required_key_is_shown_as_it_stands_in_the_file(tmp_path: Pat
     path.write_text("modle: m\nrun_dir: r\n")
     with pytest.raises(InputError, match="unknown key 'modle'; did you mean 'model'"):
         load_config(path)
+
+
+def test_fp16_is_refused_where_deepspeed_does_not_train_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    from deepspeed.accelerator import get_accelerator
+
+    from adept_ds.modeling import resolve_precision
+
+    config = parse_config({"model": "m", "run_dir": "r", "train": {"precision": "fp16"}})
+    accelerator = type(get_accelerator())
+    monkeypatch.setattr(accelerator, "is_fp16_supported", lambda _: False)
+    with pytest.raises(InputError, match=r"train\.precision: .*fp16.*use bf16 or fp32"):
+        resolve_precision(config)
+    monkeypatch.setattr(accelerator, "is_fp16_supported", lambda _: True)
+    assert str(resolve_precision(config)) == "torch.float16"
