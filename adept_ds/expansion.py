@@ -1,7 +1,7 @@
 """Stage one, second half: insert identity copies of layers into a checkpoint (paper, section 3.1; design trap 6, 8).
 
 Works on safetensors files, not on a loaded model, and moves bytes. Each copy stands directly above its source; the last
-factors that write to the residual stream are zero in it, so the expanded model computes exactly the function of its
+factors that write to the residual stream are silent in it, so the expanded model computes exactly the function of its
 source.
 """
 
@@ -19,7 +19,7 @@ from typing import Any
 from adept_ds.errors import InputError
 from adept_ds.families import Family, family_of, layer_count, read_model_config
 from adept_ds.files import new_directory, read_json, write_json
-from adept_ds.tensor_files import Piece, StoredTensor, Zeros, read_header, write_tensors
+from adept_ds.tensor_files import Constant, Piece, StoredTensor, read_header, write_tensors
 from adept_ds.terminal import ProgressCallback
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -40,6 +40,7 @@ class Expansion:
     source_layers: int
     copies: tuple[LayerCopy, ...]
     zeroed: tuple[str, ...]
+    """Tensors of copies that silence them: zero, or a norm's weight with which its gain is zero."""
     fingerprint: str
     """SHA-256 over those of the expanded weight files."""
 
@@ -203,7 +204,7 @@ def copy_companions(source: Path, destination: Path) -> None:
 def _expand_shard(
     stored: Mapping[str, StoredTensor], family: Family, copies: Sequence[LayerCopy]
 ) -> tuple[dict[str, Piece], list[str]]:
-    """The tensors of one shard under their new names, with the copies that belong to it; and which are zeroed."""
+    """The tensors of one shard under their new names, with the copies that belong to it; and which are silenced."""
     copy_of = {copy.source: copy for copy in copies}
     pieces: dict[str, Piece] = {}
     zeroed = []
@@ -214,12 +215,12 @@ def _expand_shard(
             continue
         layer, inner = place
         shift = sum(copy.source < layer for copy in copies)
-        pieces[family.join_name(layer + shift, inner)] = tensor
+        pieces[family.in_layer(name, layer + shift)] = tensor
         if layer in copy_of:
-            copied = family.join_name(copy_of[layer].index, inner)
+            copied = family.in_layer(name, copy_of[layer].index)
             pieces[copied] = tensor
             if family.writes_residual(inner):
-                pieces[copied] = Zeros(tensor)
+                pieces[copied] = Constant(tensor, family.silent)
                 zeroed.append(copied)
     return pieces, zeroed
 

@@ -15,7 +15,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from adept_ds.errors import InputError
-from adept_ds.expansion import INDEX_NAME, copy_companions, weight_files
+from adept_ds.expansion import INDEX_NAME, copy_companions, stored_tensors, weight_files
+from adept_ds.families import family_of
 from adept_ds.files import new_directory, read_json, write_json
 from adept_ds.terminal import ProgressCallback
 
@@ -68,8 +69,8 @@ def export_checkpoint(
     Raises:
         InputError: the training checkpoint does not belong to `expanded`.
     """
-    trained = read_zero_checkpoint(checkpoint)
     files = weight_files(expanded)
+    trained = _as_stored(read_zero_checkpoint(checkpoint), expanded, checkpoint)
     missing = set(trained)
     with new_directory(destination) as folder:
         for number, file in enumerate(files):
@@ -81,14 +82,29 @@ def export_checkpoint(
             }
             missing -= tensors.keys()
             save_file(tensors, folder / file.name, metadata={"format": "pt"})
-        if missing:
-            raise InputError(f"'{checkpoint}' trained '{min(missing)}', which '{expanded}' lacks; give its own base")
+        assert not missing
         if (expanded / INDEX_NAME).is_file():
             write_json(folder / INDEX_NAME, read_json(expanded / INDEX_NAME))
         copy_companions(expanded, folder)
         (folder / "expansion.json").write_bytes((expanded / "expansion.json").read_bytes())
         _write_config(expanded, folder, dtype)
     return len(trained)
+
+
+def _as_stored(parameters: dict[str, torch.Tensor], expanded: Path, checkpoint: Path) -> dict[str, torch.Tensor]:
+    """A model's parameters under the names that they have in the files of `expanded`: stacks of experts come apart."""
+    family, stored = family_of(expanded), stored_tensors(expanded)
+    tensors: dict[str, torch.Tensor] = {}
+    for name, parameter in parameters.items():
+        try:
+            names = family.stored_parts(name, stored)
+        except KeyError:
+            raise InputError(f"'{checkpoint}' trained '{name}', which '{expanded}' lacks; give its own base") from None
+        listed = [part for expert in names for part in expert]
+        comes_apart = parameter.dim() > len(stored[listed[0]].shape)
+        rows = parameter.reshape(-1, *parameter.shape[2:]) if comes_apart else parameter
+        tensors |= zip(listed, rows.chunk(len(listed)), strict=True)
+    return tensors
 
 
 def _result_tensor(

@@ -5,6 +5,7 @@ Counts what partly frozen training really does: 6 N per token overstates it.
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -30,14 +31,14 @@ class StepFlops:
 
 
 def count_step_flops(model: torch.nn.Module, family: Family, seq_len: int) -> StepFlops:
-    """2 operations per weight and token for every matrix product; attention scores 4 * seq_len * dim per layer."""
+    """2 operations per weight that a token passes in a matrix product; attention scores 4 * seq_len * dim per layer."""
     config: Any = model.config
     attention = 4.0 * seq_len * config.hidden_size / 2  # causal: half of the scores
     head = 2.0 * config.hidden_size * config.vocab_size
     forward, backward_inputs, backward_weights = head, head, 0.0
     reached = False
     for layer in family.layer_modules(model):
-        sizes = [(p.requires_grad, getattr(p, "ds_numel", p.numel())) for p in layer.parameters()]
+        sizes = [(p.requires_grad, _passed_weights(p, config, family)) for p in layer.parameters()]
         weights = 2.0 * sum(size for _, size in sizes)
         trainable = 2.0 * sum(size for trains, size in sizes if trains)
         forward += weights + attention
@@ -46,6 +47,15 @@ def count_step_flops(model: torch.nn.Module, family: Family, seq_len: int) -> St
             backward_inputs += weights + 2 * attention
         backward_weights += trainable
     return StepFlops(forward, backward_inputs, backward_weights)
+
+
+def _passed_weights(parameter: torch.Tensor, config: Any, family: Family) -> float:
+    """Elements that one token meets: of a stack of experts, those of the ones that it is sent to."""
+    shape = getattr(parameter, "ds_shape", parameter.shape)
+    size = float(math.prod(shape))
+    if family.experts_per_token_key and len(shape) == 3:
+        return size * getattr(config, family.experts_per_token_key) / shape[0]
+    return size
 
 
 def measure_matmul_rate(device: torch.device | str, dtype: torch.dtype, seconds: float = 0.3) -> float:

@@ -9,7 +9,7 @@ General text comes from a probe corpus, in passes of its own, or from the sequen
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +22,18 @@ from adept_ds.distributed import max_over_ranks, rank, sum_over_ranks, world_siz
 from adept_ds.prefix import FrozenPrefix
 from adept_ds.terminal import ProgressCallback
 from adept_ds.units import UnitRegistry
+
+
+Score = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""From elements of a weight and of its gradient to what is summed over a unit."""
+
+
+def weight_times_grad(weight: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
+    return (weight * grad).abs_()
+
+
+def grad_squared(weight: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
+    return grad.float().square()
 
 
 @dataclass(frozen=True)
@@ -56,14 +68,14 @@ def estimate_importance(
     Args:
         prefix: kept from one estimate to the next with the same `probe`, it saves the frozen layers' forward passes.
     """
-    parameters = _parameters_of(engine, registry)
+    parameters = parameters_of(engine, registry)
     sums = torch.zeros(len(registry), dtype=torch.float64)
     batches = probe.global_batches()
     with zero.probing_gradients(engine):
         for number in range(len(batches)):
             if progress:
                 progress(number / len(batches), f"probe batch {number + 1} of {len(batches)}")
-            sums += _batch_sums(engine, registry, parameters, probe, number, prefix)
+            sums += batch_sums(engine, registry, parameters, probe, number, prefix)[0]
     return (sum_over_ranks(sums) / (registry.sizes * len(batches))).tolist()
 
 
@@ -76,7 +88,7 @@ class OnlineImportance:
 
     def __init__(self, engine: Any, registry: UnitRegistry) -> None:
         self._engine, self._registry = engine, registry
-        self._parameters = _parameters_of(engine, registry)
+        self._parameters = parameters_of(engine, registry)
         self._sums, self._count = torch.zeros(len(registry), dtype=torch.float64), 0
 
     def observe(self, share: float) -> None:
@@ -109,29 +121,31 @@ class OnlineImportance:
         self._sums, self._count = torch.tensor(state["sums"], dtype=torch.float64), state["count"]
 
 
-def _parameters_of(engine: Any, registry: UnitRegistry) -> list[tuple[str, Any]]:
+def parameters_of(engine: Any, registry: UnitRegistry) -> list[tuple[str, Any]]:
+    """Those that belong to a unit, by name."""
     return [(name, p) for name, p in engine.module.named_parameters() if name in registry.placements]
 
 
-def _batch_sums(
+def batch_sums(
     engine: Any,
     registry: UnitRegistry,
     parameters: Sequence[tuple[str, Any]],
     probe: ProbeBatches,
     number: int,
-    prefix: FrozenPrefix | None,
-) -> torch.Tensor:
-    """This rank's sums of |w * g| for one global batch.
+    prefix: FrozenPrefix | None = None,
+    score: Score = weight_times_grad,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """This rank's sums of the score for one global batch, [n_units] float64, and the summed loss of each of its rows.
 
     In fp16 the loss scale that training has arrived at may be too large for these gradients: it is lowered until all
     are finite.
     """
     while True:
-        backward_global_batch(engine, probe, number, prefix)
-        sums = local_sums(engine, registry, parameters)
+        losses = backward_global_batch(engine, probe, number, prefix)
+        sums = local_sums(engine, registry, parameters, score)
         zero.clear_probe_gradients(engine)
         if not _has_overflowed(engine, sums):
-            return sums
+            return sums, losses
         zero.set_loss_scale(engine, max(1.0, zero.loss_scale(engine) / 16))
 
 
@@ -140,29 +154,42 @@ def _has_overflowed(engine: Any, sums: torch.Tensor) -> bool:
     return zero.loss_scale(engine) > 1 and bool(max_over_ranks(float(not sums.isfinite().all()))[0])
 
 
-def backward_global_batch(engine: Any, probe: ProbeBatches, number: int, prefix: FrozenPrefix | None = None) -> None:
-    """Gradient of the mean token loss over global batch `number`, which is spread over the ranks."""
+def backward_global_batch(
+    engine: Any, probe: ProbeBatches, number: int, prefix: FrozenPrefix | None = None
+) -> torch.Tensor:
+    """Gradient of the mean token loss over global batch `number`, which is spread over the ranks.
+
+    Returns the summed loss of each of this rank's rows, in the order of `rank_batches`, fillers included; float32.
+    """
     batch = probe.global_batches()[number]
     total_tokens = probe.blocks.predicted_tokens(batch)
     micro_batches = rank_batches(batch, rank(), world_size(), probe.micro_batch_size)
+    row_losses = []
     for position, indices in enumerate(micro_batches):
         input_ids, labels = (tensor.to(engine.device) for tensor in probe.blocks.batch(indices))
         engine.set_gradient_accumulation_boundary(position == len(micro_batches) - 1)
         # DeepSpeed averages over ranks; times world_size, the sum over ranks is left.
         with prefix.at((number, position)) if prefix else nullcontext():
-            loss = engine(input_ids, labels).sum() * (world_size() / total_tokens)
-            engine.backward(loss, scale_wrt_gas=False)
+            losses = engine(input_ids, labels)
+            engine.backward(losses.sum() * (world_size() / total_tokens), scale_wrt_gas=False)
+        row_losses.append(losses.detach())
+    return torch.cat(row_losses).cpu()
 
 
-def local_sums(engine: Any, registry: UnitRegistry, parameters: Sequence[tuple[str, Any]]) -> torch.Tensor:
-    """[n_units] float64: sums of |w * g| over this rank's elements of each unit."""
+def local_sums(
+    engine: Any,
+    registry: UnitRegistry,
+    parameters: Sequence[tuple[str, Any]],
+    score: Score = weight_times_grad,
+) -> torch.Tensor:
+    """[n_units] float64: sums of the score, by default |w * g|, over this rank's elements of each unit."""
     sums = torch.zeros(len(registry), dtype=torch.float64)
     for name, parameter in parameters:
         local = zero.local_weight_and_grad(engine, parameter)
         if local is not None:
             weight, grad, start = local
             # float64 so that the split over ranks does not show.
-            values = (weight * grad).abs_()
-            for tile in registry.placements[name].tiles(start, start + values.numel()):
+            values = score(weight, grad)
+            for tile in registry.tiles(name, start, start + values.numel()):
                 sums.index_add_(0, tile.units, tile.view(values).sum(1 - tile.axis, dtype=torch.float64).cpu())
     return sums

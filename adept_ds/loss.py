@@ -22,11 +22,18 @@ class _HeadLoss(torch.autograd.Function):
     """Summed cross entropy of each row.
 
     hidden [rows, tokens, dim], labels [rows, tokens], weight [vocab, dim], bias [vocab] or None -> [rows] float32.
+    Logits are what the head says divided by `divisor`, and with a cap, c tanh(logits / c).
     """
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, labels: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+        ctx: Any,
+        hidden: torch.Tensor,
+        labels: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        divisor: float = 1.0,
+        cap: float | None = None,
     ) -> torch.Tensor:
         rows, tokens, dim = hidden.shape
         flat_hidden, flat_labels = hidden.reshape(-1, dim), labels.reshape(-1)
@@ -37,6 +44,11 @@ class _HeadLoss(torch.autograd.Function):
         for start in range(0, rows * tokens, step):
             chunk = slice(start, start + step)
             logits = F.linear(flat_hidden[chunk], weight, bias).float()
+            if divisor != 1:
+                logits = logits / divisor
+            if cap is not None:
+                saturation = torch.tanh(logits / cap)
+                logits = saturation * cap
             target = flat_labels[chunk]
             log_normaliser = torch.logsumexp(logits, dim=-1)
             counted = target != IGNORED_LABEL
@@ -46,7 +58,9 @@ class _HeadLoss(torch.autograd.Function):
                 # d loss / d logits = softmax - one-hot; formed in the logits' own memory.
                 logits.sub_(log_normaliser.unsqueeze(-1)).exp_()
                 logits.scatter_add_(-1, index, torch.full_like(index, -1, dtype=logits.dtype))
-                logits.mul_(counted.unsqueeze(-1))
+                logits.mul_(counted.unsqueeze(-1) / divisor)
+                if cap is not None:
+                    logits.mul_(saturation.square_().neg_().add_(1))
                 grad[chunk] = logits.to(weight.dtype) @ weight
         if grad is not None:
             ctx.save_for_backward(grad.view(rows, tokens, dim))
@@ -55,7 +69,7 @@ class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (grad,) = ctx.saved_tensors
-        return grad * grad_outputs[0].view(-1, 1, 1).to(grad.dtype), None, None, None
+        return grad * grad_outputs[0].view(-1, 1, 1).to(grad.dtype), *(None,) * 5
 
 
 def shifted_labels(labels: torch.Tensor) -> torch.Tensor:
@@ -68,12 +82,15 @@ def count_predicted(labels: torch.Tensor) -> int:
     return int((labels[:, 1:] != IGNORED_LABEL).sum())
 
 
-def install_row_losses(model: torch.nn.Module) -> None:
+def install_row_losses(model: torch.nn.Module, divisor: float = 1.0, cap: float | None = None) -> None:
     """Make `model(input_ids, labels)` return the summed next-token loss of each row, [rows] float32.
 
     Replaces the `forward` of this instance and of its output head. An instance attribute rather than a wrapping
     module, because a wrapper would rename every parameter in checkpoints; through the head's own call rather than
     beside it, because DeepSpeed's hooks gather the head's weight around that call.
+
+    Args:
+        divisor, cap: what the model's own forward does to the logits afterwards (see `Family.logit_transform`).
     """
     head: Any = model.get_output_embeddings()  # type: ignore[operator]
     if head.weight.requires_grad:
@@ -82,7 +99,7 @@ def install_row_losses(model: torch.nn.Module) -> None:
     def head_forward(self: Any, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         if hidden.shape[0] != labels.shape[0]:  # a stack of variants over the same rows
             labels = labels.repeat(hidden.shape[0] // labels.shape[0], 1)
-        return _HeadLoss.apply(hidden, shifted_labels(labels), self.weight, self.bias)
+        return _HeadLoss.apply(hidden, shifted_labels(labels), self.weight, self.bias, divisor, cap)
 
     def model_forward(self: Any, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         hidden = self.base_model(input_ids=input_ids, use_cache=False).last_hidden_state

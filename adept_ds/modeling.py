@@ -10,7 +10,7 @@ import torch
 
 from adept_ds.config import Config
 from adept_ds.errors import InputError
-from adept_ds.families import Family
+from adept_ds.families import Family, family_of
 from adept_ds.loss import install_row_losses
 
 
@@ -49,7 +49,7 @@ def load_causal_lm(model_dir: Path, dtype: torch.dtype, ds_config: dict[str, Any
     del zero3
     model.requires_grad_(False)
     model.config.use_cache = False
-    install_row_losses(model)
+    install_row_losses(model, *family_of(model_dir).logit_transform(model.config))
     return model
 
 

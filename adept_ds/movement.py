@@ -17,6 +17,8 @@ from safetensors.torch import load_file, save_file
 from adept_ds import zero
 from adept_ds.distributed import rank, sum_over_ranks
 from adept_ds.expansion import stored_tensors
+from adept_ds.families import family_of
+from adept_ds.tensor_files import StoredTensor
 from adept_ds.units import UnitRegistry
 
 
@@ -32,7 +34,7 @@ class UnitMovement:
         self._layout = zero.partition_layout(engine)
         self._registry = registry
         self._precision = precision
-        self._stored = stored_tensors(start_dir)
+        self._stored, self._family = stored_tensors(start_dir), family_of(start_dir)
         self._last: list[torch.Tensor] | None = None
         """Weights at `since`; None: those of the start."""
         self.since = 0
@@ -48,7 +50,7 @@ class UnitMovement:
                 new, start = now[number][run], self._start(piece)
                 changes = (new - (start if self._last is None else self._last[number][run]), new - start)
                 end = piece.param_start + piece.numel
-                for tile in self._registry.placements[piece.parameter].tiles(piece.param_start, end):
+                for tile in self._registry.tiles(piece.parameter, piece.param_start, end):
                     for total, change in zip(sums, changes, strict=True):
                         squares = tile.view(change).square().sum(1 - tile.axis, dtype=torch.float64)
                         total.index_add_(0, tile.units, squares)
@@ -74,15 +76,27 @@ class UnitMovement:
         return [partition.tensor.detach().to("cpu", torch.float32, copy=True) for partition in self._layout]
 
     def _start(self, piece: zero.Piece) -> torch.Tensor:
-        """The piece's elements at the start; only its rows are read."""
-        stored = self._stored[piece.parameter]
-        row = math.prod(stored.shape[1:])
-        first, last = piece.param_start // row, -(-(piece.param_start + piece.numel) // row)
-        with safe_open(stored.file, framework="pt") as file:
-            rows = file.get_slice(piece.parameter)[first:last]
-        offset = piece.param_start - first * row
-        flat: torch.Tensor = rows.flatten()[offset : offset + piece.numel]
-        return flat.to(self._precision).float()
+        """The piece's elements at the start; of each tensor that holds some, only the rows with them are read."""
+        names = [name for expert in self._family.stored_parts(piece.parameter, self._stored) for name in expert]
+        begin, found = 0, []
+        for name in names:
+            stored = self._stored[name]
+            numel = math.prod(stored.shape)
+            start, stop = max(piece.param_start - begin, 0), min(piece.param_start + piece.numel - begin, numel)
+            if start < stop:
+                found.append(_elements(name, stored, start, stop))
+            begin += numel
+        return torch.cat(found).to(self._precision).float()
+
+
+def _elements(name: str, stored: StoredTensor, start: int, stop: int) -> torch.Tensor:
+    """Elements start:stop of the flattened tensor."""
+    row = math.prod(stored.shape[1:])
+    first, last = start // row, -(-stop // row)
+    with safe_open(stored.file, framework="pt") as file:
+        rows = file.get_slice(name)[first:last]
+    flat: torch.Tensor = rows.flatten()[start - first * row : stop - first * row]
+    return flat
 
 
 def _file(checkpoint: Path) -> Path:

@@ -33,6 +33,8 @@ _ITEM_BYTES = {
     **dict.fromkeys(("BOOL", "I8", "U8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1),
 }
 
+_FLOAT_FORMATS = {"F64": "<d", "F32": "<f", "F16": "<e", "BF16": "<f"}
+
 
 @dataclass(frozen=True)
 class StoredTensor:
@@ -80,10 +82,22 @@ class StoredTensor:
 
 
 @dataclass(frozen=True)
-class Zeros:
-    """A tensor of zeros, of the dtype and shape of another; zero has zero bytes in every dtype."""
+class Constant:
+    """A tensor of the dtype and shape of another, with one value in every element.
+
+    Raises:
+        InputError: another value than zero, in a dtype that it cannot be written in.
+    """
 
     like: StoredTensor
+    value: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.value and self.dtype not in _FLOAT_FORMATS:
+            raise InputError(
+                f"model: '{self.like.file}' holds a norm in {self.dtype}, where {self.value} cannot be written; "
+                f"convert the model to one of {', '.join(_FLOAT_FORMATS)}"
+            )
 
     @property
     def num_bytes(self) -> int:
@@ -98,15 +112,24 @@ class Zeros:
         return self.like.shape
 
     def chunks(self) -> Iterator[memoryview]:
-        zeros = memoryview(bytes(min(_CHUNK, self.num_bytes)))
+        item = self._item()
+        values = memoryview(item * (min(_CHUNK, self.num_bytes) // len(item)))
         for start in range(0, self.num_bytes, _CHUNK):
-            yield zeros[: self.num_bytes - start]
+            yield values[: self.num_bytes - start]
 
     def copy_to(self, target: FileIO) -> Iterator[int]:
         yield from map(target.write, self.chunks())
 
+    def _item(self) -> bytes:
+        """The bytes of one element; zero has zero bytes in every dtype."""
+        if not self.value:
+            return b"\0"
+        if self.dtype == "BF16":
+            return struct.pack("<f", self.value)[2:]  # the upper half of a float32: exact for small whole numbers
+        return struct.pack(_FLOAT_FORMATS[self.dtype], self.value)
 
-Piece = StoredTensor | Zeros
+
+Piece = StoredTensor | Constant
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:

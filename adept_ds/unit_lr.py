@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from adept_ds import zero
@@ -53,7 +53,8 @@ class UnitLR:
         self._multipliers = client.multipliers if isinstance(client, UnitAdamW) else attach_multipliers(client)
         self._multipliers.name_units(self.registry.names)
         for partition in zero.partition_layout(engine):
-            self._multipliers.bind(partition.tensor, [self._slice_of(piece) for piece in partition.pieces])
+            slices = [unit_slice for piece in partition.pieces for unit_slice in self._slices_of(piece)]
+            self._multipliers.bind(partition.tensor, slices)
 
     @property
     def multipliers(self) -> list[float]:
@@ -100,9 +101,11 @@ class UnitLR:
                         "every rank must compute or set the same"
                     )
 
-    def _slice_of(self, piece: zero.Piece) -> UnitSlice:
-        placement = self.registry.placements[piece.parameter]
-        return UnitSlice(piece.flat_start, piece.flat_start + piece.numel, placement, piece.param_start)
+    def _slices_of(self, piece: zero.Piece) -> Iterator[UnitSlice]:
+        end = piece.param_start + piece.numel
+        for part, first, last, offset in self.registry.parts(piece.parameter, piece.param_start, end):
+            start = piece.flat_start + offset
+            yield UnitSlice(start, start + last - first, part, first)
 
 
 def _registry_of(engine: Any, unit_of: Mapping[str, str]) -> UnitRegistry:

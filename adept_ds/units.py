@@ -3,19 +3,20 @@
 Granularity `matrix`: a projection (weight and bias together) or a norm. `module`: all projections of the attention, or
 of the MLP, or a norm. `fine`: an attention head, a key-value head, an MLP neuron, or a norm. A head owns rows of
 q_proj and columns of o_proj, a neuron rows of gate_proj and up_proj and a column of down_proj, so fine units are
-scattered over a flattened parameter. A `Placement` says how with four numbers, never with one per element.
+scattered over a flattened parameter. A `Placement` says how with a few numbers, never with one per element. Projections
+that an architecture fuses, and the matrices of each expert, are units of their own all the same.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 
-from adept_ds.families import Family, copied_parameters
+from adept_ds.families import Family, copied_parameters, module_path
 
 UnitKind = Literal["matrix", "module", "head", "neuron", "norm"]
 Granularity = Literal["matrix", "module", "fine"]
@@ -58,29 +59,39 @@ class Tile:
 
 @dataclass(frozen=True)
 class Placement:
-    """Which units the elements of one parameter belong to."""
+    """Which units the elements of one parameter belong to; or those of one of several parts that lie one behind the
+    other in it (fused projections, experts)."""
 
     shape: tuple[int, ...]
     first: int
     """Index of the unit of element 0."""
     axis: int | None = None
-    """Dimension along which one unit follows the other; None: the whole parameter is one unit."""
+    """Dimension along which one unit follows the other; None: all elements are one unit."""
     block: int = 1
-    """Rows or columns of a unit."""
+    """Rows or columns of a unit that lie together."""
+    period: int | None = None
+    """After so many units the first one comes again; None: each comes once."""
 
     @property
     def count(self) -> int:
-        return 1 if self.axis is None else self.shape[self.axis] // self.block
+        """How many units there are."""
+        if self.axis is None:
+            return 1
+        return self.period or self.shape[self.axis] // self.block
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
 
     def tiles(self, start: int, stop: int) -> list[Tile]:
-        """Cut elements start:stop of the flattened parameter into at most three tiles; a cut may fall anywhere."""
+        """Cut elements start:stop into at most three tiles; a cut may fall anywhere."""
         if self.axis is None:
             return [Tile(0, 1, stop - start, torch.tensor([self.first]), 0)]
         row = math.prod(self.shape[1:])
         if self.axis == 0:
             period = row * self.block
             return [
-                Tile(begin - start, rows, columns, self.first + begin // period + torch.arange(rows), 0)
+                Tile(begin - start, rows, columns, self._unit(begin // period + torch.arange(rows)), 0)
                 for begin, rows, columns in _whole_rows(start, stop, period)
             ]
         return [
@@ -88,11 +99,14 @@ class Placement:
                 begin - start,
                 rows,
                 columns,
-                self.first + torch.arange(begin % row, begin % row + columns) // self.block,
+                self._unit(torch.arange(begin % row, begin % row + columns) // self.block),
                 1,
             )
             for begin, rows, columns in _whole_rows(start, stop, row)
         ]
+
+    def _unit(self, position: torch.Tensor) -> torch.Tensor:
+        return self.first + position % self.count
 
 
 def _whole_rows(start: int, stop: int, width: int) -> Iterator[tuple[int, int, int]]:
@@ -112,11 +126,11 @@ class UnitRegistry:
     The order makes a vector of n_units numbers mean the same on every rank.
     """
 
-    def __init__(self, units: Sequence[Unit], placements: Mapping[str, Placement]) -> None:
+    def __init__(self, units: Sequence[Unit], placements: Mapping[str, Sequence[Placement]]) -> None:
         self.units = tuple(units)
         self.names = [unit.name for unit in units]
-        self.placements = dict(placements)
-        """By full name of the parameter."""
+        self.placements = {name: tuple(parts) for name, parts in placements.items()}
+        """By full name of the parameter: its parts, in the order in which they lie in it."""
 
     def __len__(self) -> int:
         return len(self.units)
@@ -125,6 +139,25 @@ class UnitRegistry:
     def sizes(self) -> torch.Tensor:
         """[n_units] float64: elements of each."""
         return torch.tensor([unit.numel for unit in self.units], dtype=torch.float64)
+
+    def parts(self, parameter: str, start: int, stop: int) -> Iterator[tuple[Placement, int, int, int]]:
+        """Where elements start:stop of a flattened parameter lie in its parts.
+
+        Yields:
+            a part, first and last + 1 of the elements inside it, and the first one counted from `start`.
+        """
+        begin = 0
+        for part in self.placements[parameter]:
+            first, last = max(start, begin), min(stop, begin + part.numel)
+            if first < last:
+                yield part, first - begin, last - begin, first - start
+            begin += part.numel
+
+    def tiles(self, parameter: str, start: int, stop: int) -> Iterator[Tile]:
+        """Elements start:stop of a flattened parameter, cut into tiles."""
+        for part, first, last, offset in self.parts(parameter, start, stop):
+            for tile in part.tiles(first, last):
+                yield replace(tile, start=offset + tile.start)
 
     @classmethod
     def from_mapping(cls, unit_of: Mapping[str, str], shapes: Mapping[str, Sequence[int]]) -> UnitRegistry:
@@ -142,7 +175,7 @@ class UnitRegistry:
             sizes[unit] += math.prod(shapes[parameter])
         units = [Unit(name, "matrix", 0, name, sizes[name]) for name in names]
         index = {name: position for position, name in enumerate(names)}
-        return cls(units, {p: Placement(tuple(shapes[p]), index[unit]) for p, unit in unit_of.items()})
+        return cls(units, {p: [Placement(tuple(shapes[p]), index[unit])] for p, unit in unit_of.items()})
 
 
 def build_registry(
@@ -161,48 +194,103 @@ def build_registry(
     Raises:
         ValueError: a parameter that the family's table does not mention, or heads that do not divide it.
     """
-    order = {path: position for position, path in enumerate((*family.matrices, *family.norms))}
+    order = {path: position for position, path in enumerate((*family.projections, *family.norms))}
     members: dict[int, list[tuple[int, str, str]]] = {}
     for name, layer, inner in copied_parameters(family, list(shapes), layers):
-        path = inner.rpartition(".")[0]
+        path = module_path(inner)
         if path not in order:
             raise ValueError(f"parameter '{name}' belongs to no unit: add '{path}' to its family in families.py")
         members.setdefault(layer, []).append((order[path], path, name))
-    first: dict[tuple[int, str], int] = {}
+    index: dict[str, int] = {}
     units: list[tuple[str, UnitKind, int, str]] = []
-    placements: dict[str, Placement] = {}
+    placements: dict[str, list[Placement]] = {}
     for layer in sorted(members):
         for _, path, name in sorted(members[layer], key=lambda member: member[0]):
-            shape = tuple(shapes[name])
-            part, kind, axis, count = _units_of(family, path, shape, granularity, config)
-            if (layer, part) not in first:
-                first[layer, part] = len(units)
-                numbers = [""] if axis is None else [f".{number}" for number in range(count)]
-                units += [(f"layers.{layer}.{part}{number}", kind, layer, part) for number in numbers]
-            block = 1 if axis is None else shape[axis] // count
-            placements[name] = Placement(shape, first[layer, part], axis, block)
+            placements[name] = []
+            for band in _bands(family, path, tuple(shapes[name]), granularity, config):
+                names = [f"layers.{layer}.{part}{number}" for part, number in band.units]
+                for unit, (part, _) in zip(names, band.units, strict=True):
+                    if unit not in index:
+                        index[unit] = len(units)
+                        units.append((unit, band.kind, layer, part))
+                period = len(names) if band.axis is not None else None
+                placements[name].append(Placement(band.shape, index[names[0]], band.axis, band.block, period))
     sizes = [0] * len(units)
-    for placement in placements.values():
-        for index in range(placement.first, placement.first + placement.count):
-            sizes[index] += math.prod(placement.shape) // placement.count
+    for placement in (part for parts in placements.values() for part in parts):
+        for position in range(placement.first, placement.first + placement.count):
+            sizes[position] += placement.numel // placement.count
     return UnitRegistry([Unit(*unit, size) for unit, size in zip(units, sizes, strict=True)], placements)
 
 
-def _units_of(
-    family: Family, path: str, shape: tuple[int, ...], granularity: Granularity, config: Any
-) -> tuple[str, UnitKind, int | None, int]:
-    """Of one parameter of the layer: the part that its units have in common, their kind, axis and number."""
+@dataclass(frozen=True)
+class _Band:
+    """Consecutive elements of one parameter of a layer, and the units among them."""
+
+    shape: tuple[int, ...]
+    kind: UnitKind
+    units: Sequence[tuple[str, str]]
+    """Part and number of each; beyond the last one the first one comes again."""
+    axis: int | None = None
+    block: int = 1
+
+
+def _bands(family: Family, path: str, shape: tuple[int, ...], granularity: Granularity, config: Any) -> Iterator[_Band]:
+    """One parameter of a layer, in the order in which its elements lie."""
     if path in family.norms:
-        return path, "norm", None, 1
-    if granularity == "module":
-        return path.rpartition(".")[0], "module", None, 1
-    fine = family.fine.get(path) if granularity == "fine" else None
-    if fine is None:
-        return path, "matrix", None, 1
-    if fine.axis >= len(shape):
-        # The bias of a projection whose columns are the units: it belongs to none of them.
-        return f"{path}.bias", "matrix", None, 1
-    count = shape[fine.axis] if fine.count_key is None else int(getattr(config, fine.count_key))
-    if shape[fine.axis] % count:
-        raise ValueError(f"{path}: {shape[fine.axis]} rows or columns do not divide into {count} units of {fine.part}")
-    return fine.part, "neuron" if fine.count_key is None else "head", fine.axis, count
+        yield _Band(shape, "norm", [(path, "")])
+    elif granularity == "module":
+        yield _Band(shape, "module", [(path.partition(".")[0], "")])
+    elif len(shape) == 3:
+        for expert in range(shape[0]):
+            yield from _projection_bands(family, path, shape[1:], granularity, config, f".{expert}")
+    else:
+        yield from _projection_bands(family, path, shape, granularity, config, "")
+
+
+def _projection_bands(
+    family: Family, path: str, shape: tuple[int, ...], granularity: Granularity, config: Any, expert: str
+) -> Iterator[_Band]:
+    """The weight or the bias of one linear layer."""
+    projection, fine = family.projections[path], granularity == "fine"
+    parts = projection.parts
+    if not parts or (not fine and len(parts) == 1):
+        yield _Band(shape, "matrix", [(path, expert)])
+        return
+    axis = 0
+    if len(shape) == 1 and projection.side == "inputs":
+        # The bias belongs to no input.
+        yield _Band(shape, "matrix", [(f"{path}.bias", expert)])
+        return
+    if len(shape) == 2:
+        axis = int((projection.side == "inputs") != family.transposed)
+    lines = shape[axis]
+    counts = [1 if part.count_key is None else int(getattr(config, part.count_key)) for part in parts]
+    if lines % sum(counts):
+        raise ValueError(f"{path}: {lines} rows or columns do not divide into {sum(counts)} units")
+    block = lines // sum(counts)
+    matrices = [(part.name or path, expert) for part in parts]
+    groups = [
+        _numbered(part.fine, expert, count if part.count_key else block)
+        for part, count in zip(parts, counts, strict=True)
+    ]
+    kind: UnitKind = "matrix" if not fine else "head" if parts[0].count_key else "neuron"
+    if projection.by_head and fine:
+        yield _Band(shape, kind, groups[0], axis, block * len(parts))
+    elif projection.by_head:
+        yield _Band(shape, kind, matrices, axis, block)
+    elif axis == 1 and fine:
+        # Columns of all parts lie beside each other in every row; their units are the same.
+        yield _Band(shape, kind, groups[0], axis, block if parts[0].count_key else 1)
+    elif axis == 1:
+        yield _Band(shape, kind, matrices, axis, lines // len(parts))
+    else:
+        for matrix, group, count in zip(matrices, groups, counts, strict=True):
+            part_shape = (count * block, *shape[1:])
+            if fine:
+                yield _Band(part_shape, kind, group, 0, count * block // len(group))
+            else:
+                yield _Band(part_shape, kind, [matrix])
+
+
+def _numbered(part: str, expert: str, count: int) -> list[tuple[str, str]]:
+    return [(part, f"{expert}.{number}") for number in range(count)]

@@ -38,11 +38,32 @@ TINY: dict[str, Any] = {
     "pad_token_id": 256,
     "tie_word_embeddings": False,
 }
+FEW_EXPERTS: dict[str, Any] = {  # torch's grouped matrix product wants rows of 16 bytes, in bf16 too
+    "num_experts": 3,
+    "num_experts_per_tok": 2,
+    "hidden_size": 24,
+    "moe_intermediate_size": 16,
+}
 FAMILY_OPTIONS: dict[str, dict[str, Any]] = {
+    "gemma": {"tie_word_embeddings": True},
+    "gemma2": {"tie_word_embeddings": True, "sliding_window": 16, "final_logit_softcapping": 2.0},
+    "gemma3_text": {"tie_word_embeddings": True, "sliding_window": 16, "sliding_window_pattern": 2},
+    "gpt2": {"tie_word_embeddings": True, "n_embd": 20, "n_layer": 5, "n_head": 2, "n_inner": 37, "n_positions": 128},
+    "gpt_neox": {},
+    "granite": {"residual_multiplier": 0.3, "embedding_multiplier": 5.0, "logits_scaling": 2.0},
     "llama": {"tie_word_embeddings": True},
     "mistral": {"sliding_window": 16},
+    "mixtral": FEW_EXPERTS | {"num_local_experts": 3, "intermediate_size": 32, "sliding_window": 16},
+    "olmo2": {},
+    "olmo3": {"sliding_window": 16},
+    "phi3": {},
     "qwen2": {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 3},
+    "qwen2_moe": FEW_EXPERTS
+    | {"shared_expert_intermediate_size": 13, "mlp_only_layers": [1, 4]}
+    | {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 3},
     "qwen3": {},
+    "qwen3_moe": FEW_EXPERTS | {"decoder_sparse_step": 3},
+    "smollm3": {"no_rope_layer_interval": 2, "use_sliding_window": True, "sliding_window": 16},
 }
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from adept_ds import expansion as expansion_module
 from adept_ds.errors import InputError
 from adept_ds.expansion import Expansion, LayerCopy, expand_checkpoint, layer_origins, plan_copies
+from adept_ds.families import FAMILIES, Family
 from adept_ds.files import read_json, write_json
 from adept_ds.tensor_files import write_tensors
 
@@ -55,6 +58,14 @@ def load(directory: Path, dtype: torch.dtype | str = torch.float32) -> Any:
     model, report = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, output_loading_info=True)
     assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     return model.eval()
+
+
+def family_of_model(model: Any) -> Family:
+    return FAMILIES[model.config.model_type]
+
+
+def layers_of(model: Any) -> Sequence[Any]:
+    return family_of_model(model).layer_modules(model)
 
 
 def random_tokens(rows: int, tokens: int) -> torch.Tensor:
@@ -115,29 +126,56 @@ def test_a_copy_does_something_once_its_zeros_are_filled(pair: tuple[Path, Path]
         model = load(pair[1])
         with torch.no_grad():
             before = model(input_ids=random_tokens(2, 40)).logits
-            model.model.layers[index].mlp.down_proj.weight.fill_(0.1)
+            for parameter in layers_of(model)[index].parameters():
+                parameter.add_(0.1)
             after = model(input_ids=random_tokens(2, 40)).logits
         assert not torch.equal(before, after)
+
+
+def change_after_one_step(directory: Path) -> float:
+    """Of the logits, relative to their size, by one step of AdamW with 1e-4 on the copies."""
+    model, tokens = load(directory), random_tokens(4, 40)
+    model.requires_grad_(False)
+    copies = [parameter for index in COPIES for parameter in layers_of(model)[index].requires_grad_(True).parameters()]
+    before = model(input_ids=tokens, labels=tokens)
+    before.loss.backward()
+    torch.optim.AdamW([parameter for parameter in copies if parameter.grad is not None], lr=1e-4).step()
+    with torch.no_grad():
+        after = model(input_ids=tokens).logits
+        return float((after - before.logits).norm() / before.logits.norm())
+
+
+def test_training_starts_smoothly(pair: tuple[Path, Path]) -> None:
+    assert 0 < change_after_one_step(pair[1]) < 0.05
+
+
+@pytest.mark.parametrize("model_type", ["gemma3_text", "olmo2"])
+def test_zeroed_projections_before_a_norm_would_not_start_smoothly(
+    model_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the test before is there for: the norm brings the smallest update to full size."""
+    source = save_tiny_model(tmp_path / "source", model_type)
+    projections = replace(FAMILIES[model_type], residual_writers=FAMILIES["llama"].residual_writers, silent=0.0)
+    monkeypatch.setitem(FAMILIES, model_type, projections)
+    expand_checkpoint(source, tmp_path / "expanded", SELECTED)
+    assert torch.equal(logits(tmp_path / "expanded"), logits(source))
+    assert change_after_one_step(tmp_path / "expanded") > 0.05
 
 
 # --- where everything stands ---------------------------------------------------------------------------------------
 
 
-def test_every_layer_is_its_source_layer_and_only_the_recorded_tensors_are_zero(pair: tuple[Path, Path]) -> None:
+def test_every_layer_is_its_source_layer_and_only_the_recorded_tensors_are_silenced(pair: tuple[Path, Path]) -> None:
     source, expanded = (all_tensors(directory) for directory in pair)
     record = read_json(pair[1] / "expansion.json")
-    assert set(record["zeroed"]) == {name for name, tensor in expanded.items() if not tensor.any()}
-    last_factors = {"self_attn.o_proj.weight", "mlp.down_proj.weight"}
-    if "model.layers.0.self_attn.o_proj.bias" in source:
-        last_factors.add("self_attn.o_proj.bias")
-    assert set(record["zeroed"]) == {f"model.layers.{index}.{inner}" for index in COPIES for inner in last_factors}
+    silent = -1 if "gemma" in read_json(pair[0] / "config.json")["model_type"][:-1] else 0  # gemma 2 and 3: gain 1 + w
+    assert set(record["zeroed"]) == {name for name, tensor in expanded.items() if (tensor == silent).all()}
+    for index in COPIES:  # attention and MLP
+        assert sum(re.search(rf"\.{index}\.", name) is not None for name in record["zeroed"]) >= 2
     seen = set()
     for name, tensor in expanded.items():
-        _, is_layer, rest = name.partition("model.layers.")
-        origin = name
-        if is_layer:
-            index, _, inner = rest.partition(".")
-            origin = f"model.layers.{ORIGINS[int(index)]}.{inner}"
+        match = re.fullmatch(r"(.*?(?:layers|h)\.)(\d+)(\..*)", name)
+        origin = f"{match[1]}{ORIGINS[int(match[2])]}{match[3]}" if match else name
         seen.add(origin)
         assert tensor.dtype == source[origin].dtype
         if name not in record["zeroed"]:
@@ -153,17 +191,29 @@ def test_expansion_json_says_what_the_design_says(pair: tuple[Path, Path]) -> No
     assert (loaded.source_indices, loaded.copy_indices) == (SELECTED, COPIES)
 
 
-def test_layer_types_and_layer_indices_follow_the_source(pair: tuple[Path, Path]) -> None:
+def settings_of(layer: torch.nn.Module) -> dict[str, Any]:
+    """What the modules of a layer were built with: sliding windows, kinds of attention, experts or none."""
+    return {
+        f"{path}.{key}": value
+        for path, module in layer.named_modules()
+        for key, value in ({"class": type(module)} | vars(module)).items()
+        if isinstance(value, str | int | float | type) and key != "layer_idx"
+    }
+
+
+def test_every_layer_is_built_like_its_source_and_knows_its_own_place(pair: tuple[Path, Path]) -> None:
     source, expanded = (load(directory) for directory in pair)
-    assert expanded.config.num_hidden_layers == len(ORIGINS)
-    assert [layer.self_attn.layer_idx for layer in expanded.model.layers] == list(range(len(ORIGINS)))
-    windows = [getattr(layer.self_attn, "sliding_window", None) for layer in source.model.layers]
-    assert [getattr(layer.self_attn, "sliding_window", None) for layer in expanded.model.layers] == [
-        windows[origin] for origin in ORIGINS
-    ]
-    types = getattr(source.config, "layer_types", None)
-    if types is not None:
-        assert expanded.config.layer_types == [types[origin] for origin in ORIGINS]
+    before, after = (layers_of(model) for model in (source, expanded))
+    assert expanded.config.num_hidden_layers == len(after) == len(ORIGINS)
+    for position, (layer, origin) in enumerate(zip(after, ORIGINS, strict=True)):
+        indices = {module.layer_idx for module in layer.modules() if hasattr(module, "layer_idx")}
+        assert indices == {position}
+        assert settings_of(layer) == settings_of(before[origin])
+    for key in ("layer_types", "no_rope_layers"):
+        entries = getattr(source.config, key, None)
+        if entries is not None:
+            assert getattr(expanded.config, key) == [entries[origin] for origin in ORIGINS]
+            assert len(set(entries)) > 1 or source.config.model_type == "qwen3", "says nothing"
 
 
 @pytest.mark.parametrize("old_style", ["absent", "null"])
@@ -251,8 +301,9 @@ def test_the_dtype_of_the_source_is_kept(llama: Path, tmp_path: Path) -> None:
 def test_the_configuration_differs_only_in_what_expansion_changes(pair: tuple[Path, Path]) -> None:
     source, expanded = (load(directory).config.to_dict() for directory in pair)
     changed = {key for key in source if source[key] != expanded.get(key)} | (expanded.keys() - source.keys())
-    assert changed <= {"num_hidden_layers", "layer_types", "_name_or_path"}
-    assert "num_hidden_layers" in changed
+    lists = {"layer_types", "no_rope_layers", "mlp_only_layers", "decoder_sparse_step"}
+    assert changed <= {"num_hidden_layers", "n_layer", "_name_or_path"} | lists
+    assert changed & {"num_hidden_layers", "n_layer"}
 
 
 def test_tokenizer_generation_config_and_licence_are_carried_over_and_weights_of_other_formats_not(

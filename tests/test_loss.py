@@ -50,8 +50,13 @@ ROUNDING = {"rtol": 2e-6, "atol": 2e-6}
 @pytest.mark.parametrize("chunk_elements", [1, 4 * VOCABULARY, 1 << 24], ids=["1 token", "4 tokens", "whole"])
 @pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
 @pytest.mark.parametrize("ignored", [False, True], ids=["all labels", "ignored labels"])
+@pytest.mark.parametrize("transform", [(1.0, None), (3.0, None), (1.5, 2.0)], ids=["plain", "divided", "capped"])
 def test_loss_and_gradient_are_autograds(
-    monkeypatch: pytest.MonkeyPatch, chunk_elements: int, bias: bool, ignored: bool
+    monkeypatch: pytest.MonkeyPatch,
+    chunk_elements: int,
+    bias: bool,
+    ignored: bool,
+    transform: tuple[float, float | None],
 ) -> None:
     monkeypatch.setattr(loss_module, "_CHUNK_ELEMENTS", chunk_elements)
     _, labels = tokens_and_labels(ignored=ignored)
@@ -60,11 +65,14 @@ def test_loss_and_gradient_are_autograds(
     row_weights = torch.tensor([1.0, -0.5, 3.0])  # so that a row's gradient cannot pass for another's
 
     ours = hidden.clone().requires_grad_(True)
-    losses = _HeadLoss.apply(ours, labels, weight, bias_vector)
+    losses = _HeadLoss.apply(ours, labels, weight, bias_vector, *transform)
     (losses * row_weights).sum().backward()
 
     plain = hidden.double().requires_grad_(True)
     logits = F.linear(plain, weight.double(), None if bias_vector is None else bias_vector.double())
+    divisor, cap = transform
+    logits = logits / divisor
+    logits = logits if cap is None else cap * torch.tanh(logits / cap)
     each = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED_LABEL, reduction="none")
     expected = each.view(ROWS, TOKENS).sum(-1)
     (expected * row_weights.double()).sum().backward()

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from adept_ds import tensor_files
 from adept_ds.errors import InputError
-from adept_ds.tensor_files import Zeros, read_header, write_tensors
+from adept_ds.tensor_files import Constant, read_header, write_tensors
 
 TENSORS = {
     "matrix": torch.arange(35.0).view(5, 7),
@@ -53,7 +53,7 @@ def test_pieces_of_a_file_come_back_bit_for_bit_under_other_names(
     pieces = {f"new.{name}": stored[name] for name in reversed(list(stored))}
     seen: list[int] = []
     target = tmp_path / "target.safetensors"
-    digest = write_tensors(target, pieces | {"zeroed": Zeros(stored["matrix"])}, seen.append)
+    digest = write_tensors(target, pieces | {"zeroed": Constant(stored["matrix"])}, seen.append)
     assert digest == hashlib.sha256(target.read_bytes()).hexdigest()
     assert sum(seen) == sum(tensor.nbytes for tensor in TENSORS.values()) + TENSORS["matrix"].nbytes
     loaded = load_file(target)
@@ -72,7 +72,7 @@ def test_a_file_written_twice_has_the_same_digest_and_another_content_another(so
     stored = read_header(source)
     first = write_tensors(tmp_path / "a", stored)
     assert write_tensors(tmp_path / "b", stored) == first
-    assert write_tensors(tmp_path / "c", stored | {"matrix": Zeros(stored["matrix"])}) != first
+    assert write_tensors(tmp_path / "c", stored | {"matrix": Constant(stored["matrix"])}) != first
 
 
 def header_of(tensors: dict[str, dict[str, object]], data: bytes) -> bytes:

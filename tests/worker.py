@@ -212,9 +212,7 @@ class Lab:
         for partition, whole, shared in zip(layout, moved["whole"], moved["shared"], strict=True):
             for piece in partition.pieces:
                 run_of = slice(piece.flat_start, piece.flat_start + piece.numel)
-                for tile in registry.placements[piece.parameter].tiles(
-                    piece.param_start, piece.param_start + piece.numel
-                ):
+                for tile in registry.tiles(piece.parameter, piece.param_start, piece.param_start + piece.numel):
                     expected = tile.view(whole[run_of]) * tile.spread(factors)
                     worst = max(worst, float((tile.view(shared[run_of]) - expected).abs().max()))
         assert max(float(move.abs().max()) for move in moved["shared"]) > 1e-3

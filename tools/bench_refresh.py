@@ -77,7 +77,7 @@ def gathered_sums(engine: Any, registry: UnitRegistry, parameters: Sequence[tupl
     for name, parameter in parameters:
         weight, grad = safe_get_full_fp32_param(parameter), safe_get_full_grad(parameter)
         value = (weight.flatten() * grad.flatten()).abs_().sum(dtype=torch.float64)
-        sums[registry.placements[name].first] += value.cpu()
+        sums[registry.placements[name][0].first] += value.cpu()
     return sums
 
 
