@@ -1,0 +1,196 @@
+"""Every family of the table, on two ranks under ZeRO-3: probed, estimated, trained, exported as in plain PyTorch."""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import FAMILY_OPTIONS, ROOT, launch, save_tiny_model
+from family_ranks import ROWS, TOKENS, batch
+from safetensors.torch import load_file, save_file
+from test_expansion import change_after_one_step
+from test_units import units_of
+
+from adept_ds import families
+from adept_ds.errors import InputError
+from adept_ds.expansion import expand_checkpoint, layer_origins
+from adept_ds.families import FAMILIES, family_of
+from adept_ds.files import read_json, write_json
+from adept_ds.units import build_registry
+
+SELECTED = [0, 2, 4]
+COPIES = [1, 4, 7]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("families")
+    for model_type in FAMILY_OPTIONS:
+        source, expanded = save_tiny_model(root / model_type / "source", model_type), root / model_type / "expanded"
+        silenced = expand_checkpoint(source, expanded, SELECTED).zeroed
+        tensors = load_file(expanded / "model.safetensors")
+        for name in silenced:  # so that every unit of a copy has a gradient
+            tensors[name] += 0.3 * torch.randn(tensors[name].shape, generator=torch.Generator().manual_seed(1))
+        save_file(tensors, expanded / "model.safetensors", metadata={"format": "pt"})
+    return root
+
+
+@pytest.fixture(scope="module")
+def results(folder: Path) -> dict[str, Any]:
+    output = folder / "results.pt"
+    result = launch(2, [str(ROOT / "tests" / "family_ranks.py"), str(folder), str(output)])
+    assert result.returncode == 0, result.stderr[-4000:]
+    loaded: dict[str, Any] = torch.load(output)
+    return loaded
+
+
+each_family = pytest.mark.parametrize("model_type", sorted(FAMILY_OPTIONS))
+
+
+def load(directory: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+
+
+def loss_sum(model: Any) -> torch.Tensor:
+    """Over all predicted tokens, from the model's own logits."""
+    logits = model(input_ids=batch(), use_cache=False).logits[:, :-1].double()
+    return F.cross_entropy(logits.flatten(0, 1), batch()[:, 1:].flatten(), reduction="sum")
+
+
+@contextmanager
+def without(layer: torch.nn.Module) -> Iterator[None]:
+    layer.forward = lambda hidden_states, *args, **kwargs: hidden_states  # type: ignore[method-assign]
+    yield
+    del layer.forward
+
+
+def test_every_family_of_the_table_is_tested() -> None:
+    assert FAMILIES.keys() == FAMILY_OPTIONS.keys()
+
+
+@each_family
+def test_the_sweep_gives_the_losses_of_plain_passes(model_type: str, folder: Path, results: dict[str, Any]) -> None:
+    model = load(folder / model_type / "source")
+    layers = FAMILIES[model_type].layer_modules(model)
+    expected = []
+    with torch.no_grad():
+        expected.append(float(loss_sum(model)))
+        for layer in layers:
+            with without(layer):
+                expected.append(float(loss_sum(model)))
+    # float32 in another order: 1e-6 of a loss sum of about 280
+    assert results[model_type]["sweep"].tolist() == pytest.approx(expected, rel=3e-6)
+    assert len({round(loss, 3) for loss in expected}) == len(expected), "every layer matters"
+
+
+@each_family
+@pytest.mark.parametrize("granularity", ["matrix", "fine"])
+def test_every_unit_has_its_importance(
+    model_type: str, granularity: str, folder: Path, results: dict[str, Any]
+) -> None:
+    model = load(folder / model_type / "expanded")
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    registry = build_registry(FAMILIES[model_type], shapes, COPIES, granularity, model.config)  # type: ignore[arg-type]
+    (loss_sum(model) / (ROWS * (TOKENS - 1))).backward()
+    expected = torch.zeros(len(registry), dtype=torch.float64)
+    for name, parameter in model.named_parameters():
+        if name in registry.placements:
+            values = (parameter.detach() * parameter.grad).abs().flatten().double()
+            expected.index_add_(0, units_of(registry, name, shapes[name]).flatten(), values)
+    found = results[model_type]["importances"][granularity]
+    assert list(found) == registry.names
+    assert min(found.values()) > 0
+    # float32 gradients summed over two ranks; the smallest ones are differences of larger numbers
+    assert list(found.values()) == pytest.approx(expected.tolist(), rel=2e-4, abs=1e-8)
+
+
+@each_family
+def test_the_exported_model_has_the_trained_copies_and_nothing_else_is_new(
+    model_type: str, folder: Path, results: dict[str, Any]
+) -> None:
+    model, before = (load(folder / model_type / name) for name in ("export", "expanded"))
+    start = dict(before.named_parameters())
+    trained, seen = results[model_type]["trained"], set()
+    for name, parameter in model.named_parameters():
+        if name in trained:
+            assert torch.equal(parameter, trained[name]), name
+            seen.add(name)
+        else:
+            assert torch.equal(parameter, start[name]), name
+    assert seen == trained.keys()
+    layers = {int(re.findall(r"\d+", name)[0]) for name in trained}
+    assert layers == set(COPIES)
+    assert any(not torch.equal(trained[name], start[name]) for name in trained)
+
+
+@each_family
+def test_movement_is_measured_from_the_checkpoints_own_tensors(
+    model_type: str, folder: Path, results: dict[str, Any]
+) -> None:
+    after, before = (dict(load(folder / model_type / name).named_parameters()) for name in ("export", "expanded"))
+    shapes = {name: tuple(parameter.shape) for name, parameter in before.items()}
+    config = load(folder / model_type / "expanded").config
+    registry = build_registry(FAMILIES[model_type], shapes, COPIES, "fine", config)
+    squares = torch.zeros(len(registry), dtype=torch.float64)
+    with torch.no_grad():
+        for name in registry.placements:
+            change = (after[name] - before[name]).double().square().flatten()
+            squares.index_add_(0, units_of(registry, name, shapes[name]).flatten(), change)
+    moved = results[model_type]["moved"]
+    assert list(moved) == registry.names
+    assert list(moved.values()) == pytest.approx(squares.sqrt().tolist(), rel=1e-5, abs=1e-9)
+
+
+def test_the_guide_adds_a_family(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The entry of CONTRIBUTING.md as it stands, in one process; what it is put through is said there."""
+    guide = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    (entry,) = re.findall(r"```python\n(.*?)```", guide, flags=re.DOTALL)
+    added = dict(FAMILIES)
+    exec(textwrap.dedent(entry), vars(families) | {"FAMILIES": added})
+    assert added.keys() - FAMILIES.keys() == {"starcoder2"}
+    monkeypatch.setitem(FAMILIES, "starcoder2", added["starcoder2"])
+    monkeypatch.setitem(FAMILY_OPTIONS, "starcoder2", {"sliding_window": None})
+    source = save_tiny_model(tmp_path / "source", "starcoder2")
+    expand_checkpoint(source, tmp_path / "expanded", SELECTED)
+    before, after = load(source), load(tmp_path / "expanded")
+    with torch.no_grad():
+        assert torch.equal(after(input_ids=batch()).logits, before(input_ids=batch()).logits)
+    options = {"attention_mask": torch.ones_like(batch()), "max_new_tokens": 8, "do_sample": False}
+    assert torch.equal(after.generate(batch(), **options), before.generate(batch(), **options))
+    shapes = {name: tuple(parameter.shape) for name, parameter in after.named_parameters()}
+    for granularity in ("matrix", "module", "fine"):
+        registry = build_registry(added["starcoder2"], shapes, COPIES, granularity, after.config)  # type: ignore[arg-type]
+        layers = [int(re.findall(r"\d+", name)[0]) for name in shapes if "layers" in name]
+        assert len(registry.placements) == len([layer for layer in layers if layer in COPIES])
+    assert change_after_one_step(tmp_path / "expanded") < 0.05
+
+
+def test_an_unknown_architecture_is_refused_with_the_way_to_add_it(tmp_path: Path) -> None:
+    write_json(tmp_path / "config.json", {"model_type": "mamba"})
+    with pytest.raises(InputError, match=r"'mamba', which is not supported; supported: .*CONTRIBUTING\.md"):
+        family_of(tmp_path)
+
+
+def test_attention_that_depends_on_the_layers_index_is_refused(tmp_path: Path) -> None:
+    source = save_tiny_model(tmp_path / "source", "gpt2", scale_attn_by_inverse_layer_idx=True)
+    with pytest.raises(InputError, match=r"scale_attn_by_inverse_layer_idx=True.*=False can be expanded"):
+        expand_checkpoint(source, tmp_path / "expanded", SELECTED)
+    assert not (tmp_path / "expanded").exists()
+
+
+def test_layers_without_experts_stay_where_they_were(folder: Path) -> None:
+    """Source layers 1 and 4 of one model, all but 2 of the other, whose rule was every third layer."""
+    origins = layer_origins(5, SELECTED)
+    for model_type, dense in (("qwen2_moe", {1, 4}), ("qwen3_moe", {0, 1, 3, 4})):
+        config = read_json(folder / model_type / "expanded" / "config.json")
+        assert config["mlp_only_layers"] == [index for index, origin in enumerate(origins) if origin in dense]
+        assert config["decoder_sparse_step"] == 1
