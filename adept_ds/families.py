@@ -369,8 +369,14 @@ def family_of(model_dir: Path) -> Family:
     Raises:
         InputError: the architecture is not in the table; the message lists those that are.
     """
-    model_type = read_model_config(model_dir).get("model_type")
+    config = read_model_config(model_dir)
+    model_type, inner = config.get("model_type"), config.get("text_config")
     family = FAMILIES.get(str(model_type))
+    if family is None and isinstance(inner, dict) and inner.get("model_type") in FAMILIES:
+        raise InputError(
+            f"model: '{model_dir}' has architecture '{model_type}', which is not supported; "
+            f"the '{inner['model_type']}' inside it is: save its language model alone, and give that directory"
+        )
     if family is None:
         raise InputError(
             f"model: '{model_dir}' has architecture '{model_type}', which is not supported; "

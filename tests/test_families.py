@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -172,6 +173,47 @@ def test_the_guide_adds_a_family(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         layers = [int(re.findall(r"\d+", name)[0]) for name in shapes if "layers" in name]
         assert len(registry.placements) == len([layer for layer in layers if layer in COPIES])
     assert change_after_one_step(tmp_path / "expanded") < 0.05
+
+
+def test_checkpoints_of_a_base_model_keep_their_names_without_prefix(folder: Path, tmp_path: Path) -> None:
+    """As GPT-2 was published: no 'transformer.' in front, and causal masks among the weights."""
+    shutil.copytree(folder / "gpt2" / "source", tmp_path / "source")
+    file = tmp_path / "source" / "model.safetensors"
+    tensors = {name.removeprefix("transformer."): tensor for name, tensor in load_file(file).items()}
+    tensors |= {f"h.{layer}.attn.bias": torch.ones(1, 1, 8, 8) for layer in range(5)}
+    save_file(tensors, file, metadata={"format": "pt"})
+    expand_checkpoint(tmp_path / "source", tmp_path / "expanded", SELECTED)
+    names = load_file(tmp_path / "expanded" / "model.safetensors").keys()
+    assert {f"h.{layer}.attn.bias" for layer in range(8)} <= names
+    assert not any(name.startswith("transformer.") for name in names)
+    with torch.no_grad():
+        before, after = (load(tmp_path / name)(input_ids=batch()).logits for name in ("source", "expanded"))
+    assert torch.equal(before, after)
+    stored = FAMILIES["gpt2"].stored_parts("transformer.h.7.mlp.c_fc.weight", names)
+    assert stored == [["h.7.mlp.c_fc.weight"]]
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen2_moe"])
+def test_checkpoints_that_hold_stacks_of_experts_are_expanded_too(
+    model_type: str, folder: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(folder / model_type / "source", tmp_path / "source")
+    model = load(folder / model_type / "source")
+    model.save_pretrained(tmp_path / "source", save_original_format=False)
+    expand_checkpoint(tmp_path / "source", tmp_path / "expanded", SELECTED)
+    names = load_file(tmp_path / "expanded" / "model.safetensors").keys()
+    stack = "model.layers.4.mlp.experts.gate_up_proj"
+    assert stack in names
+    assert FAMILIES[model_type].stored_parts(stack, names) == [[stack]]
+    with torch.no_grad():
+        before, after = (load(tmp_path / name)(input_ids=batch()).logits for name in ("source", "expanded"))
+    assert torch.equal(before, after)
+
+
+def test_a_multimodal_model_is_refused_with_the_way_to_its_language_model(tmp_path: Path) -> None:
+    write_json(tmp_path / "config.json", {"model_type": "gemma3", "text_config": {"model_type": "gemma3_text"}})
+    with pytest.raises(InputError, match=r"'gemma3', which is not supported; .*'gemma3_text'.*save its language model"):
+        family_of(tmp_path)
 
 
 def test_an_unknown_architecture_is_refused_with_the_way_to_add_it(tmp_path: Path) -> None:
