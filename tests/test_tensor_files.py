@@ -75,6 +75,24 @@ def test_a_file_written_twice_has_the_same_digest_and_another_content_another(so
     assert write_tensors(tmp_path / "c", stored | {"matrix": Constant(stored["matrix"])}) != first
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_a_constant_is_that_value_in_every_dtype_of_a_norm(
+    dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tensor_files, "_CHUNK", 16)
+    save_file({"gain": torch.ones(37, dtype=dtype)}, tmp_path / "a.safetensors")
+    pieces = {"gain": Constant(read_header(tmp_path / "a.safetensors")["gain"], -1.0)}
+    write_tensors(tmp_path / "b.safetensors", pieces)
+    loaded = load_file(tmp_path / "b.safetensors")["gain"]
+    assert loaded.dtype == dtype
+    assert torch.equal(loaded, torch.full((37,), -1.0, dtype=dtype))
+
+
+def test_a_constant_that_a_dtype_cannot_hold_is_refused(source: Path) -> None:
+    with pytest.raises(InputError, match=r"F8_E4M3, where -1\.0 cannot be written"):
+        Constant(read_header(source)["eight"], -1.0)
+
+
 def header_of(tensors: dict[str, dict[str, object]], data: bytes) -> bytes:
     text = json.dumps(tensors).encode()
     return struct.pack("<Q", len(text)) + text + data
