@@ -216,18 +216,25 @@ def test_every_layer_is_built_like_its_source_and_knows_its_own_place(pair: tupl
             assert len(set(entries)) > 1 or source.config.model_type == "qwen3", "says nothing"
 
 
+@pytest.mark.parametrize("model_type", [name for name, family in FAMILIES.items() if family.derived_config])
 @pytest.mark.parametrize("old_style", ["absent", "null"])
-def test_mixed_layer_types_are_inherited_and_not_derived_again(tmp_path: Path, old_style: str) -> None:
-    """With max_window_layers 3, layers 3 and 4 slide; derived anew for 8 layers it would be layers 3 to 7."""
-    source = save_tiny_model(tmp_path / "source", "qwen2")
+def test_lists_that_old_files_lack_are_inherited_and_not_derived_again(
+    tmp_path: Path, old_style: str, model_type: str
+) -> None:
+    """Derived anew for 8 layers, every second one would slide again, or those from the fourth on."""
+    source = save_tiny_model(tmp_path / "source", model_type)
     expand_checkpoint(source, tmp_path / "expanded", SELECTED)
-    types = load(tmp_path / "expanded").config.layer_types
-    assert types == ["full_attention"] * 5 + ["sliding_attention"] * 3
+    wanted = {key: getattr(load(tmp_path / "expanded").config, key) for key in FAMILIES[model_type].derived_config}
     config = read_json(source / "config.json")
-    del config["layer_types"]  # as checkpoints of older versions have it: to be derived
-    write_json(source / "config.json", config | ({} if old_style == "absent" else {"layer_types": None}))
+    for key in wanted:
+        del config[key]
+    config |= {} if old_style == "absent" else dict.fromkeys(wanted)
+    if "_sliding_window_pattern" in config:
+        config["sliding_window_pattern"] = config.pop("_sliding_window_pattern")  # as files had it
+    write_json(source / "config.json", config)
     expand_checkpoint(source, tmp_path / "expanded", SELECTED)
-    assert load(tmp_path / "expanded").config.layer_types == types
+    expanded = load(tmp_path / "expanded").config
+    assert {key: getattr(expanded, key) for key in wanted} == wanted
     assert torch.equal(logits(tmp_path / "expanded"), logits(source))
 
 
