@@ -13,6 +13,7 @@ from pathlib import Path
 
 import hjson
 import pytest
+from conftest import launch
 
 from adept_ds.distributed import Ranks, ranks_from_environment
 from adept_ds.errors import InputError
@@ -516,3 +517,27 @@ def test_slurm_job_that_fails_after_the_warning_is_not_requeued(tmp_path: Path) 
 def test_slurm_job_that_ends_by_itself_passes_its_code_on_and_is_not_requeued(code: int, tmp_path: Path) -> None:
     assert start_slurm_job(tmp_path, FAKE_CODE=str(code)).wait(30) == code
     assert requeues(tmp_path) == []
+
+
+# --- what is left behind --------------------------------------------------------------------------------------------
+
+_MEET = """
+import os, pathlib, torch, torch.distributed as dist
+from adept_ds.distributed import init_distributed, rank, ranks_from_environment
+import deepspeed.comm
+shared = pathlib.Path("/dev/shm") / f"deepspeed_allreduce_buffer_{os.getuid()}_127.0.0.1_{os.environ['MASTER_PORT']}_"
+stale = pathlib.Path(f"{shared}{os.environ['RANK']}")
+if shared.parent.is_dir():
+    stale.write_bytes(b"of a run that crashed")
+init_distributed(ranks_from_environment(os.environ))
+total = torch.ones(1000) * (rank() + 1)
+deepspeed.comm.all_reduce(total)
+assert (total == 3).all()
+dist.barrier()
+assert not list(shared.parent.glob(shared.name + "*")), "its memory would stay taken until the host restarts"
+"""
+
+
+def test_ranks_leave_no_shared_memory_behind_and_mind_none_that_others_left() -> None:
+    result = launch(2, ["-c", _MEET], timeout=120)
+    assert result.returncode == 0, result.stderr[-2000:]
