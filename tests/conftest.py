@@ -10,7 +10,6 @@ import json
 import os
 import socket
 import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from rank_processes import RankProcess
 
 ROOT = Path(__file__).resolve().parent.parent
 VOCABULARY = 262
@@ -186,20 +186,10 @@ def launch(world_size: int, arguments: Sequence[str], timeout: float = 280.0) ->
     return next((result for result in results if result.returncode != 0), results[0])
 
 
-def start(world_size: int, arguments: Sequence[str]) -> list[subprocess.Popen[str]]:
+def start(world_size: int, arguments: Sequence[str]) -> list[RankProcess]:
     """Start `python ARGUMENTS` on real ranks and leave them running."""
     port = free_port()
-    return [
-        subprocess.Popen(
-            [sys.executable, *arguments],
-            env=rank_environment(rank, world_size, port),
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(world_size)
-    ]
+    return [RankProcess(arguments, rank_environment(rank, world_size, port), ROOT) for rank in range(world_size)]
 
 
 def adept(world_size: int, *arguments: str | Path, timeout: float = 280.0) -> subprocess.CompletedProcess[str]:
