@@ -16,10 +16,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from adept_ds.base_files import BaseFiles
 from adept_ds.errors import InputError
 from adept_ds.families import Family, family_of, layer_count, read_model_config
 from adept_ds.files import new_directory, read_json, write_json
-from adept_ds.tensor_files import Constant, Piece, StoredTensor, read_header, write_tensors
+from adept_ds.tensor_files import Constant, Piece, StoredTensor, in_library_order, read_header, write_tensors
 from adept_ds.terminal import ProgressCallback
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -34,6 +35,18 @@ class LayerCopy:
 
 
 @dataclass(frozen=True)
+class AppliedDelta:
+    """A delta package that copies of a model came from (see `delta`)."""
+
+    name: str
+    fingerprint: str
+    copies: tuple[int, ...]
+    """Indices in the expanded model."""
+    metrics: Mapping[str, Any]
+    """As its manifest has them."""
+
+
+@dataclass(frozen=True)
 class Expansion:
     """What an expanded checkpoint says of itself (expansion.json)."""
 
@@ -43,6 +56,10 @@ class Expansion:
     """Tensors of copies that silence them: zero, or a norm's weight with which its gain is zero."""
     fingerprint: str
     """SHA-256 over those of the expanded weight files."""
+    deltas: tuple[AppliedDelta, ...] = ()
+    """In the order in which they were applied: of two copies of one layer, the first one's is the lower."""
+    base_fingerprint: str | None = None
+    """Of the base's tensors (see `delta`), where deltas were applied."""
 
     @classmethod
     def load(cls, directory: Path) -> Expansion:
@@ -52,7 +69,9 @@ class Expansion:
             raise InputError(f"'{directory}' has no expansion.json; make it with `adept expand`")
         record = read_json(path)
         copies = tuple(LayerCopy(**copy) for copy in record["copies"])
-        return cls(record["source_layers"], copies, tuple(record["zeroed"]), record["fingerprint"])
+        deltas = tuple(AppliedDelta(**delta | {"copies": tuple(delta["copies"])}) for delta in record.get("deltas", ()))
+        base = record.get("base_fingerprint")
+        return cls(record["source_layers"], copies, tuple(record["zeroed"]), record["fingerprint"], deltas, base)
 
     @property
     def copy_indices(self) -> list[int]:
@@ -65,11 +84,11 @@ class Expansion:
 
 def layer_origins(source_layers: int, copied: Sequence[int]) -> list[int]:
     """For each layer of the expanded model, the source layer it is or copies: (3, [1]) -> [0, 1, 1, 2]."""
-    return [layer for layer in range(source_layers) for _ in range(1 + (layer in copied))]
+    return [layer for layer in range(source_layers) for _ in range(1 + copied.count(layer))]
 
 
 def plan_copies(selected: Sequence[int]) -> list[LayerCopy]:
-    """Where the copy of each selected layer will stand: directly above its source."""
+    """Where the copy of each selected layer will stand: directly above its source, or above an earlier copy of it."""
     return [LayerCopy(source, source + position + 1) for position, source in enumerate(sorted(selected))]
 
 
@@ -132,7 +151,7 @@ def plan_expansion(source: Path, selected: Sequence[int]) -> Plan:
     files, zeroed = {}, []
     for number, file in enumerate(sources):
         pieces, zeros = _expand_shard(read_header(file), family, copies)
-        files[_shard_name(number, len(sources))] = pieces
+        files[_shard_name(number, len(sources))] = in_library_order(pieces)
         zeroed += zeros
     expanded_config = family.expand_config(config, layer_origins(source_layers, selected))
     return Plan(Expansion(source_layers, tuple(copies), tuple(zeroed), ""), files, expanded_config)
@@ -168,6 +187,11 @@ def expand_checkpoint(
         progress: called with the finished share of the work and the name of the shard.
     """
     plan = plan_expansion(source, selected)
+    return write_plan(plan, source, destination, progress)
+
+
+def write_plan(plan: Plan, source: Path, destination: Path, progress: ProgressCallback | None = None) -> Expansion:
+    """Write what `plan` says to `destination` (see `expand_checkpoint`)."""
     total, done, digest = plan.num_bytes, 0, hashlib.sha256()
     with new_directory(destination) as folder:
         for name, pieces in plan.files.items():
@@ -183,6 +207,7 @@ def expand_checkpoint(
             weight_map = {tensor: name for name, pieces in plan.files.items() for tensor in pieces}
             write_json(folder / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map})
         copy_companions(source, folder)
+        BaseFiles.of(source, weight_files(source)).save(folder)
         expansion = replace(plan.expansion, fingerprint=digest.hexdigest())
         write_json(folder / "expansion.json", asdict(expansion))
         text = json.dumps(plan.config, indent=2, default=str) + "\n"
@@ -205,7 +230,6 @@ def _expand_shard(
     stored: Mapping[str, StoredTensor], family: Family, copies: Sequence[LayerCopy]
 ) -> tuple[dict[str, Piece], list[str]]:
     """The tensors of one shard under their new names, with the copies that belong to it; and which are silenced."""
-    copy_of = {copy.source: copy for copy in copies}
     pieces: dict[str, Piece] = {}
     zeroed = []
     for name, tensor in stored.items():
@@ -216,8 +240,10 @@ def _expand_shard(
         layer, inner = place
         shift = sum(copy.source < layer for copy in copies)
         pieces[family.in_layer(name, layer + shift)] = tensor
-        if layer in copy_of:
-            copied = family.in_layer(name, copy_of[layer].index)
+        for copy in copies:
+            if copy.source != layer:
+                continue
+            copied = family.in_layer(name, copy.index)
             pieces[copied] = tensor
             if family.writes_residual(inner):
                 pieces[copied] = Constant(tensor, family.silent)

@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from adept_ds.errors import InputError
 
@@ -32,6 +32,12 @@ _ITEM_BYTES = {
     **dict.fromkeys(("F16", "BF16", "I16", "U16"), 2),
     **dict.fromkeys(("BOOL", "I8", "U8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1),
 }
+
+_LIBRARY_ORDER = (
+    *("U64", "I64", "F64", "C64", "F32", "U32", "I32"),
+    *("BF16", "F16", "U16", "I16", "F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL"),
+)
+"""Dtypes as they follow one another in a file of the safetensors library: the widest first, so that all are aligned."""
 
 _FLOAT_FORMATS = {"F64": "<d", "F32": "<f", "F16": "<e", "BF16": "<f"}
 
@@ -130,6 +136,13 @@ class Constant:
 
 
 Piece = StoredTensor | Constant
+P = TypeVar("P", bound=Piece)
+
+
+def in_library_order(pieces: Mapping[str, P]) -> dict[str, P]:
+    """As safetensors orders the tensors of a file, by dtype and name: the same tensors give the same file."""
+    ranks = {dtype: rank for rank, dtype in enumerate(_LIBRARY_ORDER)}
+    return dict(sorted(pieces.items(), key=lambda item: (ranks.get(item[1].dtype, len(ranks)), item[0])))
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:

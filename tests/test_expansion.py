@@ -328,7 +328,7 @@ def test_tokenizer_generation_config_and_licence_are_carried_over_and_weights_of
         "pytorch_model.bin.index.json",
         "model.gguf",
     }
-    assert {file.name for file in (tmp_path / "expanded").iterdir()} == kept | {"expansion.json"}
+    assert {file.name for file in (tmp_path / "expanded").iterdir()} == kept | {"expansion.json", "base_files.json"}
     for name in ("generation_config.json", "LICENSE", "tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / "expanded" / name).read_bytes() == (source / name).read_bytes()
 
