@@ -10,10 +10,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from adept_ds.config import Config, TrainSection, read_deepspeed_config
+from adept_ds.config import (
+    Config,
+    CorpusSource,
+    Stability,
+    TrainSection,
+    corpus_files,
+    read_deepspeed_config,
+)
 from adept_ds.ds_features import unsupported_feature
 from adept_ds.errors import InputError
-from adept_ds.families import Family, family_of, layer_count
+from adept_ds.families import Family, family_of, layer_count, read_model_config
 
 _OWNED_KEYS = {
     "train_batch_size": "train.global_batch_size",
@@ -40,7 +47,9 @@ def check_run(config: Config, num_ranks: int) -> tuple[Path, Family]:
         InputError: one line naming the key, the value and the remedy.
     """
     model_dir, family = check_model(config)
-    if config.expand.layers is None or (config.lr_policy.map != "constant" and config.importance.source == "probe"):
+    if config.expand.needs_probe:
+        check_probe(config)
+    elif config.lr_policy.map != "constant" and config.importance.source == "probe":
         check_files("probe.corpus", config.probe.corpus)
     check_training_inputs(config, num_ranks)
     return model_dir, family
@@ -51,7 +60,7 @@ def check_model(config: Config) -> tuple[Path, Family]:
     model_dir = resolve_model_dir("model", config.model)
     family = family_of(model_dir)
     num_layers = layer_count(model_dir)
-    if config.expand.num_copies > num_layers:
+    if config.expand.num_copies is not None and config.expand.num_copies > num_layers:
         raise InputError(
             f"expand.k: {config.expand.num_copies} is more than the {num_layers} layers of '{config.model}'; "
             f"choose at most {num_layers}"
@@ -150,11 +159,31 @@ def accumulation_steps(train: TrainSection, num_ranks: int) -> int:
     return size // (micro * num_ranks)
 
 
-def check_files(name: str, paths: Sequence[Path]) -> None:
-    """Every corpus of key `name` exists and is not empty."""
-    if not paths:
+def check_probe(config: Config) -> None:
+    """What stage one reads: the corpus, and what the choice of layers is compared with."""
+    check_files("probe.corpus", config.probe.corpus)
+    stability = config.probe.stability
+    if not isinstance(stability, Stability):
+        return
+    if stability.corpus is not None:
+        check_files("probe.stability.corpus", stability.corpus)
+    if stability.model is not None:
+        model_dir = resolve_model_dir("model", config.model)
+        other_dir = resolve_model_dir("probe.stability.model", stability.model)
+        own, other = read_model_config(model_dir), read_model_config(other_dir)
+        for key in ("model_type", family_of(model_dir).layer_count_key, "vocab_size"):
+            if own.get(key) != other.get(key):
+                raise InputError(
+                    f"probe.stability.model: '{stability.model}' has {key} {other.get(key)!r}, but '{config.model}' "
+                    f"has {own.get(key)!r}; give another checkpoint of the same architecture"
+                )
+
+
+def check_files(name: str, corpus: Sequence[Path | CorpusSource]) -> None:
+    """Every file of key `name` exists and is not empty."""
+    if not corpus:
         raise InputError(f"{name}: no corpus given; list one or more files of {{'text': ...}} lines")
-    for path in paths:
+    for path in corpus_files(corpus):
         if not path.is_file():
             raise InputError(f"{name}: '{path}' does not exist; give a .jsonl or .txt file")
         if path.stat().st_size == 0:

@@ -92,12 +92,17 @@ def run(config: ConfigArg, overrides: OverridesArg = None) -> None:
         print_summary(session.directory, session.terminal)
 
 
-@app.command(epilog="Example:  adept probe config.yaml   ·   adept probe MODEL --corpus general.jsonl -k 4 --json")
+@app.command(
+    epilog="Example:  adept probe config.yaml --method all   ·   adept probe MODEL --corpus general.jsonl -k 4 --json"
+)
 def probe(
     target: TargetArg,
     overrides: OverridesArg = None,
     corpus: Annotated[list[Path] | None, typer.Option(help="general-competence corpus (with MODEL)")] = None,
-    k: Annotated[str, typer.Option("-k", help="layers to choose (with MODEL)")] = "4",
+    k: Annotated[str, typer.Option("-k", help="layers to choose, or auto (with MODEL)")] = "4",
+    method: Annotated[
+        str | None, typer.Option(help="mask, taylor, gradient or fisher (probe.method); all compares them")
+    ] = None,
     sequences: Annotated[int, typer.Option(help="blocks to probe (with MODEL)")] = 32,
     seq_len: Annotated[int, typer.Option(help="tokens per block (with MODEL)")] = 256,
     out: Annotated[Path | None, typer.Option(help="write the result here (with MODEL)")] = None,
@@ -106,22 +111,34 @@ def probe(
     """Which layers does general competence hardly need?"""
     tree: dict[str, Any] = {
         "probe": {"corpus": [str(path) for path in corpus or []], "sequences": sequences, "seq_len": seq_len},
-        "expand": {"k": _parse_number("-k", k)},
+        "expand": {"k": k if k == "auto" else _parse_number("-k", k)},
     }
+    if method not in (None, "all") and Path(target).is_dir():
+        tree["probe"]["method"] = method
+    elif method not in (None, "all"):
+        overrides = [*(overrides or []), f"probe.method={method}"]
     settings = _config_or_model(target, overrides, tree)
     checks.check_model(settings)
-    checks.check_files("probe.corpus", settings.probe.corpus)
+    checks.check_probe(settings)
     checks.check_deepspeed_config(settings)
     with _session(settings) as session:
         from adept_ds.distributed import on_main_rank
         from adept_ds.files import write_json
-        from adept_ds.stages import probe_stage
-        from adept_ds.summary import print_layer_importance
+        from adept_ds.stages import compare_methods, probe_stage
+        from adept_ds.summary import print_layer_importance, print_methods
 
         result = probe_stage(session)
+        methods = compare_methods(session, result) if method == "all" else {}
+        found = result.to_json() | methods
         if out is not None:
-            on_main_rank(lambda: write_json(out, result.to_json()))
-        _show(session.terminal, as_json, result.to_json(), lambda: print_layer_importance(result, session.terminal))
+            on_main_rank(lambda: write_json(out, found))
+
+        def print_tables() -> None:
+            print_layer_importance(result, session.terminal)
+            if methods:
+                print_methods(methods, session.terminal)
+
+        _show(session.terminal, as_json, found, print_tables)
 
 
 @app.command(epilog="Example:  adept expand config.yaml   ·   adept expand MODEL OUT --layers 12,17")
@@ -255,7 +272,7 @@ def export(
             from adept_ds.export import export_checkpoint
 
             trained = export_checkpoint(base, Path(target), out, dtype, bar)
-        terminal.say(f"{trained} trained tensors; model in {out}")
+            terminal.say(f"{trained} trained tensors; model in {out}")
         return
     settings = load_config(Path(target), arguments or [])
     checks.check_model(settings)
@@ -287,6 +304,78 @@ def show(config: ConfigArg, overrides: OverridesArg = None, as_json: JsonOption 
     _show(
         terminal, as_json, {"config": tree, "plan": plan}, lambda: terminal.say(dump_config(settings) + "\n".join(plan))
     )
+
+
+delta_app = typer.Typer(
+    help="Delta packages: the copies of a domain alone, to ship, apply and remove (docs/deltas.md).",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+)
+app.add_typer(delta_app, name="delta")
+NewArg = Annotated[Path, typer.Argument(metavar="OUT", help="the new directory")]
+
+
+@delta_app.command(
+    "pack",
+    epilog="Example:  adept delta pack runs/math math   ·   adept delta pack ADAPTED law --only law --json",
+)
+def delta_pack(
+    source: Annotated[Path, typer.Argument(metavar="RUN|ADAPTED", help="a run directory, or an adapted model")],
+    out: NewArg,
+    name: Annotated[str | None, typer.Option(help="what to call the delta; by default as RUN or ADAPTED")] = None,
+    only: Annotated[str | None, typer.Option(help="which delta, where several were applied")] = None,
+    base: Annotated[Path | None, typer.Option(help="make sure that this model is the base")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write only the copies, and a manifest that says which base they belong to."""
+    with _quiet() as terminal, terminal.progress("packing") as bar:
+        from adept_ds.delta import pack_delta
+        from adept_ds.delta_package import TENSORS_NAME
+
+        manifest = pack_delta(source, out, name=name, only=only, base=base, progress=bar)
+        facts = manifest.model_dump(mode="json", exclude={"tensors"}) | {"fingerprint": manifest.fingerprint}
+        layers, size = ", ".join(map(str, manifest.sources)), (out / TENSORS_NAME).stat().st_size / 2**20
+        text = f"delta '{manifest.name}' in {out}: copies of layers {layers}, {size:.1f} MiB"
+        _show(terminal, as_json, facts, lambda: terminal.say(text))
+
+
+@delta_app.command(
+    "apply", epilog="Example:  adept delta apply MODEL math OUT   ·   adept delta apply MODEL math law OUT --json"
+)
+def delta_apply(
+    base: Annotated[Path, typer.Argument(metavar="BASE", help="the model that was expanded")],
+    deltas: Annotated[list[Path], typer.Argument(metavar="DELTA...", help="packages; of one layer, first is lowest")],
+    out: NewArg,
+    as_json: JsonOption = False,
+) -> None:
+    """Rebuild the adapted model bit for bit, or put several domains over one base."""
+    import dataclasses
+
+    with _quiet() as terminal, terminal.progress("applying") as bar:
+        from adept_ds.delta import apply_deltas
+
+        expansion = apply_deltas(base, deltas, out, bar)
+        where = "; ".join(f"{delta.name} at {', '.join(map(str, delta.copies))}" for delta in expansion.deltas)
+        text = f"{expansion.source_layers} + {len(expansion.copies)} layers in {out}: {where}"
+        _show(terminal, as_json, dataclasses.asdict(expansion), lambda: terminal.say(text))
+
+
+@delta_app.command("strip", epilog="Example:  adept delta strip ADAPTED OUT --json")
+def delta_strip(
+    adapted: Annotated[Path, typer.Argument(metavar="ADAPTED", help="a model with copies")],
+    out: NewArg,
+    as_json: JsonOption = False,
+) -> None:
+    """Give the base back, byte for byte."""
+    import dataclasses
+
+    with _quiet() as terminal, terminal.progress("stripping") as bar:
+        from adept_ds.delta import strip_deltas
+
+        found = strip_deltas(adapted, out, bar)
+        text = f"base in {out}: {len(found.files)} weight files, {found.num_bytes / 2**20:.1f} MiB"
+        text += f", fingerprint {found.fingerprint}"
+        _show(terminal, as_json, dataclasses.asdict(found), lambda: terminal.say(text))
 
 
 @app.command()

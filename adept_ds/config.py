@@ -16,16 +16,20 @@ from typing import Annotated, Any, Literal
 import hjson
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
+    Discriminator,
     Field,
     SerializerFunctionWrapHandler,
+    Tag,
     ValidationError,
     model_serializer,
     model_validator,
 )
 
 from adept_ds.errors import InputError
+from adept_ds.questions import DEFAULT_TEMPLATE, VARIABLES, check_template
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
@@ -51,6 +55,11 @@ class DataSection(Section):
     general_eval: list[Path] = Field(default_factory=list, description="held-out general text")
     domain_eval: list[Path] = Field(default_factory=list, description="held-out domain text")
     eval_blocks: int = Field(128, ge=1, description="at most so many blocks of each held-out corpus are evaluated")
+    question_template: Annotated[str, AfterValidator(check_template)] = Field(
+        DEFAULT_TEMPLATE,
+        description="Jinja template that turns question/choices/answer records into text, in every corpus of the run; "
+        f"variables: {', '.join(VARIABLES)}",
+    )
 
     @model_serializer(mode="wrap")
     def _what_has_an_effect(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -59,34 +68,193 @@ class DataSection(Section):
         return {key: value for key, value in tree.items() if key != "replay_share" or self.replay}
 
 
-class ProbeSection(Section):
-    """Stage one: the general-competence corpus and how layers are probed with it."""
+class CorpusSource(Section):
+    """A part of the general-competence corpus that is sampled, and counted, by its weight."""
 
-    corpus: list[Path] = Field(default_factory=list, description="general-competence corpus")
-    method: Literal["mask"] = "mask"
-    sequences: int = Field(32, ge=1, description="blocks of the corpus that are probed")
-    seq_len: int = Field(256, ge=8, description="tokens per probing block")
-    batch_sequences: int = Field(1, ge=1, description="blocks per rank that walk up the decoder together")
-    max_stack_tokens: int = Field(8192, ge=8, description="tokens of the variant stack that pass a layer at once")
+    files: list[Path] = Field(min_length=1)
+    weight: float = Field(1.0, gt=0, description="share of the loss and of the sequences, relative to other sources")
+    name: str | None = Field(None, description="for messages and results; by default that of the first file")
+
+    @property
+    def title(self) -> str:
+        return self.name or self.files[0].stem
 
 
-class ExpandSection(Section):
-    """Which layers are copied: the k least important ones, or the listed ones."""
+_FILE, _PART, _WORD = "<file>", "<source>", "<word>"
+"""Alternatives of a value; not part of the key that messages name."""
 
-    k: int | None = Field(None, ge=1, description="number of layers to copy (4 unless layers are listed)")
-    layers: list[int] | None = Field(None, min_length=1, description="indices of the source layers to copy")
+CorpusEntry = Annotated[
+    Annotated[Path, Tag(_FILE)] | Annotated[CorpusSource, Tag(_PART)],
+    Discriminator(lambda value: _PART if isinstance(value, dict | CorpusSource) else _FILE),
+]
+
+
+def corpus_files(entries: typing.Sequence[Path | CorpusSource]) -> list[Path]:
+    """All files of a corpus."""
+    return [file for entry in entries for file in (entry.files if isinstance(entry, CorpusSource) else [entry])]
+
+
+def corpus_sources(entries: typing.Sequence[Path | CorpusSource]) -> list[CorpusSource]:
+    """What a corpus is mixed of: all plain files together are one source, the first."""
+    plain = [entry for entry in entries if isinstance(entry, Path)]
+    together = [CorpusSource(files=plain)] if plain else []
+    return together + [entry for entry in entries if isinstance(entry, CorpusSource)]
+
+
+class Stability(Section):
+    """What the choice of layers is compared with: another corpus, or another checkpoint of the same architecture."""
+
+    corpus: list[CorpusEntry] | None = Field(None, min_length=1)
+    model: str | None = Field(None, description="Hugging Face directory, or a hub name")
 
     @model_validator(mode="after")
-    def _one_of_both(self) -> ExpandSection:
-        if self.k is not None and self.layers is not None:
-            raise ValueError("k and layers exclude each other: remove one of them")
-        if self.layers is not None and len(set(self.layers)) != len(self.layers):
-            raise ValueError("layers lists a layer twice: list each source layer once")
+    def _one_of_both(self) -> Stability:
+        if (self.corpus is None) == (self.model is None):
+            raise ValueError("stability compares with another corpus or with another model: give one of both")
+        return self
+
+
+class ProbeSection(Section):
+    """Stage one: the general-competence corpus and how layers are probed with it; see docs/probing.md."""
+
+    corpus: list[CorpusEntry] = Field(
+        default_factory=list,
+        description="general-competence corpus: files, or sources with a weight, {files: [...], weight: 2, name: ...}",
+    )
+    method: Literal["mask", "taylor", "gradient", "fisher"] = Field(
+        "mask",
+        description="mask: the loss without each layer; taylor: its first-order estimate; gradient: sum of |w dL/dw|; "
+        "fisher: sum of (dL/dw)^2",
+    )
+    sequences: int = Field(32, ge=1, description="blocks of the corpus that are probed")
+    seq_len: int = Field(256, ge=8, description="tokens per probing block")
+    batch_sequences: int = Field(1, ge=1, description="blocks per rank that pass the decoder together")
+    max_stack_tokens: int = Field(8192, ge=8, description="mask: tokens of the variant stack that pass a layer at once")
+    gradient_batch_sequences: int = Field(
+        8, ge=1, description="gradient, fisher: blocks per global batch, whatever the number of ranks"
+    )
+    stability: (
+        Annotated[
+            Annotated[Literal["halves"], Tag(_WORD)] | Annotated[Stability, Tag(_PART)],
+            Discriminator(lambda value: _PART if isinstance(value, dict | Stability) else _WORD),
+        ]
+        | None
+    ) = Field(
+        None,
+        description="what the choice of layers is compared with: halves (of the sequences, at no cost), "
+        "{corpus: [...]} or {model: DIR}",
+    )
+
+    @model_validator(mode="after")
+    def _every_source_has_its_name_and_a_sequence(self) -> ProbeSection:
+        others = self.stability.corpus if isinstance(self.stability, Stability) else None
+        for key, entries in {"corpus": self.corpus, "stability.corpus": others or []}.items():
+            names = [source.title for source in corpus_sources(entries)]
+            if len(set(names)) < len(names):
+                twice = next(name for name in names if names.count(name) > 1)
+                raise ValueError(f"{key}: two sources are named '{twice}': give each a name of its own")
+            if len(names) > self.sequences:
+                raise ValueError(
+                    f"sequences: {self.sequences} leaves none for some of the {len(names)} sources of {key}: "
+                    f"raise it to at least {len(names)}"
+                )
         return self
 
     @property
-    def num_copies(self) -> int:
-        return len(self.layers) if self.layers is not None else (self.k or 4)
+    def sources(self) -> list[CorpusSource]:
+        return corpus_sources(self.corpus)
+
+
+_KEYS_OF_AUTO = ("rule", "max_trainable_share", "max_added_latency", "threshold")
+"""Keys of `expand` that say how many layers `k: auto` copies."""
+
+
+class ExpandSection(Section):
+    """How many layers are copied, and which; see docs/choosing_layers.md."""
+
+    k: int | Literal["auto"] | None = Field(
+        None, description="number of layers to copy (4 unless layers are listed); auto: by `rule`, after the probe"
+    )
+    rule: Literal["knee", "budget", "threshold"] = Field(
+        "knee",
+        description="k: auto: where the sorted deltas begin to rise; as many as the limits allow; or all low deltas",
+    )
+    max_trainable_share: float | None = Field(
+        None, gt=0, lt=1, description="k: auto: limit of the copies' share of all parameters of the expanded model"
+    )
+    max_added_latency: float | None = Field(
+        None, gt=0, description="k: auto: limit of what copies add to the time of a forward pass, as a share of it"
+    )
+    threshold: float = Field(0.5, gt=0, description="rule: threshold: deltas below this share of the median delta")
+    choose: Literal["lowest", "highest", "uniform", "random"] = Field(
+        "lowest",
+        description="which layers: by delta; evenly spread, as in LLaMA-Pro; random, by train.seed; or a list",
+    )
+    layers: list[int] | None = Field(None, min_length=1, description="indices of the source layers to copy")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _a_list_to_choose_is_layers(cls, value: Any) -> Any:
+        if isinstance(value, dict) and isinstance(value.get("choose"), list):
+            if value.get("layers") is not None:
+                raise ValueError("choose and layers list layers twice: remove one of them")
+            value = {key: entry for key, entry in value.items() if key != "choose"} | {"layers": value["choose"]}
+        return value
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> ExpandSection:
+        if isinstance(self.k, int) and self.k < 1:
+            raise ValueError(f"k: {self.k} copies nothing; use 1 or more, or auto")
+        if self.layers is None:
+            return self
+        for key in ("k", "choose"):
+            if getattr(self, key) is not None and key in self.model_fields_set:
+                raise ValueError(f"{key} and layers exclude each other: remove one of them")
+        if len(set(self.layers)) != len(self.layers):
+            raise ValueError("layers lists a layer twice: list each source layer once")
+        return self
+
+    @model_validator(mode="after")
+    def _every_key_has_an_effect(self) -> ExpandSection:
+        for key in _KEYS_OF_AUTO:
+            value = getattr(self, key)
+            if self.k != "auto" and key in self.model_fields_set and value is not None:
+                raise ValueError(f"{key}: {value} has an effect with k: auto only: remove it or set k: auto")
+        if "threshold" in self.model_fields_set and self.rule != "threshold":
+            raise ValueError(
+                f"threshold: {self.threshold} belongs to rule: threshold, but rule is {self.rule}: "
+                "remove threshold or set rule: threshold"
+            )
+        if self.k == "auto" and self.rule == "budget" and not self.limits:
+            raise ValueError("rule: budget has no limit: set max_trainable_share or max_added_latency")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _what_has_an_effect(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """As in `LrPolicySection`."""
+        tree: dict[str, Any] = serialize(self)
+        unused = set() if self.k == "auto" else set(_KEYS_OF_AUTO)
+        unused |= set() if self.rule == "threshold" else {"threshold"}
+        unused |= set() if self.layers is None else {"choose"}
+        return {key: value for key, value in tree.items() if key not in unused}
+
+    @property
+    def limits(self) -> dict[str, float]:
+        """Those that are set, by key."""
+        both = {"max_trainable_share": self.max_trainable_share, "max_added_latency": self.max_added_latency}
+        return {key: limit for key, limit in both.items() if limit is not None}
+
+    @property
+    def num_copies(self) -> int | None:
+        """None: the probe will tell."""
+        if self.layers is not None:
+            return len(self.layers)
+        return None if self.k == "auto" else self.k or 4
+
+    @property
+    def needs_probe(self) -> bool:
+        """Whether deltas of layers decide anything."""
+        return self.layers is None and (self.k == "auto" or self.choose in ("lowest", "highest"))
 
 
 class ImportanceSection(Section):
@@ -259,6 +427,16 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _refreshes_see_every_source(self) -> Config:
+        count, sources = self.importance.sequences, len(self.probe.sources)
+        if self.importance.source == "probe" and sources > count:
+            raise ValueError(
+                f"importance.sequences: {count} leaves none for some of the {sources} sources of probe.corpus: "
+                f"raise it to at least {sources}"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _preset_starts_with_ones(self) -> Config:
         if self.lr_policy.preset == "official" and self.importance.initial != "ones":
             raise ValueError(
@@ -340,9 +518,9 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
 
 
 def _describe(mistake: Any) -> str:
-    location = [part for part in mistake["loc"] if isinstance(part, str)]
+    location = [part for part in mistake["loc"] if isinstance(part, str) and part not in (_FILE, _PART, _WORD)]
     key = ".".join(location)
-    is_item = len(location) < len(mistake["loc"])
+    is_item = any(isinstance(part, int) for part in mistake["loc"][-1:])
     if mistake["type"] == "extra_forbidden":
         return f"unknown key '{key}'; {_nearest_key(location)}"
     if mistake["type"] == "missing" and is_item:
@@ -375,11 +553,17 @@ def _section_type(annotation: Any) -> type[Section] | None:
     return annotation if isinstance(annotation, type) and issubclass(annotation, Section) else None
 
 
+def _section_within(annotation: Any) -> type[Section] | None:
+    """Also one that is an item of a list, or one of several alternatives."""
+    nested = (_section_within(argument) for argument in typing.get_args(annotation))
+    return _section_type(annotation) or next((section for section in nested if section), None)
+
+
 def _fields_at(location: list[str]) -> list[str]:
     section: type[Section] = Config
     for part in location:
         field = section.model_fields.get(part)
-        child = _section_type(field.annotation) if field else None
+        child = _section_within(field.annotation) if field else None
         if child is None:
             return []
         section = child

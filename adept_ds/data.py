@@ -26,6 +26,7 @@ from adept_ds.distributed import on_main_rank, share_of_rank
 from adept_ds.errors import AdeptError, InputError
 from adept_ds.files import new_directory, stamp_files
 from adept_ds.loss import IGNORED_LABEL
+from adept_ds.questions import DEFAULT_TEMPLATE, render_question
 from adept_ds.terminal import ProgressCallback
 
 FILLER = -1
@@ -108,6 +109,7 @@ def build_blocks(
     cache_dir: Path,
     *,
     keep_tail: bool,
+    question_template: str = DEFAULT_TEMPLATE,
     progress: ProgressCallback | None = None,
 ) -> Blocks:
     """Tokenise and pack a corpus once; later calls with the same inputs map the result.
@@ -124,15 +126,20 @@ def build_blocks(
     disable_progress_bars()
 
     def write() -> Path:
-        target = cache_dir / _cache_name(files, tokenizer_dir, seq_len, keep_tail)
-        _write_blocks(target, key, list(files), tokenizer_dir, seq_len, keep_tail, progress)
+        target = cache_dir / _cache_name(files, tokenizer_dir, seq_len, keep_tail, question_template)
+        _write_blocks(target, key, list(files), tokenizer_dir, seq_len, keep_tail, question_template, progress)
         return target
 
     target = on_main_rank(write)
     return Blocks(load_from_disk(str(target)), seq_len)
 
 
-def read_documents(key: str, path: Path, on_bytes: Callable[[int], None] | None = None) -> Iterator[str]:
+def read_documents(
+    key: str,
+    path: Path,
+    on_bytes: Callable[[int], None] | None = None,
+    question_template: str = DEFAULT_TEMPLATE,
+) -> Iterator[str]:
     """The texts of a corpus file: JSON lines ({"text"} or {"question", "choices", "answer"}), or one plain text.
 
     Raises:
@@ -149,7 +156,7 @@ def read_documents(key: str, path: Path, on_bytes: Callable[[int], None] | None 
             if on_bytes:
                 on_bytes(len(line))
             if line.strip():
-                yield _render(key, path, number, line)
+                yield _render(f"{key}: '{path}' line {number}", line, question_template)
 
 
 def global_batch(step: int, size: int, num_blocks: int, seed: int) -> list[int]:
@@ -184,38 +191,28 @@ def rank_batches(indices: Sequence[int], rank: int, world_size: int, batch_size:
     return [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
 
 
-def _render(key: str, path: Path, number: int, line: bytes) -> str:
+def _render(place: str, line: bytes, question_template: str) -> str:
     try:
         record = json.loads(line)
     except ValueError:
-        raise InputError(f"{key}: '{path}' line {number} is not JSON; write one record per line") from None
+        raise InputError(f"{place} is not JSON; write one record per line") from None
     if isinstance(record, dict):
         if isinstance(record.get("text"), str):
             return str(record["text"])
         if {"question", "choices", "answer"} <= record.keys():
-            return _render_question(key, path, number, record)
-    raise InputError(f"{key}: '{path}' line {number} has neither 'text' nor 'question', 'choices' and 'answer'")
+            try:
+                return render_question(record, question_template)
+            except ValueError as error:
+                raise InputError(f"{place}: {error}") from None
+    raise InputError(f"{place} has neither 'text' nor 'question', 'choices' and 'answer'")
 
 
-def _render_question(key: str, path: Path, number: int, record: dict[str, Any]) -> str:
-    choices, answer = record["choices"], record["answer"]
-    if not isinstance(choices, list):
-        raise InputError(f"{key}: '{path}' line {number}: 'choices' is not a list; give the list of answers")
-    letters = [chr(ord("A") + position) for position in range(len(choices))]
-    if isinstance(answer, str) and answer in letters:
-        answer = letters.index(answer)
-    if not isinstance(answer, int) or not 0 <= answer < len(choices):
-        raise InputError(
-            f"{key}: '{path}' line {number}: answer {record['answer']!r} is none of the {len(choices)} choices"
-        )
-    options = "\n".join(f"{letter}. {choice}" for letter, choice in zip(letters, choices, strict=True))
-    return f"Question: {record['question']}\n{options}\nAnswer: {letters[answer]}. {choices[answer]}"
-
-
-def _cache_name(files: Sequence[Path], tokenizer_dir: Path, seq_len: int, keep_tail: bool) -> str:
+def _cache_name(
+    files: Sequence[Path], tokenizer_dir: Path, seq_len: int, keep_tail: bool, question_template: str
+) -> str:
     tokenizer_files = [file for file in tokenizer_dir.iterdir() if "token" in file.name or "vocab" in file.name]
     inputs = [[str(file.resolve()) for file in files], stamp_files(list(files)), stamp_files(tokenizer_files)]
-    return hashlib.sha256(json.dumps([inputs, seq_len, keep_tail]).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps([inputs, seq_len, keep_tail, question_template]).encode()).hexdigest()[:16]
 
 
 def _write_blocks(
@@ -225,6 +222,7 @@ def _write_blocks(
     tokenizer_dir: Path,
     seq_len: int,
     keep_tail: bool,
+    question_template: str,
     progress: ProgressCallback | None,
 ) -> None:
     if target.is_dir():
@@ -236,6 +234,7 @@ def _write_blocks(
             "tokenizer_dir": tokenizer_dir,
             "seq_len": seq_len,
             "keep_tail": keep_tail,
+            "question_template": question_template,
             "progress": progress,
         }
         if next(_pack(**arguments), None) is None:
@@ -266,6 +265,7 @@ def _pack(
     tokenizer_dir: Path,
     seq_len: int,
     keep_tail: bool,
+    question_template: str,
     progress: ProgressCallback | None,
 ) -> Iterator[dict[str, list[int]]]:
     from transformers import AutoTokenizer
@@ -281,7 +281,7 @@ def _pack(
 
     pending: list[int] = []
     for path in files:
-        for documents in _chunks(read_documents(key, path, advance), _DOCUMENTS_PER_CALL):
+        for documents in _chunks(read_documents(key, path, advance, question_template), _DOCUMENTS_PER_CALL):
             for tokens in tokenizer(documents, add_special_tokens=False, verbose=False)["input_ids"]:
                 pending += tokens + separator
             whole = len(pending) // seq_len * seq_len

@@ -23,7 +23,6 @@ from adept_ds.prefix import FrozenPrefix
 from adept_ds.terminal import ProgressCallback
 from adept_ds.units import UnitRegistry
 
-
 Score = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """From elements of a weight and of its gradient to what is summed over a unit."""
 
@@ -176,6 +175,7 @@ def backward_global_batch(
     return torch.cat(row_losses).cpu()
 
 
+@torch.no_grad()
 def local_sums(
     engine: Any,
     registry: UnitRegistry,

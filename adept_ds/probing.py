@@ -11,28 +11,30 @@ under ZeRO-3 each layer is gathered once per batch instead of M + 1 times.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from adept_ds.data import Blocks, rank_batches
+from adept_ds.data import FILLER, rank_batches
 from adept_ds.distributed import rank, sum_over_ranks, world_size
-from adept_ds.errors import InputError
 from adept_ds.families import Family
 from adept_ds.files import read_json
+from adept_ds.probe_corpus import Sample
 from adept_ds.terminal import ProgressCallback
 
 
 @dataclass(frozen=True)
 class LayerLoss:
     index: int
-    loss: float
-    """Mean token loss with this layer bypassed."""
+    loss: float | None
+    """Mean token loss with this layer bypassed: measured (mask), or estimated (taylor). None for other methods."""
     delta: float
-    """`loss` minus the base loss: what general competence loses without the layer."""
+    """`loss` minus the base loss: what general competence loses without the layer. Other methods: their score."""
+    standard_error: float | None = None
+    """Of `delta`, by the bootstrap; None where there was nothing to draw from."""
 
 
 @dataclass(frozen=True)
@@ -44,59 +46,109 @@ class LayerImportance:
     tokens: int
     layers: tuple[LayerLoss, ...]
     selected: tuple[int, ...]
+    sequences: int = 0
+    sources: tuple[dict[str, Any], ...] = ()
+    """Of each source of the corpus: name, weight, sequences, tokens."""
+    selection: dict[str, Any] | None = None
+    """How the layers were chosen (see `selection.Selection`)."""
+    stability: dict[str, Any] | None = None
+    """How the choice compares with another one (see `stability`)."""
+
+    @property
+    def deltas(self) -> list[float]:
+        return [layer.delta for layer in self.layers]
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
     @classmethod
     def load(cls, path: Path) -> LayerImportance:
-        record = read_json(path)
-        layers = tuple(LayerLoss(**layer) for layer in record["layers"])
-        return cls(record["method"], record["base_loss"], record["tokens"], layers, tuple(record["selected"]))
+        record = {key: value for key, value in read_json(path).items() if key in cls.__dataclass_fields__}
+        layers = tuple(LayerLoss(**layer) for layer in record.pop("layers"))
+        return cls(layers=layers, selected=tuple(record.pop("selected")), **record)
 
 
-def select_layers(deltas: Sequence[float], k: int) -> list[int]:
-    """The k layers with the lowest delta, in ascending order of index; ties go to the lower layer."""
-    if k > len(deltas):
-        raise InputError(f"expand.k: {k} is more than the model's {len(deltas)} layers; choose at most {len(deltas)}")
-    return sorted(sorted(range(len(deltas)), key=lambda layer: (deltas[layer], layer))[:k])
+class PassProgress:
+    """A bar for passes over batches of sequences.
+
+    Args:
+        check: moves the bar; called between batches by every rank, it may communicate and end the work.
+        move: moves the bar only; for within a batch.
+    """
+
+    def __init__(self, num_layers: int, check: ProgressCallback, move: ProgressCallback) -> None:
+        self._num_layers, self._check, self._move = num_layers, check, move
+        self._number, self._count = 0, 1
+
+    def batch(self, number: int, count: int) -> None:
+        """Batch `number` of `count` begins."""
+        self._number, self._count = number, count
+        self._check(number / count, f"block {number + 1} of {count}")
+
+    def layer(self, position: int) -> None:
+        """The stack of a sweep has passed a layer; each layer takes one variant more than the one below."""
+        share = (position + 1) * (position + 2) / (self._num_layers * (self._num_layers + 1))
+        self._move(
+            (self._number + share) / self._count,
+            f"block {self._number + 1} of {self._count}, layer {position + 1} of {self._num_layers}",
+        )
 
 
-def probe_layers(
-    model: Callable[..., torch.Tensor],
-    num_layers: int,
-    blocks: Blocks,
-    indices: Sequence[int],
+def table_by_sequence(
+    forward: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    sample: Sample,
+    width: int,
     *,
     batch_size: int,
     device: torch.device | str,
-    k: int,
-    progress: ProgressCallback | None = None,
-) -> LayerImportance:
-    """Mean token loss of the base model and of the model without each layer, over the given blocks.
+    progress: PassProgress | None = None,
+) -> torch.Tensor:
+    """What `forward(input_ids, labels)` says about each row, [rows, width], for every sequence of the sample.
+
+    Every rank takes its share of the sequences and gets the whole table, [sequences, width] float64. Each entry comes
+    from one rank, so sums over the table do not depend on who computed what.
+    """
+    table = torch.zeros(len(sample), width, dtype=torch.float64)
+    batches = rank_batches(range(len(sample)), rank(), world_size(), batch_size)
+    for number, positions in enumerate(batches):
+        if progress:
+            progress.batch(number, len(batches))
+        input_ids, labels = (tensor.to(device) for tensor in sample.batch(positions))
+        rows = forward(input_ids, labels).double().cpu()
+        for row, position in zip(rows, positions, strict=True):
+            if position != FILLER:
+                table[position] = row
+    return sum_over_ranks(table)
+
+
+def bypass_losses(
+    model: Callable[..., torch.Tensor],
+    num_layers: int,
+    sample: Sample,
+    *,
+    batch_size: int,
+    device: torch.device | str,
+    progress: PassProgress | None = None,
+) -> torch.Tensor:
+    """Summed token loss of every sequence: of the model, and of the model without each layer. [sequences, M + 1]
 
     Args:
         model: returns the loss sums of the whole stack, [(num_layers + 1) * rows] (see `install_layer_sweep`).
-        batch_size: blocks per rank that are swept together.
+        batch_size: sequences per rank that are swept together.
     """
-    batches = rank_batches(indices, rank(), world_size(), batch_size)
-    sums = torch.zeros(num_layers + 2, dtype=torch.float64)  # base, each bypassed layer, predicted tokens
+
+    def forward(input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return model(input_ids, labels).view(num_layers + 1, len(input_ids)).T
+
     with torch.no_grad():
-        for number, batch in enumerate(batches):
-            if progress:
-                progress(number / len(batches), f"block {number * batch_size + 1} of {len(batches) * batch_size}")
-            input_ids, labels = (tensor.to(device) for tensor in blocks.batch(batch))
-            losses = model(input_ids, labels).double().view(num_layers + 1, len(batch)).sum(-1)
-            sums[:-1] += losses.cpu()
-            sums[-1] += blocks.predicted_tokens(batch)
-    *totals, tokens = sum_over_ranks(sums).tolist()
-    base = totals[0] / tokens
-    layers = tuple(LayerLoss(i, total / tokens, total / tokens - base) for i, total in enumerate(totals[1:]))
-    selected = tuple(select_layers([layer.delta for layer in layers], k))
-    return LayerImportance("mask", base, int(tokens), layers, selected)
+        return table_by_sequence(
+            forward, sample, num_layers + 1, batch_size=batch_size, device=device, progress=progress
+        )
 
 
-def install_layer_sweep(model: torch.nn.Module, family: Family, max_stack_tokens: int) -> None:
+def install_layer_sweep(
+    model: torch.nn.Module, family: Family, max_stack_tokens: int, on_layer: Callable[[int], None] | None = None
+) -> None:
     """Make every decoder layer carry the stack of variants: `model(input_ids, labels)` returns M + 1 losses per row.
 
     Needs nothing of a family's `forward` but that it maps hidden states to hidden states. Replaces the instance's
@@ -104,10 +156,12 @@ def install_layer_sweep(model: torch.nn.Module, family: Family, max_stack_tokens
 
     Args:
         max_stack_tokens: the stack passes a layer in chunks of at most so many tokens (at least one block).
+        on_layer: called with the index of each layer that the stack has passed.
     """
-    layers = family.layer_modules(model)
-    for position, layer in enumerate(layers):
+    for position, layer in enumerate(family.layer_modules(model)):
         layer.forward = functools.partial(_sweep_layer, layer.forward, position, max_stack_tokens)
+        if on_layer:
+            layer.register_forward_hook(functools.partial(_report, on_layer, position))
 
 
 def _sweep_layer(
@@ -126,6 +180,10 @@ def _sweep_layer(
         )
         outputs.append(output[0] if isinstance(output, tuple) else output)
     return torch.cat([*outputs, hidden[:rows]])
+
+
+def _report(on_layer: Callable[[int], None], position: int, *_: Any) -> None:
+    on_layer(position)
 
 
 def _repeat_rows(value: Any, rows: int, repeat: int) -> Any:

@@ -6,24 +6,24 @@ probe -> layer_importance.json -> expand -> expanded/ -> train -> checkpoints/ -
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from adept_ds import __version__
 from adept_ds.checkpoint import Manifest, check_resumable, checkpoint_steps, expected_manifest, tag_of
-from adept_ds.checks import check_deepspeed_config
-from adept_ds.config import Config, dump_config
-from adept_ds.data import Blocks, TrainingData, block_order, build_blocks
+from adept_ds.checks import check_deepspeed_config, resolve_model_dir
+from adept_ds.config import Config, CorpusSource, Stability, corpus_sources, dump_config
+from adept_ds.data import Blocks, TrainingData, build_blocks
 from adept_ds.distributed import gather_objects, on_main_rank, world_size
 from adept_ds.engine import build_forward_engine, build_training_engine, count_parameters, release
 from adept_ds.errors import InputError
+from adept_ds.estimators import METHODS, Probe, score_layers
 from adept_ds.evaluation import EvalSet, evaluate
 from adept_ds.expansion import Expansion, expand_checkpoint, weight_files
 from adept_ds.export import export_checkpoint
@@ -31,16 +31,20 @@ from adept_ds.families import Family, layer_count
 from adept_ds.files import read_json, read_json_lines, stamp_files, write_json, write_text
 from adept_ds.flops import count_step_flops, measure_matmul_rate
 from adept_ds.importance import OnlineImportance, ProbeBatches, estimate_importance
+from adept_ds.judging import Beside, check_halves, judge, select
+from adept_ds.layer_scores import LayerScores
 from adept_ds.memory import peak_memory_bytes
 from adept_ds.modeling import resolve_precision
 from adept_ds.movement import UnitMovement
 from adept_ds.prefix import FrozenPrefix
-from adept_ds.probing import LayerImportance, install_layer_sweep, probe_layers, select_layers
+from adept_ds.probe_corpus import Mixture
+from adept_ds.probing import LayerImportance, PassProgress
+from adept_ds.selection import layers_without_probe
+from adept_ds.stability import Agreement, rank_correlations
 from adept_ds.stopping import StopRequest
 from adept_ds.terminal import ProgressCallback, Terminal
 from adept_ds.trainer import Trainer
 from adept_ds.unit_lr import UnitLR
-from adept_ds.zero import gather_layers_whole
 
 _NOT_PART_OF_TRAINING = {
     "micro_batch_size",
@@ -94,14 +98,14 @@ class Run:
         return TrainingData(self.domain_blocks, self.replay_blocks, self.config.replayed)
 
     @property
-    def importance_blocks(self) -> Blocks:
+    def importance_corpus(self) -> Mixture:
         """General text that importances are estimated on in passes of their own."""
         online = self.config.importance.source == "online"
-        return self.replay_blocks if online and self.replay_blocks else self.probe_blocks
+        return Mixture.of([self.replay_blocks]) if online and self.replay_blocks else self.probe_corpus
 
     @cached_property
-    def probe_blocks(self) -> Blocks:
-        return self._blocks("probe.corpus", self.config.probe.corpus, self.config.probe.seq_len, keep_tail=True)
+    def probe_corpus(self) -> Mixture:
+        return self.mixture("probe.corpus", self.config.probe.corpus)
 
     @cached_property
     def eval_sets(self) -> list[EvalSet]:
@@ -113,9 +117,11 @@ class Run:
             if files
         ]
 
-    def sample(self, blocks: Blocks, count: int) -> list[int]:
-        """The first `count` of `blocks` in a seeded order; all of them if there are fewer."""
-        return block_order(len(blocks), self.config.train.seed)[:count]
+    def mixture(self, key: str, entries: Sequence[Path | CorpusSource]) -> Mixture:
+        """A corpus in blocks for probing."""
+        sources = corpus_sources(entries)
+        parts = [self._blocks(key, source.files, self.config.probe.seq_len, keep_tail=True) for source in sources]
+        return Mixture.of(parts, [source.weight for source in sources], [source.title for source in sources])
 
     @contextmanager
     def progress(self, doing: str, *, together: bool = True) -> Iterator[ProgressCallback]:
@@ -157,7 +163,16 @@ class Run:
     def _blocks(self, key: str, files: Sequence[Path], seq_len: int, *, keep_tail: bool) -> Blocks:
         cache = self.directory / "cache" / "blocks"
         with self.progress(f"packing {key}", together=False) as bar:
-            return build_blocks(key, files, self.model_dir, seq_len, cache, keep_tail=keep_tail, progress=bar)
+            return build_blocks(
+                key,
+                files,
+                self.model_dir,
+                seq_len,
+                cache,
+                keep_tail=keep_tail,
+                question_template=self.config.data.question_template,
+                progress=bar,
+            )
 
 
 def run_all(run: Run) -> None:
@@ -165,7 +180,7 @@ def run_all(run: Run) -> None:
     resolve_precision(run.config)  # refuses what the device cannot, before anything takes time
     on_main_rank(lambda: write_text(run.directory / "config.yaml", dump_config(run.config)))
     prepare_data(run)
-    if run.config.expand.layers is None:
+    if run.config.expand.needs_probe:
         probe_stage(run)
     expand_stage(run)
     train_stage(run)
@@ -179,61 +194,96 @@ def prepare_data(run: Run) -> None:
     corpora = {"domain": len(run.domain_blocks)} | ({"replay": len(run.replay_blocks)} if run.replay_blocks else {})
     corpora |= {s.name + " held out": len(s.indices) for s in run.eval_sets}
     if run.config.probe.corpus:
-        corpora["general probe"] = len(run.probe_blocks)
+        corpora["general probe"] = len(run.probe_corpus.blocks)
     run.terminal.stage("data", ", ".join(f"{name} {count}" for name, count in corpora.items()) + " blocks")
 
 
 def probe_stage(run: Run) -> LayerImportance:
-    """Estimate the importance of every layer, and choose the k layers that matter least."""
-    config, output = run.config, run.directory / "layer_importance.json"
-    section = config.probe.model_dump(mode="json", include={"method", "sequences", "seq_len"})
+    """Estimate the importance of every layer, and choose which are copied."""
+    section = run.config.probe
+    probe = _probe(run)
+    if section.stability == "halves":
+        check_halves(probe)
+    scores = _layer_scores(run, "probe", probe, section.corpus)
+    beside = _scores_beside(run, probe) if isinstance(section.stability, Stability) else None
+    result = on_main_rank(lambda: judge(probe, scores, beside))
+    on_main_rank(lambda: write_json(run.directory / "layer_importance.json", result.to_json()))
+    selection = result.selection or {}
+    what = "least important" if selection["choose"] == "lowest" else "chosen"
+    run.terminal.stage("probe", f"base loss {result.base_loss:.4f}, {what} layers {list(result.selected)}")
+    if selection["rule"] is not None:
+        run.terminal.stage("probe", selection["reason"])
+    if result.stability is not None:
+        run.terminal.stage("probe", Agreement(**result.stability).sentence())
+    return result
+
+
+def compare_methods(run: Run, result: LayerImportance) -> dict[str, Any]:
+    """All methods on the text of the probe (layer_methods.json), beside `result`, what `probe_stage` has just found."""
+    probe, methods = _probe(run), {}
+    for method in METHODS:
+        if method == result.method:
+            scores = on_main_rank(lambda: LayerScores.load(run.directory / "layer_scores.safetensors"))
+        else:
+            scores = _pass(run, probe, method)
+        methods[method] = {"deltas": scores.deltas, "selected": select(probe, scores.deltas), "seconds": scores.seconds}
+    found = {"methods": methods, "spearman": rank_correlations(methods)}
+    on_main_rank(lambda: write_json(run.directory / "layer_methods.json", found))
+    return found
+
+
+def _probe(run: Run) -> Probe:
+    sample = run.probe_corpus.sample(run.config.probe.sequences, run.config.train.seed)
+    return Probe(run.config, run.model_dir, run.family, sample)
+
+
+def _scores_beside(run: Run, probe: Probe) -> Beside:
+    """Those of another corpus or model."""
+    section = run.config.probe
+    assert isinstance(section.stability, Stability)
+    if section.stability.corpus is not None:
+        corpus = run.mixture("probe.stability.corpus", section.stability.corpus)
+        sample = corpus.sample(section.sequences, run.config.train.seed)
+        scores = _layer_scores(run, "probe_corpus", replace(probe, sample=sample), section.stability.corpus)
+        return Beside("corpus", ", ".join(sample.names), scores)
+    model = str(section.stability.model)
+    other = replace(probe, model_dir=resolve_model_dir("probe.stability.model", model))
+    return Beside("model", model, _layer_scores(run, "probe_model", other, section.corpus))
+
+
+def _layer_scores(run: Run, stage: str, probe: Probe, corpus: Sequence[Path | CorpusSource]) -> LayerScores:
+    """From the file, if it was made from these very inputs; another k then needs no second probe."""
+    config, section = run.config, run.config.probe
+    output = run.directory / f"{stage.replace('probe', 'layer_scores')}.safetensors"
+    keys = {"method", "sequences", "seq_len"}
+    if section.method in ("gradient", "fisher"):
+        keys.add("gradient_batch_sequences")
     key = {
-        "model": _model_key(run.model_dir),
-        "probe": section,
-        "corpus": _corpus_key(config.probe.corpus),
+        "models": [_model_key(run.model_dir), _model_key(probe.model_dir)],  # tokenised for one, probed by the other
+        "probe": section.model_dump(mode="json", include=keys),
+        "corpus": _mixture_key(corpus),
+        "template": config.data.question_template,
         "seed": config.train.seed,
         "precision": config.train.precision,
     }
-    if run.is_current("probe", key, output):
-        result = LayerImportance.load(output)
+    if run.is_current(stage, key, output):
         run.terminal.stage("probe", "[dim]unchanged, not run again[/]")
-    else:
-        result = _probe(run)
-    selected = tuple(select_layers([layer.delta for layer in result.layers], config.expand.num_copies))
-    result = dataclasses.replace(result, selected=selected)
-    on_main_rank(lambda: write_json(output, result.to_json()))
-    run.mark_done("probe", key)
-    run.terminal.stage("probe", f"base loss {result.base_loss:.4f}, least important layers {list(selected)}")
-    return result
+        return on_main_rank(lambda: LayerScores.load(output))
+    scores = _pass(run, probe, section.method)
+    on_main_rank(lambda: scores.save(output))
+    run.mark_done(stage, key)
+    return scores
 
 
-def _probe(run: Run) -> LayerImportance:
-    config = run.config
-    num_layers = layer_count(run.model_dir)
-
-    def prepare(model: Any) -> None:
-        install_layer_sweep(model, run.family, config.probe.max_stack_tokens)
-        gather_layers_whole(model, run.family.layer_modules(model))
-
-    model, device = build_forward_engine(config, run.model_dir, prepare)
-    with run.progress("probing") as bar:
-        result = probe_layers(
-            model,
-            num_layers,
-            run.probe_blocks,
-            run.sample(run.probe_blocks, config.probe.sequences),
-            batch_size=config.probe.batch_sequences,
-            device=device,
-            k=config.expand.num_copies,
-            progress=bar,
-        )
-    release(model)
-    return result
+def _pass(run: Run, probe: Probe, method: str) -> LayerScores:
+    with run.terminal.progress(f"probing, {method}") as bar:
+        progress = PassProgress(probe.num_layers, run.stop.checked("probing", bar, together=True), bar)
+        return score_layers(probe, method, progress)
 
 
 def expand_stage(run: Run) -> Expansion:
     """Insert the identity copies."""
-    selected = run.config.expand.layers or _selected_layers(run)
+    selected = on_main_rank(lambda: _selected_layers(run))
     key = _expansion_key(run, selected)
     if run.is_current("expand", key, run.expanded_dir):
         run.terminal.stage("expand", "[dim]unchanged, not run again[/]")
@@ -254,6 +304,9 @@ def _expansion_key(run: Run, selected: Sequence[int]) -> dict[str, Any]:
 
 
 def _selected_layers(run: Run) -> list[int]:
+    config = run.config
+    if not config.expand.needs_probe:
+        return layers_without_probe(config.expand, layer_count(run.model_dir), config.train.seed)
     path = run.directory / "layer_importance.json"
     if not path.is_file():
         raise InputError(f"expand: '{path}' does not exist; run `adept probe CONFIG` first, or set expand.layers")
@@ -272,14 +325,15 @@ def training_settings(config: Config) -> dict[str, Any]:
     settings["data.domain"] = _corpus_key(config.data.domain)
     settings["data.replay"] = _corpus_key(config.data.replay)
     settings["data.replay_share"] = config.data.replay_share if config.data.replay else None
-    settings["probe.corpus"] = _corpus_key(config.probe.corpus)
+    settings["data.question_template"] = config.data.question_template
+    settings["probe.corpus"] = _mixture_key(config.probe.corpus)
     return _plain(settings)
 
 
 def train_stage(run: Run) -> None:
     """Train the copies, from the newest checkpoint if there is one."""
     config, expansion = run.config, on_main_rank(lambda: Expansion.load(run.expanded_dir))
-    selected = config.expand.layers or on_main_rank(lambda: _selected_layers(run))
+    selected = on_main_rank(lambda: _selected_layers(run))
     if not run.is_current("expand", _expansion_key(run, selected), run.expanded_dir):
         raise InputError(f"'{run.expanded_dir}' was made from another model or other layers; run `adept expand` first")
     stage = int(check_deepspeed_config(config)["zero_optimization"]["stage"])
@@ -306,10 +360,10 @@ def train_stage(run: Run) -> None:
 
 
 def _probe_batches(run: Run) -> ProbeBatches:
-    section = run.config.importance
+    section, corpus = run.config.importance, run.importance_corpus
     return ProbeBatches(
-        run.importance_blocks,
-        tuple(run.sample(run.importance_blocks, section.sequences)),
+        corpus.blocks,
+        corpus.sample(section.sequences, run.config.train.seed).indices,
         section.batch_sequences,
         run.config.train.micro_batch_size,
     )
@@ -442,7 +496,7 @@ def eval_stage(run: Run) -> dict[str, Any]:
     key = {
         "models": [_model_key(path) for path in models.values()],
         "corpora": corpora,
-        "data": [data.seq_len, data.eval_blocks, run.config.train.precision],
+        "data": [data.seq_len, data.eval_blocks, data.question_template, run.config.train.precision],
     }
     if run.is_current("eval", key, output):
         run.terminal.stage("eval", "[dim]unchanged, not run again[/]")
@@ -477,6 +531,10 @@ def _model_key(model_dir: Path) -> list[Any]:
 
 def _corpus_key(files: Sequence[Path]) -> list[Any]:
     return [stamp_files([file])[0] for file in files]  # in the given order: packing follows it
+
+
+def _mixture_key(entries: Sequence[Path | CorpusSource]) -> list[Any]:
+    return [[source.weight, *_corpus_key(source.files)] for source in corpus_sources(entries)]
 
 
 def _plain(value: Any) -> Any:

@@ -69,10 +69,28 @@ def print_losses(results: dict[str, Any], terminal: Terminal) -> None:
 
 
 def print_layer_importance(result: LayerImportance, terminal: Terminal) -> None:
-    table = Table("layer", "loss without it", "delta", "", title=f"base loss {result.base_loss:.4f}")
+    """A row per layer; with no losses (gradient, fisher) its score."""
+    has_losses = any(layer.loss is not None for layer in result.layers)
+    columns = ["loss without it", "delta"] if has_losses else [result.method]
+    table = Table("layer", *columns, "± s.e.", "", title=f"base loss {result.base_loss:.4f}")
+    unsure = set((result.selection or {}).get("within_noise", ()))
     for layer in result.layers:
         chosen = "[green]copied[/]" if layer.index in result.selected else ""
-        table.add_row(str(layer.index), f"{layer.loss:.4f}", f"{layer.delta:+.4f}", chosen)
+        noise = " [yellow]within noise[/]" if layer.index in unsure else ""
+        number = "{:.4f}" if has_losses else "{:.4g}"
+        error = "" if layer.standard_error is None else number.format(layer.standard_error)
+        values = [f"{layer.loss:.4f}", f"{layer.delta:+.4f}"] if layer.loss is not None else [f"{layer.delta:.4g}"]
+        table.add_row(str(layer.index), *values, error, (chosen + noise).strip())
+    terminal.console.print(table)
+
+
+def print_methods(found: dict[str, Any], terminal: Terminal) -> None:
+    """The estimators side by side (see `stages.compare_methods`)."""
+    table = Table("method", "rank correlation with mask", "seconds", "layers chosen")
+    for name, of in found["methods"].items():
+        correlation = found["spearman"].get(name)
+        text = "" if correlation is None else f"{correlation:.3f}"
+        table.add_row(name, text, f"{of['seconds']:.1f}", ", ".join(map(str, of["selected"])))
     terminal.console.print(table)
 
 
@@ -80,11 +98,14 @@ def describe_plan(config: Config) -> list[str]:
     """A line per stage of what `adept run` would do in this run directory."""
     run_dir = config.run_dir
     steps = checkpoint_steps(run_dir / "checkpoints")
-    if config.expand.layers is None:
+    expand = config.expand
+    if expand.needs_probe:
         probe = f"probe {config.probe.sequences} blocks of {config.probe.seq_len} tokens"
-        probe += f", choose {config.expand.num_copies} layers"
+        how_many = f"as many layers as rule {expand.rule} says" if expand.k == "auto" else f"{expand.num_copies} layers"
+        probe += f", choose {how_many}" + (f" ({expand.choose})" if expand.choose != "lowest" else "")
     else:
-        probe = f"layers {config.expand.layers} are given: no probe"
+        which = expand.layers if expand.layers is not None else f"{expand.num_copies}, {expand.choose}"
+        probe = f"layers {which} are given: no probe"
     start = f"resume after step {steps[-1]}" if steps else "train"
     tokens = config.train.steps * config.train.global_batch_size * config.data.seq_len
     return [

@@ -34,7 +34,8 @@ from adept_ds.distributed import (
 from adept_ds.engine import build_forward_engine
 from adept_ds.families import family_of, layer_count
 from adept_ds.flops import count_step_flops
-from adept_ds.probing import install_layer_sweep, probe_layers
+from adept_ds.probe_corpus import Sample
+from adept_ds.probing import bypass_losses, install_layer_sweep
 from adept_ds.zero import gather_layers_whole
 
 STRICT_ZERO3 = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
@@ -90,8 +91,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         return plain_deltas(plain_model, layers, blocks, indices)
 
     def sweep(indices: list[int]) -> list[float]:
-        result = probe_layers(sweep_model, num_layers, blocks, indices, batch_size=1, device=device, k=1)
-        return [layer.delta for layer in result.layers]
+        sample = Sample(blocks, tuple(indices), (0,) * len(indices), (1.0,), ("",))
+        totals = bypass_losses(sweep_model, num_layers, sample, batch_size=1, device=device).sum(0).tolist()
+        return [(total - totals[0]) / sum(sample.tokens()) for total in totals[1:]]
 
     ways = {"plain": plain, "sweep": sweep}
     order, per_turn = block_order(len(blocks), 0), arguments.blocks

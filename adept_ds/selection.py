@@ -1,0 +1,250 @@
+"""How many layers are copied, and which (docs/choosing_layers.md).
+
+Which: those with the lowest delta (paper, section 3.1); for ablations the highest, random ones, or evenly spread ones
+as in LLaMA-Pro (arXiv 2401.02415). How many: a number, or a rule over the sorted deltas.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from adept_ds.config import ExpandSection
+from adept_ds.errors import InputError
+from adept_ds.expansion import stored_tensors
+from adept_ds.families import family_of, layer_count, read_model_config
+
+_CERTAIN = 0.95
+"""A layer that more, or less than one minus, of the bootstrap's samples would choose is chosen, or not, for certain."""
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """What copies are weighed against."""
+
+    layer_parameters: tuple[int, ...]
+    """Of each decoder layer."""
+    other_parameters: int
+    """Embeddings, head, last norm."""
+    layer_passed: tuple[float, ...]
+    """Parameters of each layer that one token passes: of experts those that it is sent to."""
+    head_passed: int
+    """The same of the output head."""
+
+    def trainable_share(self, layers: Sequence[int]) -> float:
+        """Of the expanded model's parameters."""
+        copies = sum(self.layer_parameters[layer] for layer in layers)
+        return copies / (copies + sum(self.layer_parameters) + self.other_parameters)
+
+    def added_latency(self, layers: Sequence[int]) -> float:
+        """Time that copies of `layers` add to a forward pass, as a share of it, if time follows parameters passed."""
+        return sum(self.layer_passed[layer] for layer in layers) / (sum(self.layer_passed) + self.head_passed)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What was chosen, and why."""
+
+    layers: tuple[int, ...]
+    """Ascending."""
+    k: int
+    choose: str
+    rule: str | None
+    """None: k was given."""
+    reason: str
+    """A sentence for people."""
+    rules: dict[str, int]
+    """What each rule would have given for k; budget only where limits are set."""
+    within_noise: tuple[int, ...]
+    """Layers, chosen or not, for which another sample of the corpus might well decide otherwise."""
+
+
+def select_layers(
+    section: ExpandSection,
+    deltas: Sequence[float],
+    size: ModelSize,
+    seed: int,
+    replicates: Sequence[Sequence[float]] | None = None,
+) -> Selection:
+    """Choose by the deltas of a probe.
+
+    Args:
+        seed: of `choose: random`.
+        replicates: [samples][layers] deltas of bootstrap samples.
+
+    Raises:
+        InputError: deltas that are no numbers, more layers than there are, or a budget that not even one copy fits.
+    """
+    broken = [index for index, delta in enumerate(deltas) if not math.isfinite(delta)]
+    if broken:
+        raise InputError(
+            f"probe: the delta of layer {broken[0]} is {deltas[broken[0]]}, no number; "
+            "train.precision: fp32 avoids overflow, and probe.corpus may be at fault"
+        )
+    rules = {"knee": knee(deltas), "threshold": len(_below_threshold(deltas, section.threshold))}
+    if section.limits:
+        rules["budget"] = _within_budget(section, _in_order(section, deltas, seed), size)
+    if section.layers is not None:
+        chosen, k = sorted(section.layers), len(section.layers)
+    else:
+        k = min(rules[section.rule], rules.get("budget", len(deltas)))
+        if section.num_copies is not None:
+            k = section.num_copies
+        chosen = _chosen(section, deltas, k, seed)
+    return Selection(
+        layers=tuple(chosen),
+        k=k,
+        choose="list" if section.layers is not None else section.choose,
+        rule=section.rule if section.k == "auto" else None,
+        reason=_reason(section, rules, deltas, chosen, size),
+        rules=rules,
+        within_noise=_within_noise(section, k, replicates),
+    )
+
+
+def layers_without_probe(section: ExpandSection, num_layers: int, seed: int) -> list[int]:
+    """The layers of a section that no delta decides about (see `ExpandSection.needs_probe`), ascending."""
+    assert not section.needs_probe
+    if section.layers is not None:
+        return sorted(section.layers)
+    return _chosen(section, [0.0] * num_layers, section.num_copies or 0, seed)
+
+
+def lowest_layers(deltas: Sequence[float], k: int) -> list[int]:
+    """The k layers with the lowest delta, in ascending order of index; ties go to the lower layer."""
+    return sorted(sorted(range(len(deltas)), key=lambda layer: (deltas[layer], layer))[:k])
+
+
+def uniform_layers(num_layers: int, k: int) -> list[int]:
+    """The top layer of each of k groups of consecutive layers, whose sizes differ by one at most."""
+    return [(group + 1) * num_layers // k - 1 for group in range(k)]
+
+
+def knee(deltas: Sequence[float]) -> int:
+    """How many layers stand before the sorted deltas begin to rise.
+
+    The point of the ascending curve that is farthest below the straight line from its first to its last one, both axes
+    scaled to [0, 1] (Kneedle: Satopaa et al., ICDCS workshops 2011). A few layers that nothing works without would
+    bend every curve into one knee just before them: the highest quarter is left out. 1 where no point lies below.
+    """
+    curve = np.sort(np.asarray(deltas, dtype=np.float64))[: math.ceil(0.75 * len(deltas))]
+    height = curve[-1] - curve[0]
+    if height <= 0:
+        return 1
+    below = np.linspace(0, 1, len(curve)) - (curve - curve[0]) / height
+    return int(below.argmax()) + 1
+
+
+def model_size(model_dir: Path) -> ModelSize:
+    """From the headers of the weight files."""
+    family, config, num_layers = family_of(model_dir), read_model_config(model_dir), layer_count(model_dir)
+    parameters, passed = [0] * num_layers, [0.0] * num_layers
+    others, largest = 0, 0
+    experts_per_token = config.get(family.experts_per_token_key or "")
+    stored = stored_tensors(model_dir)
+    expert_of = {name: re.search(r"\.experts\.(\d+)\.", name) for name in stored}
+    num_experts = 1 + max((int(found[1]) for found in expert_of.values() if found), default=-1)
+    for name, tensor in stored.items():
+        numel, place = math.prod(tensor.shape), family.split_name(name)
+        if place is None:
+            others += numel
+            largest = max(largest, numel if len(tensor.shape) == 2 else 0)
+            continue
+        share = 1.0
+        if experts_per_token and (expert_of[name] or len(tensor.shape) == 3):
+            share = min(1.0, experts_per_token / (num_experts if expert_of[name] else tensor.shape[0]))
+        parameters[place[0]] += numel
+        passed[place[0]] += share * numel
+    # Embeddings and head have one size, and may be one tensor.
+    return ModelSize(tuple(parameters), others, tuple(passed), largest)
+
+
+def _in_order(section: ExpandSection, deltas: Sequence[float], seed: int) -> list[int]:
+    """All layers, those first that a smaller k would choose already."""
+    layers = range(len(deltas))
+    if section.choose == "random":
+        return [int(layer) for layer in np.random.default_rng(seed).permutation(len(deltas))]
+    sign = -1 if section.choose == "highest" else 1
+    return sorted(layers, key=lambda layer: (sign * deltas[layer], layer))
+
+
+def _chosen(section: ExpandSection, deltas: Sequence[float], k: int, seed: int) -> list[int]:
+    if k > len(deltas):
+        raise InputError(f"expand.k: {k} is more than the model's {len(deltas)} layers; choose at most {len(deltas)}")
+    if section.choose == "uniform":
+        return uniform_layers(len(deltas), k)
+    return sorted(_in_order(section, deltas, seed)[:k])
+
+
+def _below_threshold(deltas: Sequence[float], share: float) -> list[int]:
+    """Layers with a delta below that share of the median (of the median itself where it is negative); at least one."""
+    median = float(np.median(deltas))
+    limit = share * median if median > 0 else median
+    return [layer for layer, delta in enumerate(deltas) if delta < limit] or lowest_layers(deltas, 1)
+
+
+def _within_budget(section: ExpandSection, order: Sequence[int], size: ModelSize) -> int:
+    """The largest k whose copies, in the order of choice, stay within every limit."""
+    fits = 0
+    while fits < len(order) and not _over_budget(section, order[: fits + 1], size):
+        fits += 1
+    if not fits:
+        what, value, limit = _over_budget(section, order[:1], size)[0]
+        raise InputError(
+            f"expand.{what}: {limit:g} does not allow one copy: layer {order[0]} alone makes {value:.3g}; raise it"
+        )
+    return fits
+
+
+def _over_budget(section: ExpandSection, layers: Sequence[int], size: ModelSize) -> list[tuple[str, float, float]]:
+    """Limits that copies of these layers exceed: key, value, limit."""
+    return [use for use in _budget(section, layers, size) if use[1] > use[2]]
+
+
+def _budget(section: ExpandSection, layers: Sequence[int], size: ModelSize) -> list[tuple[str, float, float]]:
+    use = {"max_trainable_share": size.trainable_share, "max_added_latency": size.added_latency}
+    return [(key, use[key](layers), limit) for key, limit in section.limits.items()]
+
+
+def _reason(
+    section: ExpandSection, rules: dict[str, int], deltas: Sequence[float], chosen: Sequence[int], size: ModelSize
+) -> str:
+    k = len(chosen)
+    if section.layers is not None:
+        return f"k = {k}: these layers were listed"
+    if section.k != "auto":
+        why = "as configured" if section.k else "the default"
+    elif k == rules[section.rule] and section.rule == "knee":
+        why = "the knee of the sorted deltas" if k > 1 else "the sorted deltas have no knee above the first"
+    elif k == rules[section.rule] and section.rule == "threshold":
+        why = f"deltas below {section.threshold:g} x the median of {np.median(deltas):.4g}"
+    else:
+        names = {"max_trainable_share": "of the parameters train", "max_added_latency": "is added to a forward pass"}
+        why = " and ".join(
+            f"{value:.1%} {names[key]} (limit {limit:.1%})" for key, value, limit in _budget(section, chosen, size)
+        )
+        why += "" if section.rule == "budget" else f"; {section.rule} alone would give {rules[section.rule]}"
+    return f"k = {k}: {why}; {_next_layer(deltas, k)}"
+
+
+def _next_layer(deltas: Sequence[float], k: int) -> str:
+    order = sorted(range(len(deltas)), key=lambda layer: (deltas[layer], layer))
+    if k == len(order):
+        return "no layer is left"
+    last, following = deltas[order[k - 1]], deltas[order[k]]
+    times = f", {following / last:.2f} x that of number {k}" if last > 0 else ""
+    return f"the next lowest delta is {following:.4g} (layer {order[k]}){times}"
+
+
+def _within_noise(section: ExpandSection, k: int, replicates: Sequence[Sequence[float]] | None) -> tuple[int, ...]:
+    if replicates is None or section.layers is not None or section.choose not in ("lowest", "highest"):
+        return ()
+    values = np.asarray(replicates, dtype=np.float64) * (-1 if section.choose == "highest" else 1)
+    places = values.argsort(axis=1, kind="stable")[:, :k]
+    share = np.bincount(places.ravel(), minlength=values.shape[1]) / len(values)
+    return tuple(int(layer) for layer in np.flatnonzero((share > 1 - _CERTAIN) & (share < _CERTAIN)))

@@ -1,0 +1,91 @@
+"""What one rank does in test_probing.py: stage one by every method, in one process group.
+
+Usage: python tests/probe_worker.py WORKSPACE ROOT. Every method has a run directory below ROOT; rank 0 also writes
+how often each rank reported progress, by method, to ROOT/progress.json.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from conftest import Workspace
+
+from adept_ds.config import Config, parse_config
+from adept_ds.distributed import gather_objects, init_distributed, on_main_rank, ranks_from_environment, world_size
+from adept_ds.estimators import METHODS
+from adept_ds.families import family_of
+from adept_ds.files import write_json
+from adept_ds.stages import Run, compare_methods, probe_stage
+from adept_ds.stopping import StopRequest
+from adept_ds.terminal import Terminal
+
+
+def probe_config(workspace: Workspace, run_dir: Path, **probe: Any) -> Config:
+    """Two sources, of which the second has all its blocks in the sample; global batches of five, five and two."""
+    section = {
+        "corpus": [
+            str(workspace.root / "general.jsonl"),
+            {"files": [str(workspace.root / "domain.jsonl")], "weight": 2.5, "name": "second"},
+        ],
+        "sequences": 12,
+        "gradient_batch_sequences": 5,
+        "batch_sequences": 2,
+        "stability": "halves",
+    }
+    deepspeed = run_dir.parent / "strict.json"
+    # Every parameter is cut among ranks, also the norms.
+    zero = {"stage": 3, "stage3_param_persistence_threshold": 0}
+    on_main_rank(lambda: write_json(deepspeed, {"zero_optimization": zero}))
+    return parse_config(workspace.tree(run_dir, probe=section | probe, deepspeed=str(deepspeed)))
+
+
+def open_run(config: Config) -> Run:
+    model_dir = Path(config.model)
+    return Run(config, model_dir, family_of(model_dir), Terminal(None), StopRequest())
+
+
+class Reports:
+    """Counts progress that every rank must report together."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def install(self) -> None:
+        checked = StopRequest.checked
+
+        def counting(stop: StopRequest, stage: str, progress: Any, *, together: bool) -> Any:
+            report = checked(stop, stage, progress, together=together)
+
+            def counted(share: float, text: str = "") -> None:
+                self.count += together
+                report(share, text)
+
+            return counted
+
+        StopRequest.checked = counting  # type: ignore[method-assign]
+
+    def take(self) -> int:
+        count, self.count = self.count, 0
+        return count
+
+
+def main() -> None:
+    workspace, root = Workspace(Path(sys.argv[1])), Path(sys.argv[2])
+    init_distributed(ranks_from_environment(os.environ))
+    reports, counts = Reports(), {}
+    reports.install()
+    for method in METHODS:
+        run = open_run(probe_config(workspace, root / method, method=method))
+        result = probe_stage(run)
+        counts[method] = gather_objects(reports.take())
+        if method == "mask" and world_size() == 2:
+            compare_methods(run, result)
+            reports.take()
+    on_main_rank(lambda: write_json(root / "progress.json", counts))
+
+
+if __name__ == "__main__":
+    main()
