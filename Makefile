@@ -18,7 +18,7 @@ demo: $(VENV)/.demo
 	$(OFFLINE) ADEPT_PYTHON=$(BIN)/python launch/local.sh $(DEMO_RANKS) run tools/demo/demo.yaml
 
 test: lint
-	$(OFFLINE) PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest
+	$(OFFLINE) PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

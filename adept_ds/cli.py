@@ -70,7 +70,9 @@ def main() -> None:
         sys.exit(1)
     except Exception as error:
         if _is_usage_error(error):
-            _complain(f"{error.format_message().rstrip('.')}; see `adept --help`")  # type: ignore[attr-defined]
+            message = error.format_message().rstrip(".")  # type: ignore[attr-defined]
+            if message:  # without arguments the help has been printed already
+                _complain(f"{message}; see `adept --help`")
             sys.exit(EXIT_BAD_INPUT)
         _complain(f"unexpected {type(error).__name__}\n{traceback.format_exc()}", every_rank=True)
         # A peer may be waiting in a collective for this rank: leave without waiting for it.

@@ -172,7 +172,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
 Launch = Callable[..., subprocess.CompletedProcess[str]]
 
 
-def launch(world_size: int, arguments: Sequence[str], timeout: float = 280.0) -> subprocess.CompletedProcess[str]:
+def launch(world_size: int, arguments: Sequence[str], timeout: float = 600.0) -> subprocess.CompletedProcess[str]:
     """Start `python ARGUMENTS` on `world_size` real ranks; the result of the first rank that failed, else of rank 0."""
     processes = start(world_size, arguments)
     results = []
@@ -192,7 +192,7 @@ def start(world_size: int, arguments: Sequence[str]) -> list[RankProcess]:
     return [RankProcess(arguments, rank_environment(rank, world_size, port), ROOT) for rank in range(world_size)]
 
 
-def adept(world_size: int, *arguments: str | Path, timeout: float = 280.0) -> subprocess.CompletedProcess[str]:
+def adept(world_size: int, *arguments: str | Path, timeout: float = 600.0) -> subprocess.CompletedProcess[str]:
     """`adept ARGUMENTS` on real ranks."""
     return launch(world_size, ["-m", "adept_ds", *map(str, arguments)], timeout)
 

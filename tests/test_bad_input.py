@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, Workspace, free_port, rank_environment
+from conftest import ROOT, Workspace, free_port, launch, rank_environment, start
+from rank_processes import RankProcess
 
 
 @dataclass(frozen=True)
@@ -90,14 +91,14 @@ def files_under(*roots: Path) -> set[str]:
     return {str(path) for root in roots for path in root.rglob("*")}
 
 
-def command_of(case: Case, workspace: Workspace, bad: Path, run_dir: Path) -> list[str]:
+def arguments_of(case: Case, workspace: Workspace, bad: Path, run_dir: Path) -> list[str]:
     places = {"ws": workspace.root, "bad": bad, "run": run_dir, "config": workspace.config(run_dir)}
     arguments = []
     for argument in case.arguments:
         for name, path in places.items():
             argument = argument.replace("{" + name + "}", str(path))
         arguments.append(argument)
-    return [sys.executable, "-m", "adept_ds", *arguments]
+    return ["-m", "adept_ds", *arguments]
 
 
 def assert_one_line(stderr: str, words: Sequence[str]) -> None:
@@ -231,15 +232,13 @@ def test_it_is_refused_in_one_line_before_anything_is_written(
     case: Case, workspace: Workspace, bad: Path, tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "run"
-    command = command_of(case, workspace, bad, run_dir)
+    arguments = arguments_of(case, workspace, bad, run_dir)
     before = files_under(tmp_path, bad, workspace.root)
-    environment = rank_environment(0, case.ranks, free_port())
-    result = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60.0, check=False
-    )
-    assert result.returncode == 2, result.stderr
-    assert_one_line(result.stderr, case.words)
-    assert result.stdout == ""
+    process = RankProcess(arguments, rank_environment(0, case.ranks, free_port()), ROOT)
+    out, err = process.communicate(timeout=60.0)
+    assert process.returncode == 2, err
+    assert_one_line(err, case.words)
+    assert out == ""
     assert files_under(tmp_path, bad, workspace.root) == before
 
 
@@ -281,16 +280,7 @@ def test_a_corpus_that_cannot_be_packed_is_refused_in_one_line(
     case: Case, workspace: Workspace, bad: Path, tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "run"
-    command = command_of(case, workspace, bad, run_dir)
-    result = subprocess.run(
-        command,
-        cwd=ROOT,
-        env=rank_environment(0, 1, free_port()),
-        capture_output=True,
-        text=True,
-        timeout=120.0,
-        check=False,
-    )
+    result = launch(1, arguments_of(case, workspace, bad, run_dir))
     assert result.returncode == 2, result.stderr
     assert_one_line(result.stderr, case.words)
     assert_nothing_half_written(run_dir)
@@ -313,19 +303,8 @@ def test_a_corpus_that_cannot_be_packed_is_refused_in_one_line(
 def test_two_ranks_complain_once_and_both_end_with_exit_code_2(
     case: Case, workspace: Workspace, bad: Path, tmp_path: Path
 ) -> None:
-    run_dir, port = tmp_path / "run", free_port()
-    command = command_of(case, workspace, bad, run_dir)
-    processes = [
-        subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env=rank_environment(rank, 2, port),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
+    run_dir = tmp_path / "run"
+    processes = start(2, arguments_of(case, workspace, bad, run_dir))
     try:
         errors = [process.communicate(timeout=120.0)[1] for process in processes]
     finally:

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, Workspace, adept
+from conftest import ROOT, Workspace, adept, launch
 from safetensors.torch import load_file
 
 TOOLS = sorted(ROOT.glob("tools/*.py")) + sorted(ROOT.glob("tools/*/*.py"))
 
 
 def _tool(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True)
+    return launch(1, [*map(str, arguments)])
 
 
 @pytest.mark.parametrize("tool", TOOLS, ids=lambda path: path.stem)

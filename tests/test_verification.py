@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, save_tiny_model
+from conftest import adept, save_tiny_model
 from safetensors.torch import load_file, save_file
 
 from adept_ds import verification
@@ -100,26 +98,25 @@ def test_logits_that_differ_are_reported_even_if_all_bytes_are_right(
 
 
 def test_the_command_says_what_it_compared_and_fails_with_code_2(source: Path, expanded: Path) -> None:
-    command = [sys.executable, "-m", "adept_ds", "verify", str(source), str(expanded), "--json"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    result = adept(1, "verify", source, expanded, "--json")
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout)["logits"] is True
     change_tensor("lm_head.weight")(expanded)
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    result = adept(1, "verify", source, expanded, "--json")
     assert result.returncode == 2
     assert len(result.stderr.splitlines()) == 1
     assert "lm_head.weight" in result.stderr
 
 
 def test_a_dry_run_says_what_would_be_written_and_writes_nothing(source: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "adept_ds", "expand", str(source), str(tmp_path / "out"), "--layers", "3,1"]
-    result = subprocess.run([*command, "--dry-run", "--json"], cwd=ROOT, capture_output=True, text=True)
+    command = ["expand", source, tmp_path / "out", "--layers", "3,1"]
+    result = adept(1, *command, "--dry-run", "--json")
     assert result.returncode == 0, result.stderr
     assert list(tmp_path.iterdir()) == []
     facts = json.loads(result.stdout)
     assert facts == describe_expansion(source, tmp_path / "out", [1, 3])
     assert facts["copies"] == [{"source": 1, "index": 2}, {"source": 3, "index": 5}]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    assert adept(1, *command).returncode == 0
     tensors, before = (load_file(path / "model.safetensors") for path in (tmp_path / "out", source))
     assert facts["source_parameters"] == sum(tensor.numel() for tensor in before.values())
     assert facts["added_bytes"] == sum(t.nbytes for t in tensors.values()) - sum(t.nbytes for t in before.values())
