@@ -65,7 +65,7 @@ def pack_delta(
         source: a run directory (its export is packed, with the run's losses), or an adapted model.
         name: of the package; by default that of `source`.
         only: which of the deltas of a model that several were applied to.
-        base: the model that `source` must stand on; needed where an older version made `source`.
+        base: the model that `source` must stand on; needed where `source` lost its base_files.json.
 
     Raises:
         InputError: `source` cannot be told apart into base and copies, or its base is not `base`.

@@ -324,7 +324,7 @@ def test_a_package_does_not_care_how_its_base_falls_on_files(llama: Domains, tmp
     apply_deltas(whole, [tmp_path / "d"], tmp_path / "again")
 
 
-def test_a_model_of_an_older_version_is_packed_with_its_base(llama: Domains, tmp_path: Path) -> None:
+def test_a_model_that_lost_its_record_is_packed_with_its_base(llama: Domains, tmp_path: Path) -> None:
     old = shutil.copytree(llama.math, tmp_path / "math")
     (old / "base_files.json").unlink()
     new_keys = ("deltas", "base_fingerprint")

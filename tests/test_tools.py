@@ -47,6 +47,15 @@ def test_converter_writes_the_model_that_export_writes(trained: Path, tmp_path: 
     assert (tmp_path / "hf" / "tokenizer.json").is_file()
 
 
+def test_the_command_exports_a_checkpoint_by_itself_as_the_run_did(trained: Path, tmp_path: Path) -> None:
+    checkpoint, out = trained / "checkpoints" / "step_2", tmp_path / "out"
+    result = adept(1, "export", checkpoint, out, "--base", trained / "expanded")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == f"18 trained tensors; model in {out}\n"
+    for file in (trained / "export").iterdir():
+        assert (out / file.name).read_bytes() == file.read_bytes(), file.name
+
+
 def test_converter_reads_raw_deepspeed_output(trained: Path, tmp_path: Path) -> None:
     """The directory that DeepSpeed wrote, without a base: just the trained tensors, as in the exported model."""
     result = _tool("tools/checkpoint_to_hf.py", trained / "checkpoints", tmp_path / "trained.safetensors")
