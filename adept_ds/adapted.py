@@ -10,7 +10,7 @@ from typing import Any
 
 from adept_ds.base_files import FILE_NAME, BaseFiles
 from adept_ds.errors import InputError
-from adept_ds.expansion import Expansion, plan_copies, stored_tensors, weight_files
+from adept_ds.expansion import Expansion, base_name, plan_copies, stored_tensors, weight_files
 from adept_ds.families import Family, family_of, layer_count
 from adept_ds.tensor_files import StoredTensor
 
@@ -45,13 +45,11 @@ class AdaptedModel:
         base: dict[str, StoredTensor] = {}
         copies: dict[int, dict[str, StoredTensor]] = {index: {} for index in sources}
         for name, tensor in stored_tensors(directory).items():
-            place = family.split_name(name)
-            if place is None:
-                base[name] = tensor
-            elif place[0] in sources:
+            in_base, place = base_name(family, name, expansion.copy_indices), family.split_name(name)
+            if in_base is not None:
+                base[in_base] = tensor
+            elif place is not None:
                 copies[place[0]][family.in_layer(name, sources[place[0]])] = tensor
-            else:
-                base[family.in_layer(name, place[0] - sum(index < place[0] for index in sources))] = tensor
         kinds = {name: kind for tensors in files.tensors().values() for name, kind in tensors.items()}
         _check_kinds(directory, base, kinds)
         for index, source in sources.items():

@@ -60,7 +60,7 @@ class BaseFiles(BaseModel):
         path = directory / FILE_NAME
         if not path.is_file():
             raise InputError(
-                f"'{directory}' has no {FILE_NAME}, which says what its base was; `adept delta pack` it with --base MODEL"
+                f"'{directory}' has no {FILE_NAME}, which says what its base was; `adept delta pack` it with --base"
             )
         try:
             return cls.model_validate_json(path.read_bytes())

@@ -146,7 +146,7 @@ def apply_deltas(
     }
     files = {file: {name: trained.get(name, piece) for name, piece in of.items()} for file, of in plan.files.items()}
     applied = tuple(map(_applied, packages, copies))
-    expansion = replace(plan.expansion, deltas=applied, base_fingerprint=fingerprint)
+    expansion = replace(plan.expansion, deltas=applied)
     return write_plan(replace(plan, files=files, expansion=expansion), base, destination, meter.rest())
 
 
@@ -164,7 +164,7 @@ def strip_deltas(adapted: Path, destination: Path, progress: ProgressCallback | 
     """Write the base of an adapted model to `destination`, which must not exist: the same files, byte for byte.
 
     Raises:
-        InputError: `adapted` is no adapted model, or its base's tensors were changed after deltas were applied.
+        InputError: `adapted` is no adapted model, or its base's tensors were changed.
     """
     check_new(destination)
     model = AdaptedModel.load(adapted)
@@ -244,9 +244,7 @@ def _base_fingerprint(model: AdaptedModel, meter: Meter) -> str:
     """Computed; and compared, where the model knows it."""
     fingerprint = fingerprint_of(hash_tensors(model.base, meter.advance))
     if model.expansion.base_fingerprint not in (None, fingerprint):
-        raise InputError(
-            f"'{model.directory}': weights of its base were changed after deltas were applied; apply them again"
-        )
+        raise InputError(f"'{model.directory}': weights of its base are not those that it was made from; make it again")
     return fingerprint
 
 

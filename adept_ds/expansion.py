@@ -7,7 +7,6 @@ source.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import shutil
@@ -20,6 +19,7 @@ from adept_ds.base_files import BaseFiles
 from adept_ds.errors import InputError
 from adept_ds.families import Family, family_of, layer_count, read_model_config
 from adept_ds.files import new_directory, read_json, write_json
+from adept_ds.fingerprints import TensorRecord, fingerprint_of
 from adept_ds.tensor_files import Constant, Piece, StoredTensor, in_library_order, read_header, write_tensors
 from adept_ds.terminal import ProgressCallback
 
@@ -55,11 +55,11 @@ class Expansion:
     zeroed: tuple[str, ...]
     """Tensors of copies that silence them: zero, or a norm's weight with which its gain is zero."""
     fingerprint: str
-    """SHA-256 over those of the expanded weight files."""
+    """Of all tensors (see `fingerprints.fingerprint_of`)."""
     deltas: tuple[AppliedDelta, ...] = ()
     """In the order in which they were applied: of two copies of one layer, the first one's is the lower."""
     base_fingerprint: str | None = None
-    """Of the base's tensors (see `delta`), where deltas were applied."""
+    """Of the base's tensors, under the names that they have there."""
 
     @classmethod
     def load(cls, directory: Path) -> Expansion:
@@ -118,7 +118,7 @@ class Plan:
     """An expanded checkpoint before it is written: which tensor comes from where."""
 
     expansion: Expansion
-    """Without fingerprint."""
+    """Without fingerprints."""
     files: dict[str, dict[str, Piece]]
     """Name of each weight file -> its tensors."""
     config: dict[str, Any]
@@ -192,7 +192,8 @@ def expand_checkpoint(
 
 def write_plan(plan: Plan, source: Path, destination: Path, progress: ProgressCallback | None = None) -> Expansion:
     """Write what `plan` says to `destination` (see `expand_checkpoint`)."""
-    total, done, digest = plan.num_bytes, 0, hashlib.sha256()
+    total, done = plan.num_bytes, 0
+    digests: dict[str, str] = {}
     with new_directory(destination) as folder:
         for name, pieces in plan.files.items():
 
@@ -202,19 +203,41 @@ def write_plan(plan: Plan, source: Path, destination: Path, progress: ProgressCa
                 if progress:
                     progress(min(1.0, done / total), name)
 
-            digest.update(write_tensors(folder / name, pieces, advance).encode())
+            digests |= write_tensors(folder / name, pieces, advance)
         if len(plan.files) > 1:
             weight_map = {tensor: name for name, pieces in plan.files.items() for tensor in pieces}
             write_json(folder / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map})
         copy_companions(source, folder)
         BaseFiles.of(source, weight_files(source)).save(folder)
-        expansion = replace(plan.expansion, fingerprint=digest.hexdigest())
+        expansion = _with_fingerprints(plan, family_of(source), digests)
         write_json(folder / "expansion.json", asdict(expansion))
         text = json.dumps(plan.config, indent=2, default=str) + "\n"
         (folder / "config.json").write_text(text, encoding="utf-8")
     if progress:
         progress(1.0, "")
     return expansion
+
+
+def _with_fingerprints(plan: Plan, family: Family, digests: Mapping[str, str]) -> Expansion:
+    """Hashes of what was just written, together; training never touches those of the base."""
+    records = {
+        name: TensorRecord(sha256=digests[name], dtype=piece.dtype, shape=piece.shape)
+        for pieces in plan.files.values()
+        for name, piece in pieces.items()
+    }
+    in_base = {name: base_name(family, name, plan.expansion.copy_indices) for name in records}
+    base = {there: records[name] for name, there in in_base.items() if there is not None}
+    return replace(plan.expansion, fingerprint=fingerprint_of(records), base_fingerprint=fingerprint_of(base))
+
+
+def base_name(family: Family, name: str, copy_indices: Sequence[int]) -> str | None:
+    """What a tensor of an expanded checkpoint is called in its base; None for one of a copy."""
+    place = family.split_name(name)
+    if place is None:
+        return name
+    if place[0] in copy_indices:
+        return None
+    return family.in_layer(name, place[0] - sum(index < place[0] for index in copy_indices))
 
 
 def copy_companions(source: Path, destination: Path) -> None:

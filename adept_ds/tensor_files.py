@@ -183,8 +183,10 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-def write_tensors(path: Path, pieces: Mapping[str, Piece], on_bytes: Callable[[int], None] | None = None) -> str:
-    """Write a safetensors file; returns its SHA-256.
+def write_tensors(
+    path: Path, pieces: Mapping[str, Piece], on_bytes: Callable[[int], None] | None = None
+) -> dict[str, str]:
+    """Write a safetensors file; returns the SHA-256 of each tensor's bytes.
 
     Args:
         pieces: by name, in the order in which they shall lie in the file.
@@ -198,21 +200,23 @@ def write_tensors(path: Path, pieces: Mapping[str, Piece], on_bytes: Callable[[i
         position = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    head = struct.pack("<Q", len(text)) + text
     with path.open("wb", buffering=0) as file, ThreadPoolExecutor(max_workers=1) as pool:
         # Hashing takes longer than copying, which the kernel does without showing us the bytes.
-        digest = pool.submit(_sha256, head, pieces)
-        file.write(head)
+        digests = pool.submit(_sha256, pieces)
+        file.write(struct.pack("<Q", len(text)) + text)
         for piece in pieces.values():
             for num_bytes in piece.copy_to(file):
                 if on_bytes:
                     on_bytes(num_bytes)
-        return digest.result()
+        return digests.result()
 
 
-def _sha256(head: bytes, pieces: Mapping[str, Piece]) -> str:
-    digest = hashlib.sha256(head)
+def _sha256(pieces: Mapping[str, Piece]) -> dict[str, str]:
+    known: dict[Piece, str] = {}  # a layer and its copy are the same bytes
     for piece in pieces.values():
-        for chunk in piece.chunks():
-            digest.update(chunk)
-    return digest.hexdigest()
+        if piece not in known:
+            digest = hashlib.sha256()
+            for chunk in piece.chunks():
+                digest.update(chunk)
+            known[piece] = digest.hexdigest()
+    return {name: known[piece] for name, piece in pieces.items()}

@@ -594,12 +594,12 @@ BAD_MODELS: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     ),
     "offsets": (other_header, ["base_files.json", "does not fit its tensors"]),
     "header": (put("base_files.json", "headers", "a.safetensors", value="{"), ["header cannot be read"]),
-    "no record": (lambda d: (d / "base_files.json").unlink(), ["no base_files.json", "--base MODEL"]),
+    "no record": (lambda d: (d / "base_files.json").unlink(), ["no base_files.json", "with --base"]),
     "expansion": (text("expansion.json", "{}"), ["expansion.json", "damaged"]),
     "place": (put("expansion.json", "copies", 0, "index", value=3), ["expansion.json", "not about the layers"]),
     "owner": (put("expansion.json", "deltas", 0, "copies", value=[2]), ["expansion.json", "not about the layers"]),
     "dtype": (other_export_dtype, ["as BF16, its base as F32", "export.dtype=source"]),
-    "base": (bit_in_a_tensor, ["weights of its base were changed", "apply them again"]),
+    "base": (bit_in_a_tensor, ["weights of its base are not those", "make it again"]),
 }
 
 

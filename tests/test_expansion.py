@@ -17,9 +17,10 @@ from safetensors.torch import load_file, save_file
 
 from adept_ds import expansion as expansion_module
 from adept_ds.errors import InputError
-from adept_ds.expansion import Expansion, LayerCopy, expand_checkpoint, layer_origins, plan_copies
+from adept_ds.expansion import Expansion, LayerCopy, expand_checkpoint, layer_origins, plan_copies, stored_tensors
 from adept_ds.families import FAMILIES, Family
 from adept_ds.files import read_json, write_json
+from adept_ds.fingerprints import fingerprint_of, hash_tensors
 from adept_ds.tensor_files import write_tensors
 
 SELECTED = [0, 2, 4]  # the lowest, the highest and one between
@@ -383,15 +384,20 @@ def test_a_missing_shard_is_an_input_error_and_leaves_nothing(sharded: Path, tmp
 
 
 def test_the_fingerprint_belongs_to_the_weights(llama: Path, tmp_path: Path) -> None:
-    first = expand_checkpoint(llama, tmp_path / "a", SELECTED).fingerprint
+    whole = expand_checkpoint(llama, tmp_path / "a", SELECTED)
+    first = whole.fingerprint
     assert expand_checkpoint(llama, tmp_path / "b", SELECTED).fingerprint == first
-    assert expand_checkpoint(llama, tmp_path / "c", [0, 2, 3]).fingerprint != first
+    other = expand_checkpoint(llama, tmp_path / "c", [0, 2, 3])
+    assert other.fingerprint != first
+    assert other.base_fingerprint == whole.base_fingerprint == fingerprint_of(hash_tensors(stored_tensors(llama)))
     source = tmp_path / "source"
     shutil.copytree(llama, source)
     tensors = load_file(source / "model.safetensors")
     tensors["model.norm.weight"][3] += 1e-6
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
-    assert expand_checkpoint(source, tmp_path / "d", SELECTED).fingerprint != first
+    changed = expand_checkpoint(source, tmp_path / "d", SELECTED)
+    assert changed.fingerprint != first
+    assert changed.base_fingerprint != whole.base_fingerprint
     assert Expansion.load(tmp_path / "a").fingerprint == first
 
 

@@ -53,8 +53,11 @@ def test_pieces_of_a_file_come_back_bit_for_bit_under_other_names(
     pieces = {f"new.{name}": stored[name] for name in reversed(list(stored))}
     seen: list[int] = []
     target = tmp_path / "target.safetensors"
-    digest = write_tensors(target, pieces | {"zeroed": Constant(stored["matrix"])}, seen.append)
-    assert digest == hashlib.sha256(target.read_bytes()).hexdigest()
+    digests = write_tensors(target, pieces | {"zeroed": Constant(stored["matrix"])}, seen.append)
+    assert digests == {
+        name: hashlib.sha256(tensor.reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
+        for name, tensor in load_file(target).items()
+    }
     assert sum(seen) == sum(tensor.nbytes for tensor in TENSORS.values()) + TENSORS["matrix"].nbytes
     loaded = load_file(target)
     assert torch.equal(loaded.pop("zeroed"), torch.zeros(5, 7))
@@ -66,13 +69,6 @@ def test_pieces_of_a_file_come_back_bit_for_bit_under_other_names(
         assert torch.equal(mine, wanted)
     with safe_open(target, framework="pt") as file:
         assert file.metadata() == {"format": "pt"}
-
-
-def test_a_file_written_twice_has_the_same_digest_and_another_content_another(source: Path, tmp_path: Path) -> None:
-    stored = read_header(source)
-    first = write_tensors(tmp_path / "a", stored)
-    assert write_tensors(tmp_path / "b", stored) == first
-    assert write_tensors(tmp_path / "c", stored | {"matrix": Constant(stored["matrix"])}) != first
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
