@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from adept_ds import loss as loss_module
 from adept_ds import stages
-from adept_ds.config import Config
+from adept_ds.config import Config, ExpandSection
 from adept_ds.errors import InputError
 from adept_ds.estimators import METHODS, _tapped, install_taps
 from adept_ds.families import family_of
@@ -35,6 +35,7 @@ from adept_ds.layer_scores import LayerScores
 from adept_ds.modeling import load_causal_lm
 from adept_ds.probe_corpus import Mixture, Sample, share_out
 from adept_ds.probing import PassProgress, bypass_losses, install_layer_sweep
+from adept_ds.selection import model_size, select_layers
 from adept_ds.stability import compare, rank_correlations
 from adept_ds.stages import probe_stage
 
@@ -461,6 +462,21 @@ def test_another_k_chooses_again_without_probing_again(
     halves = probe_stage(open_run(probe_config(workspace, tmp_path / "run", method="taylor")))
     assert len(passes) == 1, "halves come out of the same scores"
     assert halves.stability is not None and halves.stability["against"] == "halves"
+
+
+def test_a_rule_decides_by_the_scores_of_the_probe_and_its_file_says_why(
+    workspace: Workspace, tmp_path: Path, passes: list[tuple[Path, str]]
+) -> None:
+    config = probe_config(workspace, tmp_path / "run", method="taylor", stability=None)
+    for section in ({"k": "auto"}, {"k": "auto", "rule": "threshold", "threshold": 0.9}, {"k": 1, "choose": "highest"}):
+        result = probe_stage(open_run(with_expansion(config, **section)))
+        expected = select_layers(ExpandSection(**section), result.deltas, model_size(workspace.model), 0)
+        assert result.selected == expected.layers
+        record = read_json(tmp_path / "run" / "layer_importance.json")
+        assert record["selected"] == list(expected.layers)
+        assert record["selection"]["reason"] == expected.reason
+        assert record["selection"]["rules"] == expected.rules
+    assert len(passes) == 1
 
 
 @pytest.mark.parametrize("change", ["weight", "template", "method", "sequences"])

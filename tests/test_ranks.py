@@ -263,17 +263,24 @@ def test_heads_and_neurons_with_smoothed_online_importances_resume_bit_for_bit_t
     assert min(second.values()) == 0.1
 
 
-def test_plain_training_of_given_layers_needs_no_general_corpus(workspace: Workspace, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("expand", "source"), [({"k": None, "layers": [2]}, 2), ({"k": 1, "choose": "uniform"}, 4)], ids=["list", "uniform"]
+)
+def test_plain_training_of_given_layers_needs_no_general_corpus(
+    workspace: Workspace, tmp_path: Path, expand: dict[str, Any], source: int
+) -> None:
     """With `map: constant` nothing is ever probed."""
     config = workspace.config(
         tmp_path / "run",
         probe={"corpus": []},
-        expand={"k": None, "layers": [2]},
+        expand=expand,
         lr_policy={"map": "constant"},
         train={"steps": 2},
     )
     result = adept(1, "run", config)
     assert result.returncode == 0, result.stderr
     assert not (tmp_path / "run" / "unit_importance.jsonl").exists()
+    assert not (tmp_path / "run" / "layer_importance.json").exists()
+    assert Expansion.load(tmp_path / "run" / "expanded").source_indices == [source]
     (record,) = Finished(tmp_path / "run").movement()
     assert {unit["multiplier"] for unit in record["units"]} == {1.0}
