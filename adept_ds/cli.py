@@ -123,14 +123,16 @@ def probe(
     checks.check_model(settings)
     checks.check_probe(settings)
     checks.check_deepspeed_config(settings)
-    with _session(settings) as session:
+    with _session(settings, as_json=as_json) as session:
         from adept_ds.distributed import on_main_rank
         from adept_ds.files import write_json
-        from adept_ds.stages import compare_methods, probe_stage
+        from adept_ds.stages import compare_methods, probe_stage, report_stage
         from adept_ds.summary import print_layer_importance, print_methods
 
         result = probe_stage(session)
         methods = compare_methods(session, result) if method == "all" else {}
+        if methods and not Path(target).is_dir():
+            report_stage(session)  # with the plot
         found = result.to_json() | methods
         if out is not None:
             on_main_rank(lambda: write_json(out, found))
@@ -162,14 +164,14 @@ def expand(
         source = checks.resolve_model_dir("MODEL", target)
         checks.check_layers(source, selected)
         if dry_run:
-            with _quiet() as terminal:
+            with _quiet(as_json) as terminal:
                 from adept_ds.expansion import describe_expansion
                 from adept_ds.summary import print_expansion
 
                 facts = describe_expansion(source, out, selected)
                 _show(terminal, as_json, facts, lambda: print_expansion(facts, terminal))
             return
-        with _quiet() as terminal, terminal.progress("expanding") as bar:
+        with _quiet(as_json) as terminal, terminal.progress("expanding") as bar:
             from adept_ds.expansion import expand_checkpoint
 
             expansion = expand_checkpoint(source, out, selected, bar)
@@ -179,7 +181,7 @@ def expand(
         raise InputError("--dry-run goes with MODEL and OUT; `adept show CONFIG` says what a run would do")
     settings = load_config(Path(target), arguments or [])
     checks.check_model(settings)
-    with _session(settings) as session:
+    with _session(settings, as_json=as_json) as session:
         from adept_ds.stages import expand_stage
 
         expansion = expand_stage(session)
@@ -200,7 +202,7 @@ def verify(
 
     for name, directory in (("MODEL", source), ("EXPANDED", expanded)):
         checks.check_model_dir(name, directory)
-    with _quiet() as terminal, terminal.progress("comparing") as bar:
+    with _quiet(as_json) as terminal, terminal.progress("comparing") as bar:
         from adept_ds.verification import verify_expansion
 
         found = verify_expansion(source, expanded, bar, logits=logits)
@@ -239,7 +241,7 @@ def evaluate(
         checks.check_files("--text" if is_model else "data.domain_eval", settings.data.domain_eval)
     if settings.data.general_eval:
         checks.check_files("data.general_eval", settings.data.general_eval)
-    with _session(settings) as session:
+    with _session(settings, as_json=as_json) as session:
         from adept_ds.stages import eval_stage, evaluate_model
         from adept_ds.summary import print_losses
 
@@ -330,7 +332,7 @@ def delta_pack(
     as_json: JsonOption = False,
 ) -> None:
     """Write only the copies, and a manifest that says which base they belong to."""
-    with _quiet() as terminal, terminal.progress("packing") as bar:
+    with _quiet(as_json) as terminal, terminal.progress("packing") as bar:
         from adept_ds.delta import pack_delta
         from adept_ds.delta_package import TENSORS_NAME
 
@@ -353,7 +355,7 @@ def delta_apply(
     """Rebuild the adapted model bit for bit, or put several domains over one base."""
     import dataclasses
 
-    with _quiet() as terminal, terminal.progress("applying") as bar:
+    with _quiet(as_json) as terminal, terminal.progress("applying") as bar:
         from adept_ds.delta import apply_deltas
 
         expansion = apply_deltas(base, deltas, out, bar)
@@ -371,7 +373,7 @@ def delta_strip(
     """Give the base back, byte for byte."""
     import dataclasses
 
-    with _quiet() as terminal, terminal.progress("stripping") as bar:
+    with _quiet(as_json) as terminal, terminal.progress("stripping") as bar:
         from adept_ds.delta import strip_deltas
 
         found = strip_deltas(adapted, out, bar)
@@ -387,7 +389,7 @@ def version() -> None:
 
 
 @contextmanager
-def _session(config: Config, ranks: Ranks | None = None) -> Iterator[Run]:
+def _session(config: Config, ranks: Ranks | None = None, *, as_json: bool = False) -> Iterator[Run]:
     """Ranks joined, output diverted, model resolved: everything that a stage needs."""
     ranks = ranks or ranks_from_environment(os.environ)
     log = config.run_dir / "logs" / f"rank_{ranks.rank}.log"
@@ -397,6 +399,8 @@ def _session(config: Config, ranks: Ranks | None = None) -> Iterator[Run]:
         raise InputError(f"run_dir: '{config.run_dir}' cannot be written ({error.strerror}); choose another") from None
     with capture_output(log, is_main=ranks.is_main) as terminal, _keep_trace(log), StopRequest().listening() as stop:
         _tame_libraries()
+        if as_json:
+            terminal.mute()
         with terminal.console.status("starting"):
             init_distributed(ranks, config.dist_timeout_minutes)
             from adept_ds.stages import Run
@@ -408,10 +412,12 @@ def _session(config: Config, ranks: Ranks | None = None) -> Iterator[Run]:
 
 
 @contextmanager
-def _quiet() -> Iterator[Terminal]:
+def _quiet(as_json: bool = False) -> Iterator[Terminal]:
     """For commands on plain directories: one process, libraries' chatter to a temporary file."""
     with tempfile.TemporaryDirectory() as folder, capture_output(Path(folder) / "log", is_main=True) as terminal:
         _tame_libraries()
+        if as_json:
+            terminal.mute()
         yield terminal
 
 

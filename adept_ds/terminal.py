@@ -40,9 +40,14 @@ class Terminal:
         """Text as it is: no markup, no line breaks of the terminal's width."""
         self.console.print(message, markup=False, soft_wrap=True)
 
+    def mute(self) -> None:
+        """From now on only what is asked for: no word of stages and progress, for output that a program reads."""
+        self._silent = True
+
     def stage(self, name: str, detail: str = "") -> None:
         """What a stage does or found, behind its name; `detail` may carry rich markup."""
-        self.console.print(f"[bold cyan]{name:<8}[/] {detail}", soft_wrap=True)
+        if not self._silent:
+            self.console.print(f"[bold cyan]{name:<8}[/] {detail}", soft_wrap=True)
 
     @contextmanager
     def progress(self, title: str) -> Iterator[ProgressBar]:

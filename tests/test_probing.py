@@ -18,7 +18,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from conftest import FAMILY_OPTIONS, ROOT, Workspace, launch, save_tiny_model, write_corpus
+from conftest import FAMILY_OPTIONS, ROOT, Workspace, adept, launch, save_tiny_model, write_corpus
 from probe_worker import open_run, probe_config
 from safetensors.numpy import load_file
 from scipy.stats import spearmanr
@@ -462,6 +462,21 @@ def test_another_k_chooses_again_without_probing_again(
     halves = probe_stage(open_run(probe_config(workspace, tmp_path / "run", method="taylor")))
     assert len(passes) == 1, "halves come out of the same scores"
     assert halves.stability is not None and halves.stability["against"] == "halves"
+
+
+def test_the_command_compares_all_methods_and_prints_json_and_nothing_else(
+    workspace: Workspace, tmp_path: Path
+) -> None:
+    config = workspace.config(tmp_path / "run", probe={"corpus": [str(workspace.root / "general.jsonl")]})
+    result = adept(1, "probe", config, "--method", "all", "--json")
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout)
+    assert found["methods"].keys() == set(METHODS)
+    assert found["selected"] == found["methods"]["mask"]["selected"]
+    assert '<section id="methods"' in (tmp_path / "run" / "report.html").read_text()
+    bad = adept(1, "probe", config, "--method", "magic")
+    assert (bad.returncode, len(bad.stderr.splitlines())) == (2, 1)
+    assert "probe.method: 'magic'" in bad.stderr
 
 
 def test_a_rule_decides_by_the_scores_of_the_probe_and_its_file_says_why(
