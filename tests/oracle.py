@@ -139,7 +139,7 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = lr * result.multipliers[-1][unit_of(group["name"])]
         optimizer.step()
-        result.losses.append(float(loss))
+        result.losses.append(float(loss.detach()))
         if (number + 1) % every == 0 and number + 1 < len(steps):
             result.importances.append(importance(model, layers, probe_batches))
             result.multipliers.append(multipliers(result.importances[-1]))
