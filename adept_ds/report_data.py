@@ -84,6 +84,17 @@ class Run:
         return sorted(self.copies.values()) or sorted(self.importance.get("selected") or [])
 
     @property
+    def least(self) -> bool:
+        """Whether those with the lowest deltas were chosen, as far as the probe's record says."""
+        return bool((self.importance.get("selection") or {}).get("choose", "lowest") == "lowest")
+
+    @property
+    def chosen_otherwise(self) -> bool:
+        """Whether the copies are other layers than those that the probe's record chose."""
+        chosen = sorted(self.importance.get("selected") or [])
+        return bool(self.copies and chosen) and chosen != sorted(self.copies.values())
+
+    @property
     def within_noise(self) -> list[int]:
         """Layers that another sample of the corpus might well have chosen, or not."""
         return list((self.importance.get("selection") or {}).get("within_noise") or [])

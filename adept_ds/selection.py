@@ -22,6 +22,12 @@ from adept_ds.families import family_of, layer_count, read_model_config
 _CERTAIN = 0.95
 """A layer that more, or less than one minus, of the bootstrap's samples would choose is chosen, or not, for certain."""
 
+_HOW = {
+    "highest": "those with the highest delta are copied",
+    "uniform": "evenly spread layers are copied",
+    "random": "random layers are copied",
+}
+
 
 @dataclass(frozen=True)
 class ModelSize:
@@ -88,7 +94,7 @@ def select_layers(
         )
     rules = {"knee": knee(deltas), "threshold": len(_below_threshold(deltas, section.threshold))}
     if section.limits:
-        rules["budget"] = _within_budget(section, _in_order(section, deltas, seed), size)
+        rules["budget"] = _within_budget(section, deltas, size, seed)
     if section.layers is not None:
         chosen, k = sorted(section.layers), len(section.layers)
     else:
@@ -183,20 +189,25 @@ def _chosen(section: ExpandSection, deltas: Sequence[float], k: int, seed: int) 
 
 def _below_threshold(deltas: Sequence[float], share: float) -> list[int]:
     """Layers with a delta below that share of the median (of the median itself where it is negative); at least one."""
-    median = float(np.median(deltas))
-    limit = share * median if median > 0 else median
+    limit = _limit(deltas, share)
     return [layer for layer, delta in enumerate(deltas) if delta < limit] or lowest_layers(deltas, 1)
 
 
-def _within_budget(section: ExpandSection, order: Sequence[int], size: ModelSize) -> int:
-    """The largest k whose copies, in the order of choice, stay within every limit."""
+def _limit(deltas: Sequence[float], share: float) -> float:
+    median = float(np.median(deltas))
+    return share * median if median > 0 else median
+
+
+def _within_budget(section: ExpandSection, deltas: Sequence[float], size: ModelSize, seed: int) -> int:
+    """The largest k up to which the copies that would be chosen stay within every limit."""
     fits = 0
-    while fits < len(order) and not _over_budget(section, order[: fits + 1], size):
+    while fits < len(deltas) and not _over_budget(section, _chosen(section, deltas, fits + 1, seed), size):
         fits += 1
     if not fits:
-        what, value, limit = _over_budget(section, order[:1], size)[0]
+        (only,) = _chosen(section, deltas, 1, seed)
+        what, value, limit = _over_budget(section, [only], size)[0]
         raise InputError(
-            f"expand.{what}: {limit:g} does not allow one copy: layer {order[0]} alone makes {value:.3g}; raise it"
+            f"expand.{what}: {limit:g} does not allow one copy: layer {only} alone makes {value:.3g}; raise it"
         )
     return fits
 
@@ -222,14 +233,16 @@ def _reason(
     elif k == rules[section.rule] and section.rule == "knee":
         why = "the knee of the sorted deltas" if k > 1 else "the sorted deltas have no knee above the first"
     elif k == rules[section.rule] and section.rule == "threshold":
-        why = f"deltas below {section.threshold:g} x the median of {np.median(deltas):.4g}"
+        limit = _limit(deltas, section.threshold)
+        why = "deltas below" if min(deltas) < limit else "one at least, though no delta is below"
+        why += f" {limit:.4g}, " + (f"{section.threshold:g} x the median" if limit > 0 else "the median")
     else:
         names = {"max_trainable_share": "of the parameters train", "max_added_latency": "is added to a forward pass"}
         why = " and ".join(
             f"{value:.1%} {names[key]} (limit {limit:.1%})" for key, value, limit in _budget(section, chosen, size)
         )
         why += "" if section.rule == "budget" else f"; {section.rule} alone would give {rules[section.rule]}"
-    return f"k = {k}: {why}; {_next_layer(deltas, k)}"
+    return f"k = {k}: {why}; {_next_layer(deltas, k) if section.choose == 'lowest' else _HOW[section.choose]}"
 
 
 def _next_layer(deltas: Sequence[float], k: int) -> str:

@@ -460,6 +460,23 @@ def test_the_page_says_how_many_layers_were_chosen_why_and_how_sure_that_is(tmp_
     assert "(in effect)" not in words(page_of(run_dir)), "k was given"
 
 
+def test_the_page_gives_no_reason_that_does_not_hold_for_the_choice(tmp_path: Path) -> None:
+    because = "a layer that matters little costs least"
+    write_importance(tmp_path)
+    write_choice(tmp_path)
+    text = words(page_of(tmp_path))
+    assert because in text and "Layers 12, 17, 20, 21 matter least" in text
+    write_choice(tmp_path, choose="highest")
+    text = words(page_of(tmp_path))
+    assert because not in text and "Layers 12, 17, 20, 21 are chosen." in text
+    write_choice(tmp_path, choose="lowest")
+    (tmp_path / "expanded").mkdir()
+    copies = {"source_layers": 30, "copies": [{"source": 3, "index": 4}], "zeroed": []}
+    (tmp_path / "expanded/expansion.json").write_text(json.dumps(copies))
+    text = words(page_of(tmp_path))
+    assert because not in text and "The copies are other layers: 3. What stands here" in text
+
+
 def test_the_page_compares_methods_of_probing(tmp_path: Path) -> None:
     run_dir = make_run(tmp_path / "run")
     write_methods(run_dir)

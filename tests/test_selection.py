@@ -146,6 +146,8 @@ def test_budget_takes_as_many_as_both_limits_allow() -> None:
     uneven = ModelSize((1, 40, 1, 1, 40, 1), 100, (1.0, 40.0, 1.0, 1.0, 40.0, 1.0), 20)
     assert select(k="auto", rule="budget", max_trainable_share=0.2, size=uneven).layers == (1,)
     assert select(k="auto", rule="budget", max_trainable_share=0.2, size=uneven, choose="highest").k == 5
+    # tops of groups: 2 and 5; then 1, 3 and 5, where 1 is large
+    assert select(k="auto", rule="budget", max_trainable_share=0.1, size=uneven, choose="uniform").layers == (2, 5)
 
 
 def test_a_budget_that_no_copy_fits_is_refused_with_the_number_that_would_do() -> None:
@@ -174,6 +176,13 @@ def test_every_rule_says_what_it_would_have_given_and_why_this_k_came_out() -> N
     assert select(k=3).reason.startswith("k = 3: as configured; the next lowest delta is 0.5 (layer 2)")
     assert select().reason.startswith("k = 4: the default;")
     assert select(k=6).reason.endswith("no layer is left")
+    assert select(k=1, choose="highest").reason == "k = 1: as configured; those with the highest delta are copied"
+    low = select(k="auto", rule="threshold").reason
+    assert low.startswith("k = 1: deltas below 0.2, 0.5 x the median; the next lowest delta is 0.2 (layer 4)")
+    none = select(k="auto", rule="threshold", threshold=0.01).reason
+    assert none.startswith("k = 1: one at least, though no delta is below 0.004, 0.01 x the median;")
+    negative = select([-2.0, -1.0, -0.5, 0.1], k="auto", rule="threshold", size=SIZE).reason
+    assert negative.startswith("k = 2: deltas below -0.75, the median;")
     assert select(k=3).rule is None
 
 
