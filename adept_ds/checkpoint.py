@@ -16,8 +16,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from adept_ds.distributed import barrier, gather_objects, on_main_rank, rank, world_size
 from adept_ds.errors import InputError
 from adept_ds.files import read_json, write_json, write_text
@@ -133,6 +131,8 @@ def expected_manifest(step: int, zero_stage: int, fingerprint: str, settings: di
 
 
 def _rng_state() -> dict[str, Any]:
+    import torch
+
     return {
         "python": random.getstate(),
         "torch": torch.get_rng_state(),
@@ -141,6 +141,8 @@ def _rng_state() -> dict[str, Any]:
 
 
 def _restore_rng_state(state: dict[str, Any]) -> None:
+    import torch
+
     random.setstate(state["python"])
     torch.set_rng_state(state["torch"])
     if state["cuda"] is not None and torch.cuda.is_available():

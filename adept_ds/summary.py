@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
@@ -11,8 +11,10 @@ from adept_ds.checkpoint import checkpoint_steps
 from adept_ds.config import Config
 from adept_ds.expansion import Expansion
 from adept_ds.files import read_json
-from adept_ds.probing import LayerImportance
 from adept_ds.terminal import Terminal
+
+if TYPE_CHECKING:
+    from adept_ds.probing import LayerImportance
 
 
 def print_expansion(facts: dict[str, Any], terminal: Terminal) -> None:

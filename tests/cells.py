@@ -18,7 +18,7 @@ from conftest import ROOT, Workspace
 from worker import Lab
 
 from adept_ds.config import Config
-from adept_ds.distributed import init_distributed, rank, ranks_from_environment
+from adept_ds.distributed import init_distributed, rank, ranks_from_environment, world_size
 from adept_ds.optim import UnitAdamW
 
 REFRESH_AFTER = (0, 2)
@@ -51,13 +51,14 @@ ZERO_SETTINGS: dict[str, dict[str, Any]] = {
 def config_of(lab: Lab, deepspeed: str, granularity: str, variant: str = "") -> Config:
     general = [str(lab.workspace.root / "general.jsonl")]
     online = variant == "online"
+    rows = 6 if online else 12  # of each text in a global batch
     settings = ZERO_SETTINGS.get(variant)
     shipped = ROOT / "ds_configs" / f"{deepspeed}.json"
     return lab.config(
         deepspeed=str(lab.deepspeed_file(f"{deepspeed}_{variant}", **settings) if settings else shipped),
         data={"replay": general, "replay_share": 0.5} if online else {},
         importance={"granularity": granularity, "source": "online" if online else "probe"},
-        train={"micro_batch_size": 1, "activation_checkpointing": variant == "recomputed"},
+        train={"micro_batch_size": 1 if rows % (2 * world_size()) else 2, "activation_checkpointing": variant == "recomputed"},
     )
 
 

@@ -1,11 +1,13 @@
 """Ranks for tests: real processes, forked from one that has imported the libraries already.
 
 Importing torch, DeepSpeed and transformers takes 8 s of CPU, and the tests start many ranks. A forked process has
-nothing else in common with its siblings: environment, arguments, output and exit code are its own.
+nothing else in common with its siblings: environment, arguments, output and exit code are its own. What a command
+imports by itself is seen where tests start one with `subprocess` or a launcher.
 """
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import runpy
@@ -16,7 +18,16 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-_IMPORTED = ["deepspeed", "datasets", "transformers.models.llama.modeling_llama", "adept_ds.stages"]
+_IMPORTED = [
+    "deepspeed",
+    "deepspeed.runtime.zero.muon.muon_optimizer",  # when the first engine is built; brings torch's compiler: 1 s
+    "datasets",
+    "transformers.models.llama.modeling_llama",
+    "torch.utils.tensorboard",
+    "adept_ds.cli",
+    "adept_ds.stages",
+    "adept_ds.report",
+]
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(_IMPORTED)
 
@@ -78,6 +89,7 @@ class RankProcess:
 
 def _run(arguments: list[str], environment: dict[str, str], directory: str, files: list[str]) -> None:
     """In the forked process: become `python ARGUMENTS`."""
+    gc.freeze()  # or every collection, two for each engine, walks all that was imported: 0.3 s
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(directory)

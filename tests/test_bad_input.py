@@ -242,14 +242,24 @@ def test_it_is_refused_in_one_line_before_anything_is_written(
     assert files_under(tmp_path, bad, workspace.root) == before
 
 
-def test_mistakes_are_found_without_importing_torch(workspace: Workspace, tmp_path: Path) -> None:
-    """What makes half a second of it: a command that ends in bad input has not loaded torch or DeepSpeed."""
-    path = workspace.config(tmp_path / "run")
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["run", "{config}", "train.global_batch_size=5"], 2),
+        (["show", "{config}"], 0),
+        (["expand", "{ws}/model", "{run}/out", "--layers", "1", "--dry-run"], 0),
+    ],
+)
+def test_mistakes_and_plans_are_shown_without_importing_torch(
+    arguments: list[str], code: int, workspace: Workspace, bad: Path, tmp_path: Path
+) -> None:
+    """What makes half a second of it: a command that computes nothing has not loaded torch or DeepSpeed."""
+    command = arguments_of(Case(tuple(arguments), ()), workspace, bad, tmp_path / "run")
     program = (
         "import sys\nfrom adept_ds.cli import main\n"
-        f"sys.argv = ['adept', 'run', {str(path)!r}, 'train.global_batch_size=5']\n"
-        "try:\n    main()\nexcept SystemExit as end:\n"
-        "    print(end.code, sorted({'torch', 'deepspeed', 'transformers', 'datasets'} & sys.modules.keys()))"
+        f"sys.argv = {command[1:]!r}\n"
+        "try:\n    main()\n    code = 0\nexcept SystemExit as end:\n    code = end.code or 0\n"
+        "print(code, sorted({'torch', 'deepspeed', 'transformers', 'datasets'} & sys.modules.keys()))"
     )
     result = subprocess.run(
         [sys.executable, "-c", program],
@@ -259,7 +269,7 @@ def test_mistakes_are_found_without_importing_torch(workspace: Workspace, tmp_pa
         text=True,
         check=False,
     )
-    assert result.stdout == "2 []\n", result.stdout + result.stderr
+    assert result.stdout.splitlines()[-1] == f"{code} []", result.stdout + result.stderr
 
 
 # --- seen only when the texts are read -----------------------------------------------------------------------------
