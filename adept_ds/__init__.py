@@ -8,8 +8,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from adept_ds.optim import UnitAdamW as UnitAdamW
-    from adept_ds.unit_lr import UnitLR as UnitLR
+    from adept_ds.units.adamw import UnitAdamW as UnitAdamW
+    from adept_ds.units.unit_lr import UnitLR as UnitLR
 
 __version__ = "0.1.0"
 __all__ = ["UnitAdamW", "UnitLR"]
@@ -18,11 +18,11 @@ __all__ = ["UnitAdamW", "UnitLR"]
 def __getattr__(name: str) -> Any:
     """Import at first use: the command must find a mistake in its input without waiting for torch."""
     if name == "UnitAdamW":
-        from adept_ds.optim import UnitAdamW
+        from adept_ds.units.adamw import UnitAdamW
 
         return UnitAdamW
     if name == "UnitLR":
-        from adept_ds.unit_lr import UnitLR
+        from adept_ds.units.unit_lr import UnitLR
 
         return UnitLR
     raise AttributeError(f"module 'adept_ds' has no attribute '{name}'")

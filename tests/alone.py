@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from conftest import ROOT, TINY
 
-from adept_ds.distributed import init_distributed, rank, ranks_from_environment
+from adept_ds.ranks.collectives import init_distributed, rank
+from adept_ds.ranks.launchers import ranks_from_environment
 
 STEPS = 4
 STAGES = (2, 3)

@@ -17,9 +17,10 @@ import torch
 from conftest import ROOT, Workspace
 from worker import Lab
 
-from adept_ds.config import Config
-from adept_ds.distributed import init_distributed, rank, ranks_from_environment, world_size
-from adept_ds.optim import UnitAdamW
+from adept_ds.config.schema import Config
+from adept_ds.ranks.collectives import init_distributed, rank, world_size
+from adept_ds.ranks.launchers import ranks_from_environment
+from adept_ds.units.adamw import UnitAdamW
 
 REFRESH_AFTER = (0, 2)
 
@@ -58,13 +59,16 @@ def config_of(lab: Lab, deepspeed: str, granularity: str, variant: str = "") -> 
         deepspeed=str(lab.deepspeed_file(f"{deepspeed}_{variant}", **settings) if settings else shipped),
         data={"replay": general, "replay_share": 0.5} if online else {},
         importance={"granularity": granularity, "source": "online" if online else "probe"},
-        train={"micro_batch_size": 1 if rows % (2 * world_size()) else 2, "activation_checkpointing": variant == "recomputed"},
+        train={
+            "micro_batch_size": 1 if rows % (2 * world_size()) else 2,
+            "activation_checkpointing": variant == "recomputed",
+        },
     )
 
 
 def train(lab: Lab, deepspeed: str, granularity: str, variant: str = "") -> dict[str, Any]:
     config = config_of(lab, deepspeed, granularity, variant)
-    with mock.patch("adept_ds.engine.UnitAdamW", OTHER_OPTIMIZERS.get(variant, UnitAdamW)):
+    with mock.patch("adept_ds.zero.build.UnitAdamW", OTHER_OPTIMIZERS.get(variant, UnitAdamW)):
         outcome = lab.train(config, probe_after=REFRESH_AFTER, refresh=True)
     importances = [dict(zip(outcome.units, values, strict=True)) for values in outcome.importances]
     return dataclasses.asdict(outcome) | {"importances": importances}

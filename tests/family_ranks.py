@@ -15,19 +15,22 @@ from typing import Any
 import torch
 from conftest import VOCABULARY
 
-from adept_ds import zero
-from adept_ds.config import Config, parse_config
-from adept_ds.distributed import init_distributed, on_main_rank, rank, ranks_from_environment, sum_over_ranks
-from adept_ds.engine import build_forward_engine, build_training_engine, release
-from adept_ds.expansion import Expansion
-from adept_ds.export import export_checkpoint
-from adept_ds.families import Family, family_of, layer_count
-from adept_ds.importance import local_sums
-from adept_ds.movement import UnitMovement
-from adept_ds.probing import install_layer_sweep
-from adept_ds.unit_lr import UnitLR
-from adept_ds.units import build_registry
-from adept_ds.zero import gather_layers_whole
+from adept_ds.config.loading import parse_config
+from adept_ds.config.schema import Config
+from adept_ds.models.directory import family_of, layer_count
+from adept_ds.models.families import Family
+from adept_ds.probing.sweep import install_layer_sweep
+from adept_ds.ranks.collectives import init_distributed, on_main_rank, rank, sum_over_ranks
+from adept_ds.ranks.launchers import ranks_from_environment
+from adept_ds.training.movement import UnitMovement
+from adept_ds.units.registry import build_registry
+from adept_ds.units.unit_lr import UnitLR
+from adept_ds.units.unit_sums import local_sums
+from adept_ds.weights.expansion import Expansion
+from adept_ds.weights.export import export_checkpoint
+from adept_ds.zero.build import build_forward_engine, build_training_engine
+from adept_ds.zero.engine import parameter_shapes, release
+from adept_ds.zero.gathered import gather_layers_whole
 
 ROWS, TOKENS = 2, 24
 
@@ -62,7 +65,7 @@ def train(config: Config, folder: Path, family: Family) -> dict[str, Any]:
     for group in optimizer.param_groups:
         group["lr"] = 1e-2
     engine.backward(engine(batch(), batch()).sum() / (ROWS * (TOKENS - 1)))
-    importances, shapes = {}, zero.parameter_shapes(engine.module)
+    importances, shapes = {}, parameter_shapes(engine.module)
     for granularity in ("matrix", "fine"):
         units = build_registry(family, shapes, copies, granularity, engine.module.config)  # type: ignore[arg-type]
         parameters = [(name, p) for name, p in engine.module.named_parameters() if name in units.placements]

@@ -13,14 +13,16 @@ from typing import Any
 
 from conftest import Workspace
 
-from adept_ds.config import Config, parse_config
-from adept_ds.distributed import gather_objects, init_distributed, on_main_rank, ranks_from_environment, world_size
-from adept_ds.estimators import METHODS
-from adept_ds.families import family_of
-from adept_ds.files import write_json
-from adept_ds.stages import Run, compare_methods, probe_stage
-from adept_ds.stopping import StopRequest
-from adept_ds.terminal import Terminal
+from adept_ds.base.files import write_json
+from adept_ds.base.terminal import Terminal
+from adept_ds.config.loading import parse_config
+from adept_ds.config.schema import Config
+from adept_ds.models.directory import family_of
+from adept_ds.probing.estimators import METHODS
+from adept_ds.ranks.collectives import gather_objects, init_distributed, on_main_rank, world_size
+from adept_ds.ranks.launchers import ranks_from_environment
+from adept_ds.ranks.stopping import StopRequest
+from adept_ds.run.stages import Run, compare_methods, probe_stage
 
 
 def probe_config(workspace: Workspace, run_dir: Path, **probe: Any) -> Config:

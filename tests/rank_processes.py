@@ -24,9 +24,9 @@ _IMPORTED = [
     "datasets",
     "transformers.models.llama.modeling_llama",
     "torch.utils.tensorboard",
-    "adept_ds.cli",
-    "adept_ds.stages",
-    "adept_ds.report",
+    "adept_ds.cli.app",
+    "adept_ds.run.stages",
+    "adept_ds.report.page",
 ]
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(_IMPORTED)

@@ -256,7 +256,7 @@ def test_mistakes_and_plans_are_shown_without_importing_torch(
     """What makes half a second of it: a command that computes nothing has not loaded torch or DeepSpeed."""
     command = arguments_of(Case(tuple(arguments), ()), workspace, bad, tmp_path / "run")
     program = (
-        "import sys\nfrom adept_ds.cli import main\n"
+        "import sys\nfrom adept_ds.cli.app import main\n"
         f"sys.argv = {command[1:]!r}\n"
         "try:\n    main()\n    code = 0\nexcept SystemExit as end:\n    code = end.code or 0\n"
         "print(code, sorted({'torch', 'deepspeed', 'transformers', 'datasets'} & sys.modules.keys()))"
@@ -330,12 +330,12 @@ def test_two_ranks_complain_once_and_both_end_with_exit_code_2(
 
 def test_a_stage_without_its_inputs_names_the_stage_to_run_first(workspace: Workspace, tmp_path: Path) -> None:
     """In this process: the command's own path is the same as above."""
-    from adept_ds.config import load_config
-    from adept_ds.errors import InputError
-    from adept_ds.families import family_of
-    from adept_ds.stages import Run, eval_stage, expand_stage, export_stage, train_stage
-    from adept_ds.stopping import StopRequest
-    from adept_ds.terminal import Terminal
+    from adept_ds.base.errors import InputError
+    from adept_ds.base.terminal import Terminal
+    from adept_ds.config.loading import load_config
+    from adept_ds.models.directory import family_of
+    from adept_ds.ranks.stopping import StopRequest
+    from adept_ds.run.stages import Run, eval_stage, expand_stage, export_stage, train_stage
 
     config = load_config(workspace.config(tmp_path / "run"))
     run = Run(config, workspace.model, family_of(workspace.model), Terminal(None), StopRequest())
@@ -350,8 +350,8 @@ def test_a_stage_without_its_inputs_names_the_stage_to_run_first(workspace: Work
 def test_weights_that_are_cut_short_are_an_input_error_and_leave_no_expansion(
     workspace: Workspace, tmp_path: Path
 ) -> None:
-    from adept_ds.errors import InputError
-    from adept_ds.expansion import expand_checkpoint
+    from adept_ds.base.errors import InputError
+    from adept_ds.weights.expansion import expand_checkpoint
 
     model = tmp_path / "model"
     shutil.copytree(workspace.model, model)

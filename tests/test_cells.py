@@ -16,8 +16,10 @@ from cells import REFRESH_AFTER
 from conftest import ROOT, Workspace, launch
 from worker import STEPS
 
-from adept_ds.config import parse_config
-from adept_ds.data import Blocks, block_order, build_blocks, global_batch
+from adept_ds.config.loading import parse_config
+from adept_ds.data.blocks import Blocks
+from adept_ds.data.order import block_order, global_batch
+from adept_ds.data.packing import build_blocks
 
 STAGES = ["zero1", "zero2", "zero3", "zero3_offload"]
 GRANULARITIES = ["matrix", "module", "fine"]

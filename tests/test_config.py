@@ -11,9 +11,11 @@ import pytest
 import yaml
 from conftest import Workspace, adept
 
-from adept_ds.checks import check_deepspeed_config, check_run
-from adept_ds.config import Config, LrPolicySection, dump_config, load_config, parse_config, read_deepspeed_config
-from adept_ds.errors import InputError
+from adept_ds.base.errors import InputError
+from adept_ds.config.checks import check_run
+from adept_ds.config.deepspeed import check_deepspeed_config, read_deepspeed_config
+from adept_ds.config.loading import dump_config, load_config, parse_config
+from adept_ds.config.schema import Config, LrPolicySection
 
 MINIMAL = "model: m\nrun_dir: r\n"
 
@@ -318,7 +320,7 @@ def test_a_misspelt_required_key_is_shown_as_it_stands_in_the_file(tmp_path: Pat
 def test_fp16_is_refused_where_deepspeed_does_not_train_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
     from deepspeed.accelerator import get_accelerator
 
-    from adept_ds.modeling import resolve_precision
+    from adept_ds.models.device import resolve_precision
 
     config = parse_config({"model": "m", "run_dir": "r", "train": {"precision": "fp16"}})
     accelerator = type(get_accelerator())

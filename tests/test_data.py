@@ -13,20 +13,14 @@ import pytest
 import torch
 from conftest import save_byte_tokenizer, write_corpus
 
-from adept_ds import data
-from adept_ds.config import TrainSection
-from adept_ds.data import (
-    FILLER,
-    Blocks,
-    Row,
-    TrainingData,
-    build_blocks,
-    global_batch,
-    rank_batches,
-    read_documents,
-)
-from adept_ds.errors import InputError
-from adept_ds.loss import IGNORED_LABEL, count_predicted
+from adept_ds.base.errors import InputError
+from adept_ds.config.schema import TrainSection
+from adept_ds.data import packing as data
+from adept_ds.data.blocks import Blocks, Row, TrainingData
+from adept_ds.data.documents import read_documents
+from adept_ds.data.order import FILLER, global_batch, rank_batches
+from adept_ds.data.packing import build_blocks
+from adept_ds.models.head_loss import IGNORED_LABEL, count_predicted
 
 END = 256
 """What separates documents: the tokenizer's end-of-text token."""
@@ -114,7 +108,7 @@ def test_the_loss_of_a_padded_block_is_that_of_its_tokens_alone(
     from conftest import save_tiny_model
     from transformers import AutoModelForCausalLM
 
-    from adept_ds.loss import install_row_losses
+    from adept_ds.models.head_loss import install_row_losses
 
     model = AutoModelForCausalLM.from_pretrained(save_tiny_model(tmp_path / "model"))
     text = TEXTS[2]

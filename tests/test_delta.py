@@ -24,14 +24,15 @@ import torch
 from conftest import ROOT, VOCABULARY, adept, save_tiny_model
 from safetensors.torch import load_file, save_file
 
-from adept_ds import delta as delta_module
-from adept_ds import expansion as expansion_module
-from adept_ds.delta import apply_deltas, pack_delta, strip_deltas
-from adept_ds.delta_package import Manifest, Package
-from adept_ds.errors import InputError
-from adept_ds.expansion import Expansion, expand_checkpoint, stored_tensors
-from adept_ds.files import read_json, write_json
-from adept_ds.tensor_files import in_library_order, read_header, write_tensors
+from adept_ds.base.errors import InputError
+from adept_ds.base.files import read_json, write_json
+from adept_ds.deltas import operations as delta_module
+from adept_ds.deltas.operations import apply_deltas, pack_delta, strip_deltas
+from adept_ds.deltas.package import Manifest, Package
+from adept_ds.weights import expansion as expansion_module
+from adept_ds.weights.expansion import Expansion, expand_checkpoint
+from adept_ds.weights.hf_directory import stored_tensors
+from adept_ds.weights.tensor_files import in_library_order, read_header, write_tensors
 
 MATH, LAW = [1, 3], [1, 4]  # both copy layer 1
 MATH_LAW = [
@@ -669,7 +670,7 @@ def test_the_commands_do_it_and_refuse_with_code_2_and_one_line(llama: Domains, 
 def test_no_torch_is_needed(llama: Domains, packages: tuple[Path, Path], tmp_path: Path) -> None:
     """A package can be applied where nothing can be trained."""
     script = (
-        "import sys; from pathlib import Path; from adept_ds.delta import apply_deltas\n"
+        "import sys; from pathlib import Path; from adept_ds.deltas.operations import apply_deltas\n"
         "base, delta, out = map(Path, sys.argv[1:]); apply_deltas(base, [delta], out)\n"
         "print([name for name in ('torch', 'deepspeed', 'transformers') if name in sys.modules])"
     )

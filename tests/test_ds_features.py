@@ -10,8 +10,8 @@ import hjson
 import pytest
 from conftest import ROOT
 
-from adept_ds.config import parse_config
-from adept_ds.ds_features import UNSUPPORTED, unsupported_feature
+from adept_ds.config.deepspeed import UNSUPPORTED, unsupported_feature
+from adept_ds.config.loading import parse_config
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "ZenFlow": ({"zero_optimization": {"zenflow": {"topk_ratio": 0.1}}}, "zenflow"),
@@ -195,7 +195,7 @@ def test_unit_lr_alone_refuses_an_engine_that_uses_such_a_feature() -> None:
     from unittest import mock
 
     from adept_ds import UnitLR
-    from adept_ds.errors import InputError
+    from adept_ds.base.errors import InputError
 
     engine = mock.Mock(config={"zero_optimization": {"zenflow": {"topk_ratio": 0.1}}})
     with pytest.raises(InputError, match="zenflow"):
@@ -203,8 +203,8 @@ def test_unit_lr_alone_refuses_an_engine_that_uses_such_a_feature() -> None:
 
 
 def test_a_run_is_refused_with_the_name_of_the_file(tmp_path: Path) -> None:
-    from adept_ds.checks import check_deepspeed_config
-    from adept_ds.errors import InputError
+    from adept_ds.base.errors import InputError
+    from adept_ds.config.deepspeed import check_deepspeed_config
 
     path = tmp_path / "ds.json"
     path.write_text(json.dumps({"zero_optimization": {"stage": 3, "zero_quantized_gradients": True}}))

@@ -15,13 +15,15 @@ from conftest import FAMILY_OPTIONS, VOCABULARY, save_tiny_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from adept_ds import expansion as expansion_module
-from adept_ds.errors import InputError
-from adept_ds.expansion import Expansion, LayerCopy, expand_checkpoint, layer_origins, plan_copies, stored_tensors
-from adept_ds.families import FAMILIES, Family
-from adept_ds.files import read_json, write_json
-from adept_ds.fingerprints import fingerprint_of, hash_tensors
-from adept_ds.tensor_files import write_tensors
+from adept_ds.base.errors import InputError
+from adept_ds.base.files import read_json, write_json
+from adept_ds.models.families import Family
+from adept_ds.models.family_table import FAMILIES
+from adept_ds.weights import expansion as expansion_module
+from adept_ds.weights.expansion import Expansion, LayerCopy, expand_checkpoint, layer_origins, plan_copies
+from adept_ds.weights.fingerprints import fingerprint_of, hash_tensors
+from adept_ds.weights.hf_directory import stored_tensors
+from adept_ds.weights.tensor_files import write_tensors
 
 SELECTED = [0, 2, 4]  # the lowest, the highest and one between
 ORIGINS = [0, 0, 1, 2, 2, 3, 4, 4]  # source layer of each expanded layer, by hand

@@ -19,12 +19,13 @@ from safetensors.torch import load_file, save_file
 from test_expansion import change_after_one_step
 from test_units import units_of
 
-from adept_ds import families
-from adept_ds.errors import InputError
-from adept_ds.expansion import expand_checkpoint, layer_origins
-from adept_ds.families import FAMILIES, family_of
-from adept_ds.files import read_json, write_json
-from adept_ds.units import build_registry
+from adept_ds.base.errors import InputError
+from adept_ds.base.files import read_json, write_json
+from adept_ds.models import family_table as families
+from adept_ds.models.directory import family_of
+from adept_ds.models.family_table import FAMILIES
+from adept_ds.units.registry import build_registry
+from adept_ds.weights.expansion import expand_checkpoint, layer_origins
 
 SELECTED = [0, 2, 4]
 COPIES = [1, 4, 7]

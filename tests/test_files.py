@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from adept_ds.files import new_directory, read_json_lines, stamp_files, write_json, write_text
+from adept_ds.base.files import new_directory, read_json_lines, stamp_files, write_json, write_text
 
 
 def names(directory: Path) -> list[str]:

@@ -15,8 +15,8 @@ import hjson
 import pytest
 from conftest import launch
 
-from adept_ds.distributed import Ranks, ranks_from_environment
-from adept_ds.errors import InputError
+from adept_ds.base.errors import InputError
+from adept_ds.ranks.launchers import Ranks, ranks_from_environment
 
 REPO = Path(__file__).resolve().parents[1]
 SCRIPTS = sorted((REPO / "launch").iterdir())
@@ -433,7 +433,7 @@ if [[ "$1 $2" == "show hostnames" ]]; then printf 'gpu03\\ngpu04\\n'; fi
 FAKE_RANK = f"""#!{sys.executable}
 import json, os, pathlib, signal, sys, time
 from dataclasses import asdict
-from adept_ds.distributed import ranks_from_environment
+from adept_ds.ranks.launchers import ranks_from_environment
 ranks = ranks_from_environment(os.environ)
 record = asdict(ranks) | {{"arguments": sys.argv[1:], "omp": os.environ["OMP_NUM_THREADS"]}}
 if "FAKE_CODE" not in os.environ:
@@ -523,7 +523,9 @@ def test_slurm_job_that_ends_by_itself_passes_its_code_on_and_is_not_requeued(co
 
 _MEET = """
 import os, pathlib, torch, torch.distributed as dist
-from adept_ds.distributed import init_distributed, rank, ranks_from_environment
+from adept_ds.ranks.collectives import init_distributed
+from adept_ds.ranks.collectives import rank
+from adept_ds.ranks.launchers import ranks_from_environment
 import deepspeed.comm
 shared = pathlib.Path("/dev/shm") / f"deepspeed_allreduce_buffer_{os.getuid()}_127.0.0.1_{os.environ['MASTER_PORT']}_"
 stale = pathlib.Path(f"{shared}{os.environ['RANK']}")

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from conftest import VOCABULARY, save_tiny_model
 
-from adept_ds import loss as loss_module
-from adept_ds.loss import IGNORED_LABEL, _HeadLoss, count_predicted, install_row_losses, shifted_labels
+from adept_ds.models import head_loss as loss_module
+from adept_ds.models.head_loss import IGNORED_LABEL, _HeadLoss, count_predicted, install_row_losses, shifted_labels
 
 ROWS, TOKENS, DIM = 3, 11, 8
 

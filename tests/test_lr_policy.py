@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from adept_ds.config import LrPolicySection
-from adept_ds.lr_policy import multipliers_from_importance, smooth
-from adept_ds.units import Unit, UnitKind
+from adept_ds.config.schema import LrPolicySection
+from adept_ds.units.lr_policy import multipliers_from_importance, smooth
+from adept_ds.units.registry import Unit, UnitKind
 
 LINEAR, CONSTANT, OFFICIAL = LrPolicySection(), LrPolicySection(map="constant"), LrPolicySection(preset="official")
 MAPS: dict[str, dict[str, Any]] = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from adept_ds.memory import free_in_cgroups, free_memory_bytes
+from adept_ds.models.device import free_in_cgroups, free_memory_bytes
 
 
 def _group(folder: Path, limit: str, used: int) -> None:

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from adept_ds.optim import MULTIPLIERS_KEY, UnitAdamW, UnitSlice, _merge_neighbours, attach_multipliers
-from adept_ds.units import Placement
+from adept_ds.units.adamw import UnitAdamW, _merge_neighbours
+from adept_ds.units.multipliers import MULTIPLIERS_KEY, UnitSlice, attach_multipliers
+from adept_ds.units.placement import Placement
 
 SIZES = {"a": 7, "b": 13, "c": 1, "d": 20}
 MULTIPLIERS = {"a": 2.0, "b": 0.0, "c": 0.37, "d": 1.0}
@@ -308,7 +309,7 @@ def test_rows_and_columns_move_as_under_adamw_with_their_own_learning_rate(
     name: str, attached: bool, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """This rank holds elements 5 to 45 of a 6 x 8 parameter: both ends cut a row. One unit stands still."""
-    monkeypatch.setattr("adept_ds.optim._CPU_CHUNK", chunk)
+    monkeypatch.setattr("adept_ds.units.adamw._CPU_CHUNK", chunk)
     placement, count = PLACEMENTS[name]
     first, last = 5, 45
     values = {str(unit): [1.7, 0.0, 0.4, 1.0][unit % 4] for unit in range(count)}

@@ -11,11 +11,13 @@ import pytest
 import yaml
 from conftest import Workspace, save_byte_tokenizer
 
-from adept_ds.checks import check_probe
-from adept_ds.config import corpus_files, dump_config, parse_config
-from adept_ds.data import build_blocks, read_documents
-from adept_ds.errors import InputError
-from adept_ds.questions import DEFAULT_TEMPLATE
+from adept_ds.base.errors import InputError
+from adept_ds.config.checks import check_probe
+from adept_ds.config.loading import dump_config, parse_config
+from adept_ds.config.question_template import DEFAULT_TEMPLATE
+from adept_ds.config.schema import corpus_files
+from adept_ds.data.documents import read_documents
+from adept_ds.data.packing import build_blocks
 
 BASE = {"model": "m", "run_dir": "r"}
 QUESTION = {"question": "2 + 2?", "choices": ["3", 4.5, "4"], "answer": "C"}

@@ -24,20 +24,21 @@ from safetensors.numpy import load_file
 from scipy.stats import spearmanr
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from adept_ds import loss as loss_module
-from adept_ds import stages
-from adept_ds.config import Config, ExpandSection
-from adept_ds.errors import InputError
-from adept_ds.estimators import METHODS, _tapped, install_taps
-from adept_ds.families import family_of
-from adept_ds.files import read_json
-from adept_ds.layer_scores import LayerScores
-from adept_ds.modeling import load_causal_lm
-from adept_ds.probe_corpus import Mixture, Sample, share_out
-from adept_ds.probing import PassProgress, bypass_losses, install_layer_sweep
-from adept_ds.selection import model_size, select_layers
-from adept_ds.stability import compare, rank_correlations
-from adept_ds.stages import probe_stage
+from adept_ds.base.errors import InputError
+from adept_ds.base.files import read_json
+from adept_ds.config.schema import Config, ExpandSection
+from adept_ds.data.mixture import Mixture, Sample, share_out
+from adept_ds.models import head_loss as loss_module
+from adept_ds.models.directory import family_of
+from adept_ds.models.loading import load_causal_lm
+from adept_ds.probing.estimators import METHODS, _tapped, install_taps
+from adept_ds.probing.model_size import model_size
+from adept_ds.probing.scores import LayerScores
+from adept_ds.probing.selection import select_layers
+from adept_ds.probing.stability import compare, rank_correlations
+from adept_ds.probing.sweep import PassProgress, bypass_losses, install_layer_sweep
+from adept_ds.run import stages
+from adept_ds.run.stages import probe_stage
 
 WORLD_SIZES = [1, 2, 3]
 WEIGHTS = (1.0, 2.5)
@@ -312,7 +313,7 @@ def test_sequences_are_shared_out_by_weight(
 def fake_blocks(count: int, first: int) -> Any:
     from datasets import Dataset
 
-    from adept_ds.data import Blocks
+    from adept_ds.data.blocks import Blocks
 
     return Blocks(Dataset.from_dict({"input_ids": [[first + i, 1, 2] for i in range(count)]}), 3)
 
@@ -331,7 +332,7 @@ def test_any_stretch_of_a_sample_is_mixed_like_the_whole() -> None:
 
 
 def test_one_source_is_sampled_as_any_other_corpus() -> None:
-    from adept_ds.data import block_order
+    from adept_ds.data.order import block_order
 
     mixture = Mixture.of([fake_blocks(50, 0)])
     assert list(mixture.sample(12, seed=4).indices) == block_order(50, 4)[:12]
@@ -552,7 +553,7 @@ def test_halves_that_would_be_empty_are_refused_before_any_pass(
 
 
 def test_result_files_of_older_versions_can_be_read(tmp_path: Path) -> None:
-    from adept_ds.probing import LayerImportance
+    from adept_ds.probing.result import LayerImportance
 
     record = {
         "method": "mask",

@@ -17,10 +17,11 @@ import torch
 from conftest import Workspace, adept
 from safetensors.torch import load_file
 
-from adept_ds.config import load_config
-from adept_ds.data import block_order, build_blocks, global_batch
-from adept_ds.expansion import Expansion
-from adept_ds.files import read_json, read_json_lines
+from adept_ds.base.files import read_json, read_json_lines
+from adept_ds.config.loading import load_config
+from adept_ds.data.order import block_order, global_batch
+from adept_ds.data.packing import build_blocks
+from adept_ds.weights.expansion import Expansion
 
 WORLD_SIZES = [1, 2, 3]
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from adept_ds.errors import InputError
-from adept_ds.report import write_report
+from adept_ds.base.errors import InputError
+from adept_ds.report.page import write_report
 
 UNITS = [f"self_attn.{n}_proj" for n in "qkvo"] + [f"mlp.{n}_proj" for n in ("gate", "up", "down")]
 UNITS += ["input_layernorm", "post_attention_layernorm"]

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from adept_ds.files import read_json_lines
-from adept_ds.runlog import RunLog
-from adept_ds.units import Unit
+from adept_ds.base.files import read_json_lines
+from adept_ds.training.run_log import RunLog
+from adept_ds.units.registry import Unit
 
 UNITS = [Unit("layers.1.a", "matrix", 1, "a", 16), Unit("layers.1.b", "norm", 1, "b", 4)]
 
@@ -82,6 +82,6 @@ def test_movements_of_a_layers_neurons_are_one_curve_and_a_histogram(tmp_path: P
 
 
 def test_only_rank_0_writes_movement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("adept_ds.runlog.rank", lambda: 1)
+    monkeypatch.setattr("adept_ds.training.run_log.rank", lambda: 1)
     write_log(tmp_path, 0, range(2, 6, 2))
     assert not list(tmp_path.iterdir())

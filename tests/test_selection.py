@@ -10,17 +10,11 @@ import numpy as np
 import pytest
 from conftest import FAMILY_OPTIONS, save_tiny_model
 
-from adept_ds.config import ExpandSection, parse_config
-from adept_ds.errors import InputError
-from adept_ds.selection import (
-    ModelSize,
-    knee,
-    layers_without_probe,
-    lowest_layers,
-    model_size,
-    select_layers,
-    uniform_layers,
-)
+from adept_ds.base.errors import InputError
+from adept_ds.config.loading import parse_config
+from adept_ds.config.schema import ExpandSection
+from adept_ds.probing.model_size import ModelSize, model_size
+from adept_ds.probing.selection import knee, layers_without_probe, lowest_layers, select_layers, uniform_layers
 
 SIZE = ModelSize((10,) * 6, 30, (10.0,) * 6, 20)
 """Six layers of 10 parameters, 30 others, 20 of them the head."""
@@ -213,7 +207,7 @@ def test_layers_whose_choice_another_sample_would_change_are_within_noise() -> N
 def test_sizes_are_those_of_the_loaded_model(model_type: str, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    from adept_ds.families import FAMILIES
+    from adept_ds.models.family_table import FAMILIES
 
     directory = save_tiny_model(tmp_path / "model", model_type)
     model = AutoModelForCausalLM.from_pretrained(directory)

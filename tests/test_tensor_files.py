@@ -14,9 +14,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from adept_ds import tensor_files
-from adept_ds.errors import InputError
-from adept_ds.tensor_files import Constant, read_header, write_tensors
+from adept_ds.base.errors import InputError
+from adept_ds.weights import tensor_files
+from adept_ds.weights.tensor_files import Constant, read_header, write_tensors
 
 TENSORS = {
     "matrix": torch.arange(35.0).view(5, 7),

@@ -11,15 +11,15 @@ import pytest
 import torch
 from conftest import TINY, save_tiny_model
 
-from adept_ds.checkpoint import Manifest, check_resumable, checkpoint_steps, read_manifest
-from adept_ds.config import TrainSection
-from adept_ds.errors import InputError
-from adept_ds.families import FAMILIES
-from adept_ds.files import read_json_lines, write_json
-from adept_ds.flops import count_step_flops
-from adept_ds.runlog import RunLog
-from adept_ds.trainer import lr_factor
-from adept_ds.units import Unit
+from adept_ds.base.errors import InputError
+from adept_ds.base.files import read_json_lines, write_json
+from adept_ds.config.schema import TrainSection
+from adept_ds.models.family_table import FAMILIES
+from adept_ds.models.flops import count_step_flops
+from adept_ds.training.checkpoint import Manifest, check_resumable, checkpoint_steps, read_manifest
+from adept_ds.training.run_log import RunLog
+from adept_ds.training.step import lr_factor
+from adept_ds.units.registry import Unit
 
 # --- learning-rate schedule ----------------------------------------------------------------------------------------
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 from conftest import FAMILY_OPTIONS, TINY
 
-from adept_ds.families import FAMILIES
-from adept_ds.units import Placement, UnitRegistry, build_registry
+from adept_ds.models.family_table import FAMILIES
+from adept_ds.units.placement import Placement
+from adept_ds.units.registry import UnitRegistry, build_registry
 
 COPIES = [1, 4]
 GRANULARITIES = ["matrix", "module", "fine"]

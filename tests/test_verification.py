@@ -11,11 +11,11 @@ import pytest
 from conftest import adept, save_tiny_model
 from safetensors.torch import load_file, save_file
 
-from adept_ds import verification
-from adept_ds.errors import InputError
-from adept_ds.expansion import describe_expansion, expand_checkpoint
-from adept_ds.files import read_json, write_json
-from adept_ds.verification import verify_expansion
+from adept_ds.base.errors import InputError
+from adept_ds.base.files import read_json, write_json
+from adept_ds.weights import verification
+from adept_ds.weights.expansion import describe_expansion, expand_checkpoint
+from adept_ds.weights.verification import verify_expansion
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def test_an_expanded_model_is_found_equal_by_bytes_and_by_logits(source: Path, e
 def test_logits_are_left_out_where_memory_is_short(
     source: Path, expanded: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("adept_ds.memory.free_memory_bytes", lambda _: 1000)
+    monkeypatch.setattr("adept_ds.models.device.free_memory_bytes", lambda _: 1000)
     assert not verify_expansion(source, expanded).logits
 
 

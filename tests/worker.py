@@ -19,25 +19,27 @@ import torch
 from conftest import ROOT, Workspace
 from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 
-from adept_ds import zero
-from adept_ds.config import Config, parse_config
-from adept_ds.data import TrainingData, block_order, build_blocks
-from adept_ds.distributed import (
-    gather_objects,
-    init_distributed,
-    on_main_rank,
-    rank,
-    ranks_from_environment,
-)
-from adept_ds.engine import build_training_engine, release
-from adept_ds.errors import UnitMismatchError
-from adept_ds.expansion import expand_checkpoint
-from adept_ds.families import FAMILIES
-from adept_ds.files import write_json
-from adept_ds.importance import OnlineImportance, ProbeBatches, estimate_importance
-from adept_ds.prefix import FrozenPrefix
-from adept_ds.trainer import take_step
-from adept_ds.unit_lr import UnitLR
+from adept_ds.base.errors import UnitMismatchError
+from adept_ds.base.files import write_json
+from adept_ds.config.loading import parse_config
+from adept_ds.config.schema import Config
+from adept_ds.data.blocks import TrainingData
+from adept_ds.data.order import block_order
+from adept_ds.data.packing import build_blocks
+from adept_ds.models.family_table import FAMILIES
+from adept_ds.models.frozen_prefix import FrozenPrefix
+from adept_ds.ranks.collectives import gather_objects, init_distributed, on_main_rank, rank
+from adept_ds.ranks.launchers import ranks_from_environment
+from adept_ds.training.step import take_step
+from adept_ds.units.importance import OnlineImportance, estimate_importance
+from adept_ds.units.unit_lr import UnitLR
+from adept_ds.units.unit_sums import ProbeBatches
+from adept_ds.weights.expansion import expand_checkpoint
+from adept_ds.zero.build import build_training_engine
+from adept_ds.zero.engine import release, zero_stage
+from adept_ds.zero.gathered import keep_frozen_gathered
+from adept_ds.zero.gradients import loss_scale, set_loss_scale
+from adept_ds.zero.layout import partition_layout
 
 FAMILY = FAMILIES["llama"]
 STEPS = 5
@@ -140,7 +142,7 @@ class Lab:
             losses.append(sum(take_step(engine, data, step, config.train, online)))
             if step == 0 and keep_bytes:
                 partitions = {p: p.ds_tensor.clone() for p in engine.module.parameters()}
-                kept = zero.keep_frozen_gathered(engine, keep_bytes)
+                kept = keep_frozen_gathered(engine, keep_bytes)
                 assert all(torch.equal(p.ds_tensor, partition) for p, partition in partitions.items())
                 whole = [p for p in engine.module.parameters() if not p.requires_grad and p.shape == p.ds_shape]
                 assert sum(parameter.numel() * parameter.element_size() for parameter in whole) == kept[0]
@@ -169,12 +171,12 @@ class Lab:
 
         cut = 0
         shapes = {n: getattr(p, "ds_shape", p.shape) for n, p in engine.module.named_parameters()}
-        for partition in zero.partition_layout(engine):
+        for partition in partition_layout(engine):
             cut += sum(
                 len(shapes[p.parameter]) == 2 and p.param_start % shapes[p.parameter][1] for p in partition.pieces
             )
         parameters = dict(engine.module.named_parameters())
-        with deepspeed.zero.GatheredParameters(list(parameters.values()), enabled=zero.zero_stage(engine) == 3):
+        with deepspeed.zero.GatheredParameters(list(parameters.values()), enabled=zero_stage(engine) == 3):
             values = {name: parameter.detach().clone() for name, parameter in parameters.items()}
         digest = hashlib.sha256()
         for name, parameter in parameters.items():
@@ -203,7 +205,7 @@ class Lab:
             if run == "shared":
                 unit_lr.set(values)
             optimizer.param_groups[0]["lr"] = 3e-3
-            layout = zero.partition_layout(engine)
+            layout = partition_layout(engine)
             before = [partition.tensor.detach().clone() for partition in layout]
             take_step(engine, TrainingData(self.domain), 0, config.train, None)
             moved[run] = [p.tensor.detach() - old for p, old in zip(layout, before, strict=True)]
@@ -224,12 +226,12 @@ class Lab:
         UnitLR(engine, registry)
         probe, importances = self.probe(config.train.micro_batch_size), []
         for scale in (2.0**10, 2.0**40):
-            zero.set_loss_scale(engine, scale)
+            set_loss_scale(engine, scale)
             importances.append(dict(zip(registry.names, estimate_importance(engine, registry, probe), strict=True)))
-        scale_after = zero.loss_scale(engine)
-        before = [partition.tensor.detach().clone() for partition in zero.partition_layout(engine)]
+        scale_after = loss_scale(engine)
+        before = [partition.tensor.detach().clone() for partition in partition_layout(engine)]
         take_step(engine, TrainingData(self.domain), 0, config.train, None)
-        after = [partition.tensor for partition in zero.partition_layout(engine)]
+        after = [partition.tensor for partition in partition_layout(engine)]
         moved = any(not torch.equal(old, new) for old, new in zip(before, after, strict=True))
         release(engine)
         return {"importances": importances, "scale_after": scale_after, "moved": moved}

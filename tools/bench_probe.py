@@ -21,22 +21,18 @@ from typing import Any
 import torch
 from bench_refresh import CountedBytes, on_ranks
 
-from adept_ds.config import parse_config
-from adept_ds.data import Blocks, block_order, build_blocks, rank_batches
-from adept_ds.distributed import (
-    init_distributed,
-    max_over_ranks,
-    rank,
-    ranks_from_environment,
-    sum_over_ranks,
-    world_size,
-)
-from adept_ds.engine import build_forward_engine
-from adept_ds.families import family_of, layer_count
-from adept_ds.flops import count_step_flops
-from adept_ds.probe_corpus import Sample
-from adept_ds.probing import bypass_losses, install_layer_sweep
-from adept_ds.zero import gather_layers_whole
+from adept_ds.config.loading import parse_config
+from adept_ds.data.blocks import Blocks
+from adept_ds.data.mixture import Sample
+from adept_ds.data.order import block_order, rank_batches
+from adept_ds.data.packing import build_blocks
+from adept_ds.models.directory import family_of, layer_count
+from adept_ds.models.flops import count_step_flops
+from adept_ds.probing.sweep import bypass_losses, install_layer_sweep
+from adept_ds.ranks.collectives import init_distributed, max_over_ranks, rank, sum_over_ranks, world_size
+from adept_ds.ranks.launchers import ranks_from_environment
+from adept_ds.zero.build import build_forward_engine
+from adept_ds.zero.gathered import gather_layers_whole
 
 STRICT_ZERO3 = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
 

@@ -31,15 +31,17 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from adept_ds import zero
-from adept_ds.config import parse_config
-from adept_ds.data import build_blocks
-from adept_ds.distributed import init_distributed, max_over_ranks, rank, ranks_from_environment, sum_over_ranks
-from adept_ds.engine import build_training_engine
-from adept_ds.families import family_of
-from adept_ds.importance import ProbeBatches, backward_global_batch, local_sums
-from adept_ds.prefix import FrozenPrefix
-from adept_ds.units import UnitRegistry
+from adept_ds.config.loading import parse_config
+from adept_ds.data.packing import build_blocks
+from adept_ds.models.directory import family_of
+from adept_ds.models.frozen_prefix import FrozenPrefix
+from adept_ds.ranks.collectives import init_distributed, max_over_ranks, rank, sum_over_ranks
+from adept_ds.ranks.launchers import ranks_from_environment
+from adept_ds.units.registry import UnitRegistry
+from adept_ds.units.unit_sums import ProbeBatches, backward_global_batch, local_sums
+from adept_ds.zero.build import build_training_engine
+from adept_ds.zero.gathered import keep_frozen_gathered
+from adept_ds.zero.gradients import clear_probe_gradients, probing_gradients
 
 
 class CountedBytes(TorchDispatchMode):
@@ -94,7 +96,7 @@ def refresh(
     parameters = [(name, p) for name, p in engine.module.named_parameters() if name in registry.placements]
     sums, counted, batches = torch.zeros(len(registry), dtype=torch.float64), CountedBytes(), probe.global_batches()
     start, collecting = time.perf_counter(), 0.0
-    with zero.probing_gradients(engine):
+    with probing_gradients(engine):
         for number in range(len(batches)):
             backward_global_batch(engine, probe, number, prefix)
             before = time.perf_counter()
@@ -103,7 +105,7 @@ def refresh(
                 if not gathering and number == len(batches) - 1:
                     sums = sum_over_ranks(sums)
             collecting += time.perf_counter() - before
-            zero.clear_probe_gradients(engine)
+            clear_probe_gradients(engine)
     importance = (sums / (registry.sizes * len(batches))).tolist()
     return Refresh(importance, time.perf_counter() - start - collecting, collecting, counted.total)
 
@@ -139,7 +141,7 @@ def run_rank(arguments: argparse.Namespace) -> None:
     probe = ProbeBatches(blocks, tuple(range(arguments.blocks)), arguments.blocks, 2)
     ways = {"adept": False, "gathering": True}
     counted = {way: refresh(engine, registry, probe, gathering=full, count=True) for way, full in ways.items()}
-    zero.keep_frozen_gathered(engine, 1 << 40)
+    keep_frozen_gathered(engine, 1 << 40)
     prefix = FrozenPrefix(family.layer_modules(engine.module), min(layers), arguments.blocks)
     refresh(engine, registry, probe, prefix=prefix)
     pairs = zip(counted["adept"].importance, counted["gathering"].importance, strict=True)

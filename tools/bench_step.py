@@ -17,12 +17,13 @@ from typing import Any
 
 import torch
 
-from adept_ds.distributed import init_distributed, ranks_from_environment
-from adept_ds.families import FAMILIES
-from adept_ds.optim import UnitAdamW
-from adept_ds.unit_lr import UnitLR
-from adept_ds.units import build_registry
-from adept_ds.zero import parameter_shapes
+from adept_ds.models.family_table import FAMILIES
+from adept_ds.ranks.collectives import init_distributed
+from adept_ds.ranks.launchers import ranks_from_environment
+from adept_ds.units.adamw import UnitAdamW
+from adept_ds.units.registry import build_registry
+from adept_ds.units.unit_lr import UnitLR
+from adept_ds.zero.engine import parameter_shapes
 
 LAYERS = 16
 SMOLLM2 = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}

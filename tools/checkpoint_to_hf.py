@@ -17,8 +17,8 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from adept_ds.errors import EXIT_BAD_INPUT, InputError
-from adept_ds.export import export_checkpoint, read_zero_checkpoint
+from adept_ds.base.errors import EXIT_BAD_INPUT, InputError
+from adept_ds.weights.export import export_checkpoint, read_zero_checkpoint
 
 
 def convert(checkpoint: Path, out: Path, base: Path | None, dtype: str) -> str:

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from scipy.stats import spearmanr
 
-from adept_ds.files import read_json_lines
+from adept_ds.base.files import read_json_lines
 
 Refreshes = dict[int, dict[str, float]]
 

@@ -1,0 +1,32 @@
+"""What can end a command, and the exit code each end has.
+
+0 done; 2 bad input (`InputError`); 3 stopped on request, and nothing lost (`StopRequestedError`);
+anything else is a bug and shows its traceback.
+"""
+
+from __future__ import annotations
+
+EXIT_BAD_INPUT = 2
+
+
+EXIT_STOPPED = 3
+
+
+class AdeptError(Exception):
+    """Base of every error that adept-ds raises on purpose."""
+
+
+class InputError(AdeptError, ValueError):
+    """The user's input cannot work. The message is one line: the key, the value and the remedy."""
+
+
+class StopRequestedError(AdeptError):
+    """A signal asked the run to stop; training wrote a checkpoint first, other stages are done again."""
+
+
+class UnitMismatchError(AdeptError):
+    """Ranks disagree about a unit (its multiplier or its elements); the message names the unit."""
+
+
+class LayoutError(AdeptError):
+    """DeepSpeed's partitions are not laid out as the version that this program was written against lays them out."""

@@ -1,0 +1,57 @@
+"""TODO base.progress."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+ProgressCallback = Callable[[float, str], None]
+"""What long work calls with the share that is done (0 to 1) and a few words."""
+
+
+_NON_TERMINAL_SECONDS = 15.0
+"""Without a terminal (a log file, CI), progress is a line every so often."""
+
+
+class ProgressBar:
+    """A rich bar on a terminal, occasional lines elsewhere, nothing on other ranks than 0."""
+
+    def __init__(self, title: str, console: Console, silent: bool) -> None:
+        self._title = title
+        self._console = console
+        self._silent = silent
+        self._last_line = time.monotonic()
+        self._bar: Progress | None = None
+        if console.is_terminal and not silent:
+            self._bar = Progress(
+                SpinnerColumn(),
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=28),
+                TextColumn("{task.percentage:>3.0f}%"),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                TextColumn("[dim]{task.fields[text]}"),
+                console=console,
+                transient=True,
+            )
+            self._task = self._bar.add_task(title, total=1.0, text="")
+            self._bar.start()
+
+    def __call__(self, share: float, text: str = "") -> None:
+        """Move to `share` (0 to 1) of the work, with a few words beside the bar."""
+        if self._silent:
+            return
+        if self._bar is not None:
+            self._bar.update(self._task, completed=share, text=text)
+        elif time.monotonic() - self._last_line >= _NON_TERMINAL_SECONDS:
+            self._last_line = time.monotonic()
+            self._console.print(f"  {self._title} {share:4.0%}  {text}")
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None

@@ -1,0 +1,91 @@
+"""What the user sees, and where everybody else's output goes.
+
+DeepSpeed, torch and transformers write to stdout and stderr of every rank. `capture_output` sends file descriptors 1
+and 2 to a log file per rank and keeps the real terminal for this program's own words, on rank 0 only.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TextIO
+
+from rich.console import Console
+
+from adept_ds.base.progress import ProgressBar
+
+_NON_TERMINAL_WIDTH = 120
+
+
+class Terminal:
+    """Rank 0's voice. On other ranks every method does nothing."""
+
+    def __init__(self, stream: TextIO | None) -> None:
+        self._silent = stream is None
+        self.console = Console(file=stream or open(os.devnull, "w"), highlight=False)  # noqa: PTH123, SIM115
+        if not self.console.is_terminal:
+            self.console.width = _NON_TERMINAL_WIDTH
+
+    def say(self, message: str) -> None:
+        """Text as it is: no markup, no line breaks of the terminal's width."""
+        self.console.print(message, markup=False, soft_wrap=True)
+
+    def mute(self) -> None:
+        """From now on only what is asked for: no word of stages and progress, for output that a program reads."""
+        self._silent = True
+
+    def stage(self, name: str, detail: str = "") -> None:
+        """What a stage does or found, behind its name; `detail` may carry rich markup."""
+        if not self._silent:
+            self.console.print(f"[bold cyan]{name:<8}[/] {detail}", soft_wrap=True)
+
+    @contextmanager
+    def progress(self, title: str) -> Iterator[ProgressBar]:
+        """A bar with time left; calling it with a share of the work moves it."""
+        bar = ProgressBar(title, self.console, self._silent)
+        try:
+            yield bar
+        finally:
+            bar.close()
+
+
+class OutputCapture:
+    """The diverted output of one rank."""
+
+    def __init__(self, log: Path, is_main: bool) -> None:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        self.log = log
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self._saved = (os.dup(1), os.dup(2))
+        self._file = log.open("a", encoding="utf-8", buffering=1)
+        os.dup2(self._file.fileno(), 1)
+        os.dup2(self._file.fileno(), 2)
+        self._terminal_stream = os.fdopen(os.dup(self._saved[0]), "w", buffering=1) if is_main else None
+        self.terminal = Terminal(self._terminal_stream)
+
+    def restore(self) -> None:
+        """Give stdout and stderr back to the process."""
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for descriptor, saved in zip((1, 2), self._saved, strict=True):
+            os.dup2(saved, descriptor)
+            os.close(saved)
+        if self._terminal_stream is not None:
+            self._terminal_stream.close()
+        self._file.close()
+
+
+@contextmanager
+def capture_output(log: Path, *, is_main: bool) -> Iterator[Terminal]:
+    """Divert this process's stdout and stderr (and those of its libraries and children) to `log`."""
+    warnings.simplefilter("default")
+    capture = OutputCapture(log, is_main)
+    try:
+        yield capture.terminal
+    finally:
+        capture.restore()

@@ -1,0 +1,118 @@
+"""What a run shows on the terminal at its end, and what it would do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+
+from adept_ds.base.files import read_json
+from adept_ds.base.terminal import Terminal
+from adept_ds.config.schema import Config
+from adept_ds.training.checkpoint import checkpoint_steps
+from adept_ds.weights.expansion import Expansion
+
+if TYPE_CHECKING:
+    from adept_ds.probing.result import LayerImportance
+
+
+def print_expansion(facts: dict[str, Any], terminal: Terminal) -> None:
+    """The plan of `adept expand --dry-run` (see `expansion.describe_expansion`)."""
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    copies = ", ".join(f"{copy['source']} at {copy['index']}" for copy in facts["copies"])
+    gib, total, added = 2**30, facts["source_parameters"], facts["added_parameters"]
+    rows = {
+        "layers": f"{facts['source_layers']} + {len(facts['copies'])}: copy of {copies}",
+        "parameters": f"{total / 1e6:.1f} M + {added / 1e6:.1f} M ({added / total:.1%})",
+        "size": f"{facts['source_bytes'] / gib:.2f} + {facts['added_bytes'] / gib:.2f} GiB",
+        "files": f"{len(facts['files'])}, the largest {max(facts['files'].values()) / gib:.2f} GiB",
+        "would write": facts["destination"],
+    }
+    for name, value in rows.items():
+        table.add_row(f"[bold]{name}[/]", value)
+    terminal.console.print(table)
+
+
+def print_summary(run_dir: Path, terminal: Terminal) -> None:
+    """The end of `adept run`: losses before and after, what was trained, how fast, and where everything lies."""
+    evaluation = run_dir / "evaluation.json"
+    if evaluation.is_file():
+        print_losses(read_json(evaluation), terminal)
+    summary, expansion = read_json(run_dir / "summary.json"), Expansion.load(run_dir / "expanded")
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    trained, total = summary["trainable_parameters"], summary["total_parameters"]
+    rows = {
+        "layers copied": ", ".join(map(str, expansion.source_indices)) + f" (of {expansion.source_layers})",
+        "trainable": f"{trained / 1e6:.1f} M of {total / 1e6:.1f} M parameters ({trained / total:.1%})",
+        "speed": f"{summary['tokens_per_second']:.0f} tokens/s on {summary['world_size']} ranks, "
+        f"{summary['tokens'] / 1e3:.0f} k tokens in {summary['seconds']:.0f} s",
+        "peak memory": ", ".join(f"{peak / 2**30:.2f} GiB" for peak in summary.get("peak_memory_bytes", []))
+        + " per rank",
+        "checkpoint": str(run_dir / "export"),
+        "report": str(run_dir / "report.html"),
+    }
+    for name, value in rows.items():
+        table.add_row(f"[bold]{name}[/]", value)
+    terminal.console.print(table)
+
+
+def print_losses(results: dict[str, Any], terminal: Terminal) -> None:
+    """Held-out losses of each model, and the change from the first to the last."""
+    if not results:
+        return
+    models = list(results)
+    table = Table("held-out loss (nats)", *models, *(["change"] if len(models) > 1 else []))
+    for corpus, first in results[models[0]].items():
+        losses = [results[model][corpus]["loss"] for model in models]
+        change = [f"{losses[-1] - losses[0]:+.4f}"] if len(models) > 1 else []
+        table.add_row(f"{corpus} ({first['tokens']} tokens)", *(f"{loss:.4f}" for loss in losses), *change)
+    terminal.console.print(table)
+
+
+def print_layer_importance(result: LayerImportance, terminal: Terminal) -> None:
+    """A row per layer; with no losses (gradient, fisher) its score."""
+    has_losses = any(layer.loss is not None for layer in result.layers)
+    columns = ["loss without it", "delta"] if has_losses else [result.method]
+    table = Table("layer", *columns, "± s.e.", "", title=f"base loss {result.base_loss:.4f}")
+    unsure = set((result.selection or {}).get("within_noise", ()))
+    for layer in result.layers:
+        chosen = "[green]copied[/]" if layer.index in result.selected else ""
+        noise = " [yellow]within noise[/]" if layer.index in unsure else ""
+        number = "{:.4f}" if has_losses else "{:.4g}"
+        error = "" if layer.standard_error is None else number.format(layer.standard_error)
+        values = [f"{layer.loss:.4f}", f"{layer.delta:+.4f}"] if layer.loss is not None else [f"{layer.delta:.4g}"]
+        table.add_row(str(layer.index), *values, error, (chosen + noise).strip())
+    terminal.console.print(table)
+
+
+def print_methods(found: dict[str, Any], terminal: Terminal) -> None:
+    """The estimators side by side (see `stages.compare_methods`)."""
+    table = Table("method", "rank correlation with mask", "seconds", "layers chosen")
+    for name, of in found["methods"].items():
+        correlation = found["spearman"].get(name)
+        text = "" if correlation is None else f"{correlation:.3f}"
+        table.add_row(name, text, f"{of['seconds']:.1f}", ", ".join(map(str, of["selected"])))
+    terminal.console.print(table)
+
+
+def describe_plan(config: Config) -> list[str]:
+    """A line per stage of what `adept run` would do in this run directory."""
+    run_dir = config.run_dir
+    steps = checkpoint_steps(run_dir / "checkpoints")
+    expand = config.expand
+    if expand.needs_probe:
+        probe = f"probe {config.probe.sequences} blocks of {config.probe.seq_len} tokens"
+        how_many = f"as many layers as rule {expand.rule} says" if expand.k == "auto" else f"{expand.num_copies} layers"
+        probe += f", choose {how_many}" + (f" ({expand.choose})" if expand.choose != "lowest" else "")
+    else:
+        which = expand.layers if expand.layers is not None else f"{expand.num_copies}, {expand.choose}"
+        probe = f"layers {which} are given: no probe"
+    start = f"resume after step {steps[-1]}" if steps else "train"
+    tokens = config.train.steps * config.train.global_batch_size * config.data.seq_len
+    return [
+        f"# 1. {probe}",
+        f"# 2. write {run_dir / 'expanded'} (kept while its inputs are unchanged)",
+        f"# 3. {start} to step {config.train.steps} ({tokens:,} tokens in all)",
+        f"# 4. export to {run_dir / 'export'}, evaluate, write {run_dir / 'report.html'}",
+    ]

@@ -1,0 +1,259 @@
+"""Features of DeepSpeed under which unit-wise learning rates would be wrong, or are not known to be right.
+
+Read from DeepSpeed 0.19.8 (runtime/config.py, runtime/zero/config.py and what they switch on). Refused at start, with
+the reason, rather than trained with. Imports neither torch nor DeepSpeed: a configuration is checked before both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import hjson
+
+from adept_ds.base.errors import InputError
+from adept_ds.config.schema import Config
+
+
+def read_deepspeed_config(path: Path | None) -> dict[str, Any]:
+    """DeepSpeed's configuration as a dictionary (comments allowed, as in DeepSpeed itself)."""
+    if path is None:
+        return {"zero_optimization": {"stage": 3}}
+    if not path.is_file():
+        raise InputError(f"deepspeed: '{path}' does not exist; give a file such as ds_configs/zero3.json")
+    try:
+        tree = hjson.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"deepspeed: '{path}' is not valid JSON: {error}") from None
+    if not isinstance(tree, dict):
+        raise InputError(f"deepspeed: '{path}' holds no JSON object; give a file such as ds_configs/zero3.json")
+    return dict(tree)
+
+
+@dataclass(frozen=True)
+class Unsupported:
+    """A setting that is refused."""
+
+    key: str
+    """Dotted, in DeepSpeed's JSON."""
+    reason: str
+    off: tuple[Any, ...] = (None, False)
+    """Values with which the feature is not used."""
+    stages: tuple[int, ...] = (1, 2, 3)
+    """Of ZeRO, at which it matters."""
+    run_only: bool = False
+    """Harmless to `UnitLR` on an engine of the user's own; a run cannot take it."""
+
+
+_QUANTISED = "forward passes would see rounded weights, so that an expanded model is not the same function"
+
+
+_LOW_MASTERS = "steps of small multipliers would be rounded away without fp32 master weights"
+
+
+_SAMPLERS = "it changes what a batch is, by its own sampler or by dropping tokens"
+
+
+_LEAF = "a leaf module that reads nothing but frozen layers is released before its own backward pass"
+
+
+_RENAMED = "rank 0 renames a checkpoint once it is saved, and sees no other host's disk"
+
+
+_REMOVED = "DeepSpeed has removed it, and refuses to start while it is there"
+
+
+_MOE_BLOCKS = [
+    "transformers.models.mixtral.modeling_mixtral.MixtralSparseMoeBlock",
+    "transformers.models.qwen2_moe.modeling_qwen2_moe.Qwen2MoeSparseMoeBlock",
+    "transformers.models.qwen3_moe.modeling_qwen3_moe.Qwen3MoeSparseMoeBlock",
+]
+"""DeepSpeed's default for leaf modules."""
+
+
+UNSUPPORTED = (
+    Unsupported("zero_optimization.zenflow", "it steps chosen gradients apart from the others, outside the optimizer"),
+    Unsupported("zero_optimization.offload_optimizer.super_offload", "it steps in another process, with its own Adam"),
+    Unsupported("zero_optimization.offload_optimizer.ratio", "part of the optimizer stays on the device", (None, 1)),
+    Unsupported("zero_optimization.cpu_offload", "it is an old name; write offload_optimizer: {device: cpu}"),
+    Unsupported("zero_optimization.cpu_offload_param", "it is an old name; write offload_param: {device: cpu}"),
+    Unsupported(
+        "zero_optimization.round_robin_gradients",
+        "DeepSpeed records where parameters lie as if it had not reordered them",
+        stages=(1, 2),
+    ),
+    Unsupported("zero_optimization.zero_quantized_gradients", "importances are products with exact gradients"),
+    Unsupported("zero_optimization.zero_quantized_weights", _QUANTISED),
+    Unsupported("zero_optimization.zero_quantized_nontrainable_weights", _QUANTISED),
+    Unsupported(
+        "zero_optimization.zero_hpz_partition_size",
+        "its process group can be made once, and a run builds one engine after the other",
+        (None, 0, 1),
+    ),
+    Unsupported(
+        "zero_optimization.elastic_checkpoint",
+        "it saves an optimizer without its parameter groups, which hold the multipliers",
+    ),
+    Unsupported(
+        "zero_optimization.load_from_fp32_weights",
+        "steps of small multipliers would be lost where weights come back in low precision",
+        (None, True),
+        stages=(1, 2),
+    ),
+    Unsupported("fp16.fp16_master_weights_and_grads", _LOW_MASTERS),
+    Unsupported("bf16.bf16_master_weights_and_grads", _LOW_MASTERS),
+    Unsupported("bfloat16.bf16_master_weights_and_grads", _LOW_MASTERS),
+    Unsupported("weight_quantization", _QUANTISED),
+    Unsupported("torch_autocast.enabled", "it decides precision by operation; precision is set for the whole model"),
+    Unsupported("compile.deepcompile", "it reduces gradients in a graph of its own, where they cannot be read"),
+    Unsupported("gradient_allreduce_op", "importances take gradients for means over ranks", (None, "mean")),
+    Unsupported(
+        "gradient_predivide_factor",
+        "stage 3 does not undo it where it equals the number of ranks, and gradients come out too small",
+        (None, 1),
+        stages=(3,),
+    ),
+    Unsupported("managed_gradient_accumulation", "a refresh must say itself where an accumulation ends", (None, True)),
+    Unsupported("tensor_parallel.autotp_size", "parameters are cut along a second axis", (None, 0, 1)),
+    Unsupported("tensor_parallel.tp.tp_size", "parameters are cut along a second axis", (None, 0, 1)),
+    Unsupported("expert_parallel.enabled", "ranks would hold different parameters"),
+    Unsupported("sequence_parallel_size", "ranks would share sequences, not batches", (None, 0, 1)),
+    Unsupported("data_efficiency.enabled", _SAMPLERS),
+    Unsupported("data_efficiency.data_sampling.curriculum_learning.enabled", _SAMPLERS),  # DeepSpeed asks for no other
+    Unsupported("data_efficiency.data_routing.random_ltd.enabled", _SAMPLERS),
+    Unsupported("hybrid_engine.enabled", "it replaces the engine"),
+    Unsupported("checkpoint.writer.decoupled", "a checkpoint would be published before it is whole"),
+    Unsupported("datastates_ckpt", "a checkpoint would be published before it is whole"),
+    Unsupported("checkpoint.use_node_local_storage", _RENAMED, run_only=True),
+    Unsupported("checkpoint.load_universal", "a run resumes from its own checkpoints as they are", run_only=True),
+    Unsupported("autotuning.enabled", "it ends the process after a few steps", run_only=True),
+    Unsupported("zero_optimization.leaf_module.classes", _LEAF, (None, [], _MOE_BLOCKS), (3,), run_only=True),
+    Unsupported("zero_optimization.leaf_module.names", _LEAF, (None, []), (3,), run_only=True),
+    Unsupported("zero_optimization.leaf_module.name_suffixes", _LEAF, (None, []), (3,), run_only=True),
+    Unsupported("zero_optimization.module_granularity_threshold", _LEAF, (None, 0), (3,), run_only=True),
+    Unsupported("zero_optimization.stage3_module_granularity_threshold", _LEAF, (None, 0), (3,), run_only=True),
+    *(
+        Unsupported(key, _REMOVED, (None,))
+        for key in (
+            "amp",
+            "compression_training",
+            "curriculum_learning",
+            "eigenvalue",
+            "elasticity",
+            "graph_harvesting",
+            "nebula",
+            "progressive_layer_drop",
+            "quantize_training",
+            "sparse_attention",
+            "sparse_gradients",
+            "zero_optimization.mics_hierarchical_params_gather",
+            "zero_optimization.mics_shard_size",
+            "zero_optimization.zeropp_loco_param",
+        )
+    ),
+)
+
+
+_NORMS = "it scales steps by the norm of a tensor, which under ZeRO is a slice of many parameters and padding"
+
+
+_OPTIMIZERS = {
+    "onebitadam": "ranks exchange rounded momentum, and no rank ever holds the gradient",
+    "zerooneadam": "ranks exchange rounded momentum, and no rank ever holds the gradient",
+    "onebitlamb": "ranks exchange rounded momentum, and no rank ever holds the gradient",
+    "muon": "DeepSpeed writes its update where the gradient lay, which is then no gradient",
+    "lamb": _NORMS,
+    "adafactor": _NORMS,
+}
+"""By lower-case `optimizer.type`. Of any other kind, realised steps are rescaled (see `optim.attach_multipliers`)."""
+
+
+def unsupported_feature(ds_config: Mapping[str, Any], *, whole_run: bool = False) -> str | None:
+    """What a DeepSpeed configuration asks for that cannot be had, in one line; None if there is nothing.
+
+    Args:
+        whole_run: also what only the rest of a run cannot take (see `Unsupported.run_only`).
+    """
+    stage, device = (_lookup(ds_config, f"zero_optimization.{key}") for key in ("stage", "offload_optimizer.device"))
+    for feature in UNSUPPORTED:
+        if (feature.run_only and not whole_run) or (stage in (1, 2, 3) and stage not in feature.stages):
+            continue
+        value = _lookup(ds_config, feature.key)
+        if not any(value is off or (value == off and type(value) is not bool) for off in feature.off):
+            return f"'{feature.key}' is {value!r}, which is not supported: {feature.reason}; remove it"
+    for key in ("offload_optimizer", "offload_param"):
+        path = f"zero_optimization.{key}.device"
+        if _lookup(ds_config, path) == "nvme":
+            return f"'{path}' is 'nvme', which is not supported: partitions are read in place; use 'cpu'"
+    if stage != 3 and device not in (None, "none"):
+        return "'zero_optimization.offload_optimizer' is supported with stage 3 only; set stage to 3"
+    optimizer = str(_lookup(ds_config, "optimizer.type")).lower()
+    if optimizer in _OPTIMIZERS:
+        return f"'optimizer.type' is '{optimizer}', which is not supported: {_OPTIMIZERS[optimizer]}; use AdamW"
+    if not stage:
+        return "'zero_optimization.stage' is 0 or missing: there are no flat partitions to step; use stage 1, 2 or 3"
+    accumulated = _lookup(ds_config, "data_types.grad_accum_dtype")
+    bf16 = any(_lookup(ds_config, f"{section}.enabled") for section in ("bf16", "bfloat16"))
+    if stage == 1 and bf16 and accumulated in ("fp32", "float32", "float", "torch.float32"):
+        return (
+            f"'data_types.grad_accum_dtype' is {accumulated!r}, for which DeepSpeed takes an optimizer without ZeRO's "
+            "partitions in bf16 at stage 1; use stage 2, which computes the same"
+        )
+    return None
+
+
+def _lookup(tree: Any, key: str) -> Any:
+    for part in key.split("."):
+        tree = tree.get(part) if isinstance(tree, Mapping) else None
+    return tree
+
+
+_OWNED_KEYS = {
+    "train_batch_size": "train.global_batch_size",
+    "train_micro_batch_size_per_gpu": "train.micro_batch_size",
+    "gradient_accumulation_steps": "train.global_batch_size",
+    "gradient_clipping": "train.clip_grad_norm",
+    "optimizer": "train.lr and train.betas",
+    "scheduler": "train.schedule",
+    "fp16": "train.precision",
+    "bf16": "train.precision",
+    "zero_allow_untested_optimizer": "",
+    "zero_force_ds_cpu_optimizer": "",
+    "steps_per_print": "",
+    "communication_data_type": "",
+    "data_types": "",
+}
+"""DeepSpeed keys that this program sets, and the key of the run configuration that the user wants instead."""
+
+
+def check_deepspeed_config(config: Config) -> dict[str, Any]:
+    """The user's DeepSpeed configuration.
+
+    Raises:
+        InputError: a key that this program sets itself, or a ZeRO stage or feature that is not supported.
+    """
+    user = read_deepspeed_config(config.deepspeed)
+    for key, instead in _OWNED_KEYS.items():
+        if key in user:
+            remedy = f"remove it and set {instead} in the run configuration" if instead else "remove it"
+            raise InputError(f"deepspeed: '{config.deepspeed}' sets '{key}', which adept-ds sets itself; {remedy}")
+    zero = _json_object(user, "zero_optimization")
+    for key in ("offload_optimizer", "offload_param"):
+        _json_object(zero, key)
+    if zero.get("stage") not in (1, 2, 3):
+        raise InputError(
+            f"deepspeed: zero_optimization.stage is {zero.get('stage')!r}; adept-ds trains with stage 1, 2 or 3"
+        )
+    refusal = unsupported_feature(user, whole_run=True)
+    if refusal:
+        raise InputError(f"deepspeed: '{config.deepspeed}': {refusal}")
+    return user
+
+
+def _json_object(section: dict[str, Any], key: str) -> dict[str, Any]:
+    value = section.get(key, {})
+    if not isinstance(value, dict):
+        raise InputError(f"deepspeed: '{key}' is {value!r}, which is no JSON object; write {{...}}")
+    return value

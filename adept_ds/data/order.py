@@ -1,0 +1,48 @@
+"""TODO data.order."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+
+FILLER = -1
+"""Index of a block that counts nothing: it lets every rank make the same number of forward passes."""
+
+
+def global_batch(step: int, size: int, num_blocks: int, seed: int) -> list[int]:
+    """The blocks of optimizer step `step` (from 0): epoch after epoch, each a permutation of all blocks.
+
+    A pure function of its arguments, so a resumed run and a run on another number of ranks see the same data.
+    """
+    positions = range(step * size, (step + 1) * size)
+    return [int(_permutation(num_blocks, seed + p // num_blocks)[p % num_blocks]) for p in positions]
+
+
+def block_order(num_blocks: int, seed: int) -> list[int]:
+    """A permutation of the blocks that depends on the seed alone."""
+    return _permutation(num_blocks, seed).tolist()
+
+
+@functools.lru_cache(maxsize=2)
+def _permutation(num_blocks: int, seed: int) -> torch.Tensor:
+    """Kept for the current epoch and the next: with many millions of blocks it takes a while."""
+    return torch.randperm(num_blocks, generator=torch.Generator().manual_seed(seed))
+
+
+def rank_batches(indices: Sequence[int], rank: int, world_size: int, batch_size: int) -> list[list[int]]:
+    """This rank's share of `indices`, in batches of exactly `batch_size`; every rank gets the same number of batches.
+
+    Shares that do not come out even are completed with fillers.
+    """
+    largest_share = -(-len(indices) // world_size)
+    num_batches = -(-largest_share // batch_size)
+    mine = [indices[i] for i in share_of_rank(len(indices), rank, world_size)]
+    mine += [FILLER] * (num_batches * batch_size - len(mine))
+    return [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
+
+
+def share_of_rank(count: int, rank: int, world_size: int) -> range:
+    """The contiguous share of `count` items that falls to `rank`; shares differ by at most one item."""
+    return range(count * rank // world_size, count * (rank + 1) // world_size)

@@ -1,0 +1,79 @@
+"""Floating-point operations of a training step, for model FLOPs utilisation.
+
+Counts what partly frozen training really does: 6 N per token overstates it.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from adept_ds.models.families import Family
+
+
+@dataclass(frozen=True)
+class StepFlops:
+    """Operations per token."""
+
+    forward: float
+    backward_inputs: float
+    """Gradients with respect to activations: the layers from the lowest trainable one up, and the head."""
+    backward_weights: float
+    """Gradients with respect to trainable weights."""
+
+    @property
+    def total(self) -> float:
+        return self.forward + self.backward_inputs + self.backward_weights
+
+
+def count_step_flops(model: torch.nn.Module, family: Family, seq_len: int) -> StepFlops:
+    """2 operations per weight that a token passes in a matrix product; attention scores 4 * seq_len * dim per layer."""
+    config: Any = model.config
+    attention = 4.0 * seq_len * config.hidden_size / 2  # causal: half of the scores
+    head = 2.0 * config.hidden_size * config.vocab_size
+    forward, backward_inputs, backward_weights = head, head, 0.0
+    reached = False
+    for layer in family.layer_modules(model):
+        sizes = [(p.requires_grad, _passed_weights(p, config, family)) for p in layer.parameters()]
+        weights = 2.0 * sum(size for _, size in sizes)
+        trainable = 2.0 * sum(size for trains, size in sizes if trains)
+        forward += weights + attention
+        reached = reached or trainable > 0
+        if reached:
+            backward_inputs += weights + 2 * attention
+        backward_weights += trainable
+    return StepFlops(forward, backward_inputs, backward_weights)
+
+
+def _passed_weights(parameter: torch.Tensor, config: Any, family: Family) -> float:
+    """Elements that one token meets: of a stack of experts, those of the ones that it is sent to."""
+    shape = getattr(parameter, "ds_shape", parameter.shape)
+    size = float(math.prod(shape))
+    if family.experts_per_token_key and len(shape) == 3:
+        return size * getattr(config, family.experts_per_token_key) / shape[0]
+    return size
+
+
+def measure_matmul_rate(device: torch.device | str, dtype: torch.dtype, seconds: float = 0.3) -> float:
+    """Operations per second of a large matrix product on this device: the ceiling that MFU is measured against."""
+    on_cpu = torch.device(device).type == "cpu"
+    size = 768 if on_cpu else 8192
+    left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    torch.mm(left, right)
+    _synchronize(on_cpu)
+    start, products = time.perf_counter(), 0
+    while time.perf_counter() - start < seconds:
+        for _ in range(5):
+            torch.mm(left, right)
+        _synchronize(on_cpu)
+        products += 5
+    return 2.0 * size**3 * products / (time.perf_counter() - start)
+
+
+def _synchronize(on_cpu: bool) -> None:
+    if not on_cpu:
+        torch.cuda.synchronize()

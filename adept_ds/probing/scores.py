@@ -1,0 +1,119 @@
+"""What a probe found out about layers, kept by sequence: deltas, their spread and any choice follow without a pass.
+
+For `mask` and `taylor` a delta is a ratio, summed nats over tokens, mixed over sources s by their weights:
+
+    delta_i = sum_s w_s * (sum_n d_ni / sum_n t_n) / sum_s w_s        n: sequences of source s
+
+For `gradient` and `fisher` it is the mean over batches of b_ni. The bootstrap draws sequences of each source (or
+batches) with replacement, N - 1 of N (Rao and Wu, JASA 1988), which makes variances unbiased; with all N they would be
+too small by a factor of (N - 1) / N.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+from safetensors import safe_open
+from safetensors.numpy import save
+
+from adept_ds.base.files import write_bytes
+
+REPLICATES = 1000
+
+
+@dataclass(frozen=True)
+class LayerScores:
+    """Float64 arrays, the same on every rank and at any number of ranks (to rounding of the forward pass)."""
+
+    method: str
+    seconds: float
+    """That the passes took."""
+    losses: np.ndarray
+    """[sequences] summed token loss of the unchanged model, nats."""
+    tokens: np.ndarray
+    """[sequences] predicted tokens."""
+    sources: np.ndarray
+    """[sequences] int64: the source that each is from."""
+    weights: np.ndarray
+    """[sources]"""
+    scores: np.ndarray
+    """mask, taylor: [sequences, layers], what bypassing a layer adds to a sequence's summed loss, nats.
+    gradient, fisher: [batches, layers], the score on each global batch."""
+
+    @property
+    def by_sequence(self) -> bool:
+        return self.method in ("mask", "taylor")
+
+    @property
+    def base_loss(self) -> float:
+        """Mean token loss of the unchanged model."""
+        return float(self._mixed(self.losses[:, None], np.ones((1, len(self.losses))))[0, 0])
+
+    @property
+    def deltas(self) -> list[float]:
+        return self.estimate(np.ones((1, len(self.scores))))[0].tolist()
+
+    def estimate(self, times: np.ndarray) -> np.ndarray:
+        """[R, layers]: the deltas if row n of `scores` counted `times[r, n]` times."""
+        if self.by_sequence:
+            return self._mixed(self.scores, times)
+        return _products(times, self.scores) / times.sum(1, keepdims=True)
+
+    def replicates(self, seed: int) -> np.ndarray | None:
+        """[REPLICATES, layers] deltas of bootstrap samples; None where a source (or all) has one row only."""
+        generator = np.random.default_rng(seed)
+        times = np.zeros((REPLICATES, len(self.scores)))
+        for rows in self._strata():
+            if len(rows) < 2:
+                return None
+            times[:, rows] = generator.multinomial(len(rows) - 1, np.full(len(rows), 1 / len(rows)), REPLICATES)
+        return self.estimate(times)
+
+    def halves(self) -> np.ndarray | None:
+        """[2, layers] deltas on every other row of each source, and on the rest; None as for `replicates`."""
+        times = np.zeros((2, len(self.scores)))
+        for rows in self._strata():
+            if len(rows) < 2:
+                return None
+            times[0, rows[::2]] = times[1, rows[1::2]] = 1
+        return self.estimate(times)
+
+    def save(self, path: Path) -> None:
+        # safetensors writes the memory of a strided array as it lies there, without a word.
+        arrays = {
+            field.name: np.ascontiguousarray(getattr(self, field.name))
+            for field in fields(self)
+            if field.name not in _METADATA
+        }
+        write_bytes(path, save(arrays, {"method": self.method, "seconds": repr(self.seconds)}))
+
+    @classmethod
+    def load(cls, path: Path) -> LayerScores:
+        with safe_open(path, framework="numpy") as file:
+            arrays, facts = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+        return cls(method=facts["method"], seconds=float(facts["seconds"]), **arrays)
+
+    def _strata(self) -> list[np.ndarray]:
+        """Rows of `scores` that may stand for each other."""
+        if not self.by_sequence:
+            return [np.arange(len(self.scores))]
+        return [np.flatnonzero(self.sources == source) for source in range(len(self.weights))]
+
+    def _mixed(self, values: np.ndarray, times: np.ndarray) -> np.ndarray:
+        """[sequences, columns] sums -> [R, columns] mean per token, sources mixed by their weights."""
+        total = np.zeros((len(times), values.shape[1]))
+        for source, weight in enumerate(self.weights):
+            rows = self.sources == source
+            tokens = times[:, rows] @ self.tokens[rows]  # whole numbers: exact in any order
+            total += weight * _products(times[:, rows], values[rows]) / tokens[:, None]
+        return total / self.weights.sum()
+
+
+_METADATA = ("method", "seconds")
+
+
+def _products(times: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """times @ values, summed in the same order however many threads there are: choices must not depend on that."""
+    return np.einsum("rn,nl->rl", times, values)

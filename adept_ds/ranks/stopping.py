@@ -1,0 +1,57 @@
+"""Stopping on request: a signal is noted, and acted upon where nothing is lost."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from adept_ds.base.errors import StopRequestedError
+from adept_ds.base.progress import ProgressCallback
+from adept_ds.ranks.collectives import sum_over_ranks
+
+
+class StopRequest:
+    """Set by USR1 (Slurm's warning before the end), TERM or INT.
+
+    Training goes on to the end of its step and writes a checkpoint; the other stages write nothing before they are
+    done, so they end at their next step of progress.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    @contextmanager
+    def listening(self) -> Iterator[StopRequest]:
+        signals = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
+        previous = {number: signal.signal(number, self._on_signal) for number in signals}
+        try:
+            yield self
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def checked(self, stage: str, progress: ProgressCallback, *, together: bool) -> ProgressCallback:
+        """`progress`, which from now on also ends the stage when it was asked to stop.
+
+        Args:
+            together: every rank reports this progress, and all must end at the same point; otherwise rank 0 works
+                alone, and its error reaches the others (see `on_main_rank`).
+
+        Raises (when called):
+            StopRequestedError: naming the stage.
+        """
+
+        def report(share: float, text: str = "") -> None:
+            asked = float(self.requested)
+            if sum_over_ranks([asked]).item() if together else asked:
+                raise StopRequestedError(f"stopped while {stage}; the stages before it are kept")
+            progress(share, text)
+
+        return report
+
+    def _on_signal(self, number: int, frame: Any) -> None:
+        if self.requested and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.requested = True

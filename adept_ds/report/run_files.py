@@ -1,0 +1,240 @@
+"""What a run directory holds, read and put in order for the report.
+
+Every file is optional, and lines that a crash cut short are skipped.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from scipy.stats import spearmanr
+
+from adept_ds.base.errors import InputError
+from adept_ds.base.files import read_json
+
+Json = dict[str, Any]
+
+
+MAX_DOTS = 400
+"""Units that are shown one by one; more are shown by kind."""
+
+
+@dataclass(frozen=True)
+class Moved:
+    """A unit over the whole run; or the mean of a layer's heads or neurons."""
+
+    name: str
+    multiplier: float
+    """Mean over steps."""
+    change: float
+    """Root mean square over elements of the change since the start."""
+
+    @property
+    def is_norm(self) -> bool:
+        return re.search(r"norm|\bln_", self.name) is not None
+
+
+@dataclass(frozen=True)
+class Movement:
+    """What shows that multipliers acted. An interval lies between two lines of unit_movement.jsonl."""
+
+    units: list[Moved]
+    """Farthest first; without those whose weights are not finite numbers any more."""
+    dots: list[Moved]
+    """The same, or where units are many, the means of those that differ in a number only."""
+    correlations: list[float]
+    """Spearman's, of multiplier and change over the units of an interval; where nothing differs there is none. One
+    over all intervals would mostly tell how the learning rate decays."""
+    stopped: dict[str, int]
+    """Units that had multiplier 0 in an interval -> number of elements."""
+    stopped_but_moved: dict[str, str]
+    """Those of them that moved in it nevertheless -> how far, when."""
+    broken: int
+    """Units whose weights are not finite numbers any more."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run directory holds, read and put in order."""
+
+    config_text: str
+    config: Json
+    importance: Json
+    methods: Json
+    """By method of probing."""
+    expansion: Json
+    evaluation: Json
+    summary: Json
+    metrics: list[Json]
+    refreshes: list[tuple[float, Json]]
+    movement: Movement | None
+
+    @property
+    def copies(self) -> dict[int, int]:
+        """Index in the expanded model -> source layer in the base model."""
+        return {int(copy["index"]): int(copy["source"]) for copy in self.expansion.get("copies", [])}
+
+    @property
+    def selected(self) -> list[int]:
+        return sorted(self.copies.values()) or sorted(self.importance.get("selected") or [])
+
+    @property
+    def least(self) -> bool:
+        """Whether those with the lowest deltas were chosen, as far as the probe's record says."""
+        return bool((self.importance.get("selection") or {}).get("choose", "lowest") == "lowest")
+
+    @property
+    def chosen_otherwise(self) -> bool:
+        """Whether the copies are other layers than those that the probe's record chose."""
+        chosen = sorted(self.importance.get("selected") or [])
+        return bool(self.copies and chosen) and chosen != sorted(self.copies.values())
+
+    @property
+    def within_noise(self) -> list[int]:
+        """Layers that another sample of the corpus might well have chosen, or not."""
+        return list((self.importance.get("selection") or {}).get("within_noise") or [])
+
+    def series(self, key: str) -> tuple[Any, Any]:
+        pairs = _in_order((line["step"], line[key]) for line in self.metrics if finite(line.get(key)))
+        return np.array([step for step, _ in pairs]), np.array([value for _, value in pairs], dtype=float)
+
+    def evals(self) -> list[tuple[float, dict[str, float]]]:
+        lines = ((line["step"], line["eval"]) for line in self.metrics if isinstance(line.get("eval"), dict))
+        return [(step, losses(sets)) for step, sets in _in_order(lines)]
+
+    def before_after(self) -> tuple[dict[str, float], dict[str, float]]:
+        """Losses by data set of the base and of the adapted model; else of the first and the last evaluation."""
+        if self.evaluation:
+            return losses(self.evaluation.get("base")), losses(self.evaluation.get("adapted"))
+        evals = self.evals()
+        return (evals[0][1], evals[-1][1]) if len(evals) > 1 else ({}, {})
+
+
+def read_run(run_dir: Path) -> Run:
+    if not any((run_dir / name).is_file() for name in ("layer_importance.json", "metrics.jsonl")):
+        raise InputError(f"{run_dir}: no layer_importance.json and no metrics.jsonl; make them: adept run CONFIG")
+    path, config = run_dir / "config.yaml", None
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    with suppress(yaml.YAMLError):
+        config = yaml.safe_load(text)
+    names = ("layer_importance.json", "expanded/expansion.json", "evaluation.json", "summary.json")
+    probe, expansion, scores, summary = (_read_record(run_dir / name) for name in names)
+    metrics, units = (_read_lines(run_dir / name) for name in ("metrics.jsonl", "unit_importance.jsonl"))
+    refreshes = _in_order((line["step"], {unit["unit"]: unit for unit in line.get("units", [])}) for line in units)
+    movement = _movement(_read_lines(run_dir / "unit_movement.jsonl"))
+    settings = config if isinstance(config, dict) else {}
+    found = _read_record(run_dir / "layer_methods.json")
+    spearman, methods = found.get("spearman") or {}, found.get("methods") or {}
+    methods = {name: method | {"spearman": spearman.get(name)} for name, method in methods.items()}
+    return Run(text, settings, probe, methods, expansion, scores, summary, metrics, refreshes, movement)
+
+
+def _read_record(path: Path) -> Json:
+    try:
+        return dict(read_json(path)) if path.is_file() else {}
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{path}: not a JSON object ({error}); delete it, then: adept run CONFIG") from error
+
+
+def _read_lines(path: Path) -> list[Json]:
+    """The whole lines: a crash cuts the last one, and a resumed run that appends leaves the cut in the middle."""
+    lines, records = path.read_bytes().split(b"\n") if path.is_file() else [], []
+    for line in lines:
+        with suppress(ValueError):
+            records.append(json.loads(line))
+    return [record for record in records if isinstance(record, dict) and finite(record.get("step"))]
+
+
+def _in_order(pairs: Iterable[tuple[Any, Any]]) -> list[tuple[float, Any]]:
+    """A resumed run repeats the steps after its checkpoint: where it goes back, only the later lines count."""
+    kept: list[tuple[float, Any]] = []
+    for step, value in pairs:
+        while kept and kept[-1][0] >= step:
+            kept.pop()
+        kept.append((step, value))
+    return kept
+
+
+def _movement(lines: list[Json]) -> Movement | None:
+    whole = ((line["step"], line) for line in lines if finite(line.get("since")) and line["since"] < line["step"])
+    intervals = [(line["since"], step, _measured(line.get("units"))) for step, line in _in_order(whole)]
+    intervals = [interval for interval in intervals if interval[2]]
+    if not intervals:
+        return None
+    held: dict[str, list[tuple[float, float]]] = {}
+    stopped: dict[str, int] = {}
+    nevertheless: dict[str, str] = {}
+    for since, step, units in intervals:
+        for name, unit in units.items():
+            held.setdefault(name, []).append((unit["multiplier"], step - since))
+            if unit["multiplier"] == 0:
+                stopped[name] = unit["numel"]
+                if unit["moved"] != 0:
+                    nevertheless[name] = f"{short(unit['moved'])} (L2 norm) from step {since} to {step}"
+    last = {name: _rms(unit, "moved_since_start") for name, unit in intervals[-1][2].items()}
+    moved = [Moved(name, _mean(held[name]), change) for name, change in last.items() if math.isfinite(change)]
+    moved.sort(key=lambda unit: -unit.change)
+    correlations = [value for _, _, units in intervals for value in _rank_correlation(units.values())]
+    return Movement(moved, _by_kind(moved), correlations, stopped, nevertheless, len(last) - len(moved))
+
+
+def _measured(units: object) -> dict[str, Json]:
+    """The units of a line that have all that is needed, by name; weights that overflowed have a distance of NaN."""
+    numbers = ("numel", "multiplier", "moved", "moved_since_start")
+    whole = [u for u in units if isinstance(u, dict) and "unit" in u] if isinstance(units, list) else []
+    whole = [u for u in whole if all(isinstance(u.get(key), int | float) for key in numbers)]
+    return {str(u["unit"]): u for u in whole if u["numel"] > 0 and math.isfinite(u["multiplier"])}
+
+
+def _rms(unit: Json, distance: str) -> float:
+    return float(unit[distance] / math.sqrt(unit["numel"]))
+
+
+def _mean(weighted: list[tuple[float, float]]) -> float:
+    values, weights = zip(*weighted, strict=True)
+    return float(np.average(values, weights=weights))
+
+
+def _rank_correlation(units: Iterable[Json]) -> list[float]:
+    """Spearman's, of multiplier and change: none for less than three units, or if either is the same for all."""
+    pairs = [(unit["multiplier"], _rms(unit, "moved")) for unit in units if math.isfinite(unit["moved"])]
+    columns = list(zip(*pairs, strict=True))
+    differ = len(pairs) > 2 and all(len(set(column)) > 1 for column in columns)
+    return [float(spearmanr(*columns).statistic)] if differ else []
+
+
+def _by_kind(units: list[Moved]) -> list[Moved]:
+    """If they are too many for the figure: the mean of those of a layer whose names differ in a number only."""
+    if len(units) <= MAX_DOTS:
+        return units
+    kinds: dict[str, list[tuple[float, float]]] = {}
+    for unit in units:
+        layer = re.match(r".*?\d+\.", unit.name)
+        cut = layer.end() if layer else 0
+        kind = unit.name[:cut] + re.sub(r"\d+", "*", unit.name[cut:])
+        kinds.setdefault(kind, []).append((unit.multiplier, unit.change))
+    means = [Moved(name, *map(float, np.mean(members, axis=0))) for name, members in kinds.items()]
+    return sorted(means, key=lambda unit: -unit.change)
+
+
+def losses(sets: Json | None) -> dict[str, float]:
+    return {name: value["loss"] for name, value in (sets or {}).items() if finite(value.get("loss"))}
+
+
+def finite(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def short(value: float, digits: int = 3) -> str:
+    """Significant digits without padding: 1.8e-4, 0.0123, 7.31."""
+    text = f"{value:.{digits - 1}e}" if 0 < abs(value) < 1e-3 else f"{value:.{digits}g}"
+    return re.sub(r"\.?0*e([+-])0*", r"e\1", text).replace("e+", "e")

@@ -1,0 +1,124 @@
+"""What a training run writes about itself: metrics and units, as JSON lines and for TensorBoard. Rank 0 only."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from adept_ds.base.files import read_json_lines, write_text
+from adept_ds.ranks.collectives import rank
+from adept_ds.units.registry import Unit
+
+
+class RunLog:
+    """Appends records; on other ranks than 0 every method does nothing.
+
+    Args:
+        first_step: training (re)starts after this step. Later records are from a run that crashed after its last
+            checkpoint: they are removed, so that every step appears once.
+    """
+
+    def __init__(self, run_dir: Path, first_step: int, config_text: str) -> None:
+        self._active = rank() == 0
+        if not self._active:
+            return
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._metrics = run_dir / "metrics.jsonl"
+        self._importance = run_dir / "unit_importance.jsonl"
+        self._movement = run_dir / "unit_movement.jsonl"
+        for path in (self._metrics, self._importance, self._movement):
+            _keep_until(path, first_step)
+        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1 if first_step else None)
+        if first_step == 0:
+            self._board.add_text("config", f"```yaml\n{config_text}\n```")
+
+    def step(self, record: dict[str, Any]) -> None:
+        """One optimizer step: {"step", "loss", ...}."""
+        self._write("train", record)
+
+    def evaluation(self, step: int, results: dict[str, dict[str, Any]]) -> None:
+        if self._active:
+            _append(self._metrics, {"step": step, "eval": results})
+            for name, result in results.items():
+                self._board.add_scalar(f"eval/{name}_loss", result["loss"], step)
+
+    def refresh(
+        self,
+        step: int,
+        units: Sequence[Unit],
+        importance: Sequence[float],
+        multipliers: Sequence[float],
+        seconds: float,
+    ) -> None:
+        """Importances and the multipliers that hold from the next step on."""
+        if not self._active:
+            return
+        records = [
+            {"unit": unit.name, "importance": value, "multiplier": multiplier}
+            for unit, value, multiplier in zip(units, importance, multipliers, strict=True)
+        ]
+        _append(self._importance, {"step": step, "units": records})
+        self._show_units("multiplier", step, units, multipliers)
+        self._write("refresh", {"step": step, "refresh_seconds": seconds})
+
+    def movement(
+        self,
+        step: int,
+        since: int,
+        units: Sequence[Unit],
+        multipliers: Sequence[float],
+        moved: Sequence[float],
+        moved_since_start: Sequence[float],
+    ) -> None:
+        """L2 norms of how far units moved from step `since` to `step`, beside the multipliers that held meanwhile.
+
+        TensorBoard gets the root mean square over a unit's elements since the start, so that sizes do not show.
+        """
+        if not self._active:
+            return
+        records = [
+            {"unit": unit.name, "numel": unit.numel, "multiplier": m, "moved": recent, "moved_since_start": total}
+            for unit, m, recent, total in zip(units, multipliers, moved, moved_since_start, strict=True)
+        ]
+        _append(self._movement, {"step": step, "since": since, "units": records})
+        rms = [total / unit.numel**0.5 for unit, total in zip(units, moved_since_start, strict=True)]
+        self._show_units("movement", step, units, rms)
+
+    def close(self) -> None:
+        if self._active:
+            self._board.close()
+
+    def _show_units(self, group: str, step: int, units: Sequence[Unit], values: Sequence[float]) -> None:
+        """A curve for each unit, but of the heads or neurons of a layer their mean and a histogram."""
+        parts: dict[str, list[float]] = {}
+        for unit, value in zip(units, values, strict=True):
+            parts.setdefault(f"{group}/layers.{unit.layer}.{unit.part}", []).append(value)
+        for tag, members in parts.items():
+            self._board.add_scalar(tag, sum(members) / len(members), step)
+            if len(members) > 1:
+                self._board.add_histogram(tag, np.array(members), step)
+
+    def _write(self, group: str, record: dict[str, Any]) -> None:
+        if not self._active:
+            return
+        _append(self._metrics, record)
+        for key, value in record.items():
+            if key != "step" and isinstance(value, int | float):
+                self._board.add_scalar(f"{group}/{key}", value, record["step"])
+
+
+def _append(path: Path, record: dict[str, Any]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def _keep_until(path: Path, step: int) -> None:
+    """Drop the records after `step`; of step 0 itself (the start) nothing is kept, it is written again."""
+    if path.is_file():
+        kept = [record for record in read_json_lines(path) if record["step"] <= step and step > 0]
+        write_text(path, "".join(json.dumps(record) + "\n" for record in kept))

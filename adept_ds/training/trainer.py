@@ -1,0 +1,202 @@
+"""Stage two: the training loop.
+
+Everything that belongs to optimizer step N (its metrics, a refresh, an evaluation) happens before checkpoint N is
+written, so a resumed run begins with step N + 1 and repeats nothing.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from adept_ds.base.errors import StopRequestedError
+from adept_ds.base.terminal import Terminal
+from adept_ds.config.schema import Config
+from adept_ds.data.blocks import TrainingData
+from adept_ds.models.device import free_memory_bytes, peak_memory_bytes
+from adept_ds.models.flops import StepFlops
+from adept_ds.models.frozen_prefix import FrozenPrefix
+from adept_ds.ranks.collectives import local_size, max_over_ranks, sum_over_ranks, world_size
+from adept_ds.ranks.stopping import StopRequest
+from adept_ds.training.checkpoint import Manifest, load_checkpoint, save_checkpoint, tag_of
+from adept_ds.training.evaluation import EvalSet, evaluate
+from adept_ds.training.movement import UnitMovement
+from adept_ds.training.run_log import RunLog
+from adept_ds.training.step import lr_factor, take_step
+from adept_ds.units.importance import OnlineImportance, estimate_importance
+from adept_ds.units.unit_lr import UnitLR
+from adept_ds.units.unit_sums import ProbeBatches
+from adept_ds.zero.gathered import keep_frozen_gathered
+from adept_ds.zero.gradients import loss_scale
+from adept_ds.zero.outside_training import outside_training
+
+
+@dataclass
+class Trainer:
+    """One training run on one engine. `run` does everything; the rest are its steps."""
+
+    config: Config
+    engine: Any
+    optimizer: torch.optim.Optimizer
+    unit_lr: UnitLR
+    data: TrainingData
+    probe: ProbeBatches | None
+    """Text of refreshes; None if they need none, or if there are none."""
+    prefix: FrozenPrefix | None
+    online: OnlineImportance | None
+    movement: UnitMovement
+    eval_sets: list[EvalSet]
+    manifest_at: Callable[[int], Manifest]
+    flops: StepFlops
+    matmul_rate: float
+    """Operations per second of one rank's device."""
+    terminal: Terminal
+    stop: StopRequest
+
+    def __post_init__(self) -> None:
+        self._checkpoints = self.config.run_dir / "checkpoints"
+
+    def run(self, first_step: int, initial_importance: list[float] | None, config_text: str) -> None:
+        """Train from `first_step` (0: from the start) to the end.
+
+        Raises:
+            StopRequestedError: a signal came; a checkpoint was written.
+        """
+        train = self.config.train
+        log = RunLog(self.config.run_dir, first_step, config_text)
+        with self.terminal.progress("training") as bar:
+            if first_step:
+                self._resume(first_step)
+            else:
+                self._start(log, initial_importance)
+            for step in range(first_step, train.steps):
+                record, stop_agreed = self._train_step(step)
+                log.step(record)
+                bar((step + 1) / train.steps, _progress_text(record, train.steps))
+                if step == first_step:
+                    self._keep_frozen_gathered()
+                self._after_step(step + 1, log)
+                is_last = step + 1 == train.steps
+                if stop_agreed or is_last or (step + 1) % train.checkpoint_every == 0:
+                    self._save(step + 1)
+                if stop_agreed and not is_last:
+                    log.close()
+                    raise StopRequestedError(f"stopped after step {step + 1} of {train.steps}; checkpoint written")
+        log.close()
+
+    def _start(self, log: RunLog, importance: list[float] | None) -> None:
+        """Multipliers and losses before the first step."""
+        if importance is not None:
+            multipliers = self.unit_lr.refresh(importance)
+            log.refresh(0, self.unit_lr.registry.units, importance, multipliers, 0.0)
+        self._evaluate(0, log)
+
+    def _save(self, step: int) -> None:
+        state = {"movement_since": self.movement.since, "online": self.online and self.online.state_dict()}
+        save_checkpoint(
+            self.engine,
+            self._checkpoints,
+            self.manifest_at(step),
+            self.config.train.keep_checkpoints,
+            state,
+            lambda directory: self.movement.save(directory, step),
+        )
+
+    def _resume(self, step: int) -> None:
+        state = load_checkpoint(self.engine, self._checkpoints, self.manifest_at(step))
+        self.unit_lr.check_ranks_agree()
+        self.movement.load(self._checkpoints / tag_of(step), step, state["movement_since"])
+        if self.online:
+            self.online.load_state_dict(state["online"])
+
+    def _keep_frozen_gathered(self) -> None:
+        """Use the memory that the first step left over; after it, because a step's peak is known then."""
+        budget = self.config.train.keep_gathered_gib
+        mine = free_memory_bytes(local_size()) / 2 if budget == "auto" else budget * 2**30
+        (agreed,) = max_over_ranks(-mine)
+        kept, frozen = keep_frozen_gathered(self.engine, int(-agreed))
+        if kept:
+            self.terminal.stage("", f"{kept / 2**30:.2f} of {frozen / 2**30:.2f} GiB of frozen weights stay gathered")
+
+    def _train_step(self, step: int) -> tuple[dict[str, Any], bool]:
+        """One optimizer step: its record, and whether the ranks agreed to stop after it."""
+        train = self.config.train
+        start = time.perf_counter()
+        lr = train.lr * lr_factor(step, train)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        domain, replay = take_step(self.engine, self.data, step, train, self.online)
+        domain, replay, stops = sum_over_ranks([domain, replay, float(self.stop.requested)]).tolist()
+        seconds = time.perf_counter() - start
+        size, replayed = train.global_batch_size, self.data.replayed
+        tokens = size * self.data.domain.seq_len
+        loss = (domain + replay) / size
+        record = {
+            "step": step + 1,
+            "loss": loss,
+            "lr": lr,
+            "grad_norm": _finite(self.engine.get_global_grad_norm()),
+            "tokens": (step + 1) * tokens,
+            "seconds": seconds,
+            "tokens_per_second": tokens / seconds,
+            "mfu": self.flops.total * tokens / seconds / (self.matmul_rate * world_size()),
+            "peak_memory_bytes": peak_memory_bytes(),
+        }
+        if replayed:
+            record |= {"domain_loss": domain / (size - replayed), "replay_loss": replay / replayed}
+        if train.precision == "fp16":
+            record |= {"loss_scale": loss_scale(self.engine)}
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"the training loss is {loss} at step {step + 1}; lower train.lr")
+        return record, stops > 0
+
+    def _after_step(self, step: int, log: RunLog) -> None:
+        config, units = self.config, self.unit_lr.registry.units
+        is_last = step == config.train.steps
+        refreshes = (self.probe or self.online) and step % config.importance.every == 0 and not is_last
+        if refreshes or is_last:
+            since, multipliers = self.movement.since, self.unit_lr.multipliers
+            log.movement(step, since, units, multipliers, *self.movement.measure(step))
+        if refreshes:
+            start = time.perf_counter()
+            importance = self._importance()
+            if importance is not None:
+                multipliers = self.unit_lr.refresh(importance)
+                log.refresh(step, units, importance, multipliers, time.perf_counter() - start)
+        if step % config.train.eval_every == 0 or is_last:
+            self._evaluate(step, log)
+
+    def _importance(self) -> list[float] | None:
+        if self.online:
+            return self.online.take()
+        assert self.probe is not None
+        return estimate_importance(self.engine, self.unit_lr.registry, self.probe, prefix=self.prefix)
+
+    def _evaluate(self, step: int, log: RunLog) -> None:
+        if not self.eval_sets:
+            return
+        with outside_training(self.engine), self.terminal.progress("evaluating") as bar:
+            results = evaluate(
+                self.engine,
+                self.eval_sets,
+                batch_size=self.config.train.micro_batch_size,
+                device=self.engine.device,
+                progress=bar,
+            )
+        log.evaluation(step, results)
+        losses = ", ".join(f"{name} {result['loss']:.4f}" for name, result in results.items())
+        self.terminal.stage("", f"step {step}: held-out loss {losses}")
+
+
+def _progress_text(record: dict[str, Any], steps: int) -> str:
+    return f"step {record['step']}/{steps}  loss {record['loss']:.4f}  {record['tokens_per_second']:.0f} tokens/s"
+
+
+def _finite(value: Any) -> float | None:
+    """fp16 has no norm in a step that overflowed."""
+    return None if value is None or not math.isfinite(value) else float(value)

@@ -1,0 +1,214 @@
+"""Units: the semantic pieces of expanded layers that have a learning rate of their own (paper, section 3.2).
+
+Granularity `matrix`: a projection (weight and bias together) or a norm. `module`: all projections of the attention, or
+of the MLP, or a norm. `fine`: an attention head, a key-value head, an MLP neuron, or a norm. A head owns rows of
+q_proj and columns of o_proj, a neuron rows of gate_proj and up_proj and a column of down_proj, so fine units are
+scattered over a flattened parameter. A `Placement` says how with a few numbers, never with one per element. Projections
+that an architecture fuses, and the matrices of each expert, are units of their own all the same.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+
+from adept_ds.models.families import Family, copied_parameters, module_path
+from adept_ds.units.placement import Placement, Tile
+
+UnitKind = Literal["matrix", "module", "head", "neuron", "norm"]
+
+
+Granularity = Literal["matrix", "module", "fine"]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One piece of an expanded layer."""
+
+    name: str
+    """For people and files: 'layers.12.self_attn.q_proj', with the layer's index in the expanded model."""
+    kind: UnitKind
+    layer: int
+    part: str
+    """Path inside the layer, the same for all heads of it: 'self_attn.q_proj', 'self_attn.head', 'mlp'."""
+    numel: int
+
+
+class UnitRegistry:
+    """All units, in a fixed order, and where each parameter's elements belong.
+
+    The order makes a vector of n_units numbers mean the same on every rank.
+    """
+
+    def __init__(self, units: Sequence[Unit], placements: Mapping[str, Sequence[Placement]]) -> None:
+        self.units = tuple(units)
+        self.names = [unit.name for unit in units]
+        self.placements = {name: tuple(parts) for name, parts in placements.items()}
+        """By full name of the parameter: its parts, in the order in which they lie in it."""
+
+    def __len__(self) -> int:
+        return len(self.units)
+
+    @property
+    def sizes(self) -> torch.Tensor:
+        """[n_units] float64: elements of each."""
+        return torch.tensor([unit.numel for unit in self.units], dtype=torch.float64)
+
+    def parts(self, parameter: str, start: int, stop: int) -> Iterator[tuple[Placement, int, int, int]]:
+        """Where elements start:stop of a flattened parameter lie in its parts.
+
+        Yields:
+            a part, first and last + 1 of the elements inside it, and the first one counted from `start`.
+        """
+        begin = 0
+        for part in self.placements[parameter]:
+            first, last = max(start, begin), min(stop, begin + part.numel)
+            if first < last:
+                yield part, first - begin, last - begin, first - start
+            begin += part.numel
+
+    def tiles(self, parameter: str, start: int, stop: int) -> Iterator[Tile]:
+        """Elements start:stop of a flattened parameter, cut into tiles."""
+        for part, first, last, offset in self.parts(parameter, start, stop):
+            for tile in part.tiles(first, last):
+                yield replace(tile, start=offset + tile.start)
+
+    @classmethod
+    def from_mapping(cls, unit_of: Mapping[str, str], shapes: Mapping[str, Sequence[int]]) -> UnitRegistry:
+        """Whole parameters as units of any name: {'model.layers.0.mlp.up_proj.weight': 'mlp'}.
+
+        Raises:
+            ValueError: a parameter that `shapes` does not know.
+        """
+        unknown = unit_of.keys() - shapes.keys()
+        if unknown:
+            raise ValueError(f"no parameter '{min(unknown)}'; name parameters as model.named_parameters() does")
+        names = list(dict.fromkeys(unit_of.values()))
+        sizes = dict.fromkeys(names, 0)
+        for parameter, unit in unit_of.items():
+            sizes[unit] += math.prod(shapes[parameter])
+        units = [Unit(name, "matrix", 0, name, sizes[name]) for name in names]
+        index = {name: position for position, name in enumerate(names)}
+        return cls(units, {p: [Placement(tuple(shapes[p]), index[unit])] for p, unit in unit_of.items()})
+
+
+def build_registry(
+    family: Family,
+    shapes: Mapping[str, Sequence[int]],
+    layers: Sequence[int],
+    granularity: Granularity = "matrix",
+    config: Any = None,
+) -> UnitRegistry:
+    """The units of `layers`; every parameter of these layers belongs to some.
+
+    Args:
+        shapes: of all parameters of the model, by full name.
+        config: the model's configuration; `fine` reads the numbers of heads from it.
+
+    Raises:
+        ValueError: a parameter that the family's table does not mention, or heads that do not divide it.
+    """
+    order = {path: position for position, path in enumerate((*family.projections, *family.norms))}
+    members: dict[int, list[tuple[int, str, str]]] = {}
+    for name, layer, inner in copied_parameters(family, list(shapes), layers):
+        path = module_path(inner)
+        if path not in order:
+            raise ValueError(f"parameter '{name}' belongs to no unit: add '{path}' to its family in families.py")
+        members.setdefault(layer, []).append((order[path], path, name))
+    index: dict[str, int] = {}
+    units: list[tuple[str, UnitKind, int, str]] = []
+    placements: dict[str, list[Placement]] = {}
+    for layer in sorted(members):
+        for _, path, name in sorted(members[layer], key=lambda member: member[0]):
+            placements[name] = []
+            for band in _bands(family, path, tuple(shapes[name]), granularity, config):
+                names = [f"layers.{layer}.{part}{number}" for part, number in band.units]
+                for unit, (part, _) in zip(names, band.units, strict=True):
+                    if unit not in index:
+                        index[unit] = len(units)
+                        units.append((unit, band.kind, layer, part))
+                period = len(names) if band.axis is not None else None
+                placements[name].append(Placement(band.shape, index[names[0]], band.axis, band.block, period))
+    sizes = [0] * len(units)
+    for placement in (part for parts in placements.values() for part in parts):
+        for position in range(placement.first, placement.first + placement.count):
+            sizes[position] += placement.numel // placement.count
+    return UnitRegistry([Unit(*unit, size) for unit, size in zip(units, sizes, strict=True)], placements)
+
+
+@dataclass(frozen=True)
+class _Band:
+    """Consecutive elements of one parameter of a layer, and the units among them."""
+
+    shape: tuple[int, ...]
+    kind: UnitKind
+    units: Sequence[tuple[str, str]]
+    """Part and number of each; beyond the last one the first one comes again."""
+    axis: int | None = None
+    block: int = 1
+
+
+def _bands(family: Family, path: str, shape: tuple[int, ...], granularity: Granularity, config: Any) -> Iterator[_Band]:
+    """One parameter of a layer, in the order in which its elements lie."""
+    if path in family.norms:
+        yield _Band(shape, "norm", [(path, "")])
+    elif granularity == "module":
+        yield _Band(shape, "module", [(path.partition(".")[0], "")])
+    elif len(shape) == 3:
+        for expert in range(shape[0]):
+            yield from _projection_bands(family, path, shape[1:], granularity, config, f".{expert}")
+    else:
+        yield from _projection_bands(family, path, shape, granularity, config, "")
+
+
+def _projection_bands(
+    family: Family, path: str, shape: tuple[int, ...], granularity: Granularity, config: Any, expert: str
+) -> Iterator[_Band]:
+    """The weight or the bias of one linear layer."""
+    projection, fine = family.projections[path], granularity == "fine"
+    parts = projection.parts
+    if not parts or (not fine and len(parts) == 1):
+        yield _Band(shape, "matrix", [(path, expert)])
+        return
+    axis = 0
+    if len(shape) == 1 and projection.side == "inputs":
+        # The bias belongs to no input.
+        yield _Band(shape, "matrix", [(f"{path}.bias", expert)])
+        return
+    if len(shape) == 2:
+        axis = int((projection.side == "inputs") != family.transposed)
+    lines = shape[axis]
+    counts = [1 if part.count_key is None else int(getattr(config, part.count_key)) for part in parts]
+    if lines % sum(counts):
+        raise ValueError(f"{path}: {lines} rows or columns do not divide into {sum(counts)} units")
+    block = lines // sum(counts)
+    matrices = [(part.name or path, expert) for part in parts]
+    groups = [
+        _numbered(part.fine, expert, count if part.count_key else block)
+        for part, count in zip(parts, counts, strict=True)
+    ]
+    kind: UnitKind = "matrix" if not fine else "head" if parts[0].count_key else "neuron"
+    if projection.by_head and fine:
+        yield _Band(shape, kind, groups[0], axis, block * len(parts))
+    elif projection.by_head:
+        yield _Band(shape, kind, matrices, axis, block)
+    elif axis == 1 and fine:
+        # Columns of all parts lie beside each other in every row; their units are the same.
+        yield _Band(shape, kind, groups[0], axis, block if parts[0].count_key else 1)
+    elif axis == 1:
+        yield _Band(shape, kind, matrices, axis, lines // len(parts))
+    else:
+        for matrix, group, count in zip(matrices, groups, counts, strict=True):
+            part_shape = (count * block, *shape[1:])
+            if fine:
+                yield _Band(part_shape, kind, group, 0, count * block // len(group))
+            else:
+                yield _Band(part_shape, kind, [matrix])
+
+
+def _numbered(part: str, expert: str, count: int) -> list[tuple[str, str]]:
+    return [(part, f"{expert}.{number}") for number in range(count)]

@@ -1,0 +1,121 @@
+"""Unit-wise learning rates on a DeepSpeed engine: bind multipliers to the partitions, refresh them, compare ranks.
+
+Works alone, with any model and optimizer (see docs/unit_lr.md):
+
+    units = UnitLR(engine, {"model.embed_tokens.weight": "embeddings", ...})
+    units.set({"embeddings": 0.1, ...})
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from adept_ds.base.errors import InputError, UnitMismatchError
+from adept_ds.config.deepspeed import unsupported_feature
+from adept_ds.config.schema import LrPolicySection
+from adept_ds.ranks.collectives import all_ranks_equal, gather_objects
+from adept_ds.units.adamw import UnitAdamW
+from adept_ds.units.lr_policy import multipliers_from_importance, smooth
+from adept_ds.units.multipliers import UnitSlice, attach_multipliers
+from adept_ds.units.registry import UnitRegistry
+from adept_ds.zero.engine import client_optimizer, ds_config, parameter_shapes
+from adept_ds.zero.layout import Piece, partition_layout
+
+OTHERS = "others"
+"""The unit of trainable parameters that a mapping leaves out: their multiplier is 1 unless it is set."""
+
+
+class UnitLR:
+    """The multipliers of one training run.
+
+    Args:
+        engine: from `deepspeed.initialize`, ZeRO stage 1, 2 or 3. With `UnitAdamW` as its optimizer multipliers cost
+            next to nothing; on any other they cost a transient copy of what is stepped.
+        units: a registry, or {full name of a parameter: unit}.
+        policy: how `refresh` maps importances to multipliers.
+
+    Raises:
+        InputError: the engine uses a feature of DeepSpeed under which multipliers would not hold.
+        LayoutError: DeepSpeed lays out partitions in another way than `zero` was written for.
+        ValueError: `units` names a parameter that the model has not.
+    """
+
+    def __init__(
+        self, engine: Any, units: UnitRegistry | Mapping[str, str], policy: LrPolicySection | None = None
+    ) -> None:
+        refusal = unsupported_feature(ds_config(engine))
+        if refusal:
+            raise InputError(f"deepspeed: {refusal}")
+        self.registry = units if isinstance(units, UnitRegistry) else _registry_of(engine, units)
+        self._policy = policy or LrPolicySection()
+        client = client_optimizer(engine)
+        self._multipliers = client.multipliers if isinstance(client, UnitAdamW) else attach_multipliers(client)
+        self._multipliers.name_units(self.registry.names)
+        for partition in partition_layout(engine):
+            slices = [unit_slice for piece in partition.pieces for unit_slice in self._slices_of(piece)]
+            self._multipliers.bind(partition.tensor, slices)
+
+    @property
+    def multipliers(self) -> list[float]:
+        """In registry order."""
+        return list(self._multipliers.values.values())
+
+    @property
+    def map_bytes(self) -> int:
+        """Memory that this rank uses to know which element belongs to which unit."""
+        return self._multipliers.map_bytes
+
+    def set(self, multipliers: Mapping[str, float]) -> None:
+        """Put multipliers into effect; units that are not named keep theirs.
+
+        Raises:
+            ValueError: an unknown unit.
+            UnitMismatchError: another rank was given other multipliers.
+        """
+        self._multipliers.set(self._multipliers.values | dict(multipliers))
+        self.check_ranks_agree()
+
+    def refresh(self, importance: Sequence[float]) -> list[float]:
+        """Map importances (registry order) to multipliers, put them into effect, and check that all ranks agree."""
+        if self._policy.smoothing:
+            importance = smooth(self._multipliers.smoothed_importance, importance, self._policy.smoothing)
+            self._multipliers.smoothed_importance = importance
+        multipliers = multipliers_from_importance(importance, self.registry.units, self._policy)
+        self.set(dict(zip(self.registry.names, multipliers, strict=True)))
+        return multipliers
+
+    def check_ranks_agree(self) -> None:
+        """Raises `UnitMismatchError`, naming the unit, if a rank holds another multiplier than rank 0.
+
+        A digest travels; the multipliers themselves only to say who disagrees.
+        """
+        if all_ranks_equal(_digest(self.multipliers)):
+            return
+        held = gather_objects(self.multipliers)
+        for rank, multipliers in enumerate(held):
+            for unit, value, expected in zip(self.registry.names, multipliers, held[0], strict=True):
+                if value != expected:
+                    raise UnitMismatchError(
+                        f"unit '{unit}' has multiplier {value!r} on rank {rank} but {expected!r} on rank 0; "
+                        "every rank must compute or set the same"
+                    )
+
+    def _slices_of(self, piece: Piece) -> Iterator[UnitSlice]:
+        end = piece.param_start + piece.numel
+        for part, first, last, offset in self.registry.parts(piece.parameter, piece.param_start, end):
+            start = piece.flat_start + offset
+            yield UnitSlice(start, start + last - first, part, first)
+
+
+def _registry_of(engine: Any, unit_of: Mapping[str, str]) -> UnitRegistry:
+    shapes = parameter_shapes(engine.module)
+    trainable = {name: OTHERS for name, parameter in engine.module.named_parameters() if parameter.requires_grad}
+    return UnitRegistry.from_mapping(trainable | dict(unit_of), shapes)
+
+
+def _digest(values: Sequence[float]) -> float:
+    """48 bits of a hash, which a float64 holds exactly."""
+    return float(int.from_bytes(hashlib.sha256(struct.pack(f"{len(values)}d", *values)).digest()[:6], "big"))

@@ -1,0 +1,135 @@
+"""What an expanded checkpoint keeps of its base besides tensors, so that the base can be given back byte for byte."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Literal, get_args
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, model_validator
+
+from adept_ds.base.errors import InputError
+from adept_ds.base.files import write_json, write_text
+from adept_ds.weights.tensor_files import StoredTensor, read_header
+
+FILE_NAME = "base_files.json"
+
+
+BaseText = Literal["config.json", "model.safetensors.index.json", "expansion.json", "base_files.json"]
+"""Files that an expansion writes anew. The last two exist where the base is an expanded checkpoint itself."""
+
+
+def _inside(name: str) -> str:
+    """A weight file stays in its directory, whatever the record says: it may have come from anywhere."""
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or path.suffix != ".safetensors" or "\\" in name or "\0" in name:
+        raise ValueError(f"{name!r} is no name of a weight file")
+    return name
+
+
+class BaseFiles(BaseModel):
+    """The record that stands in an expanded checkpoint (base_files.json)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    format: Literal[1] = 1
+    texts: dict[BaseText, str]
+    headers: dict[Annotated[str, AfterValidator(_inside)], str]
+    """Each weight file's header, as it stands there: names, dtypes, shapes, order and metadata."""
+
+    @model_validator(mode="after")
+    def _without_config_it_is_no_model(self) -> BaseFiles:
+        if "config.json" not in self.texts or not self.headers:
+            raise ValueError("config.json and weight files are needed")
+        return self
+
+    @classmethod
+    def of(cls, base: Path, files: Sequence[Path]) -> BaseFiles:
+        """Read those of `base`, whose weight files are `files`. Raises `InputError` if it keeps some outside itself."""
+        try:
+            texts = {name: _text(base / name) for name in get_args(BaseText) if (base / name).is_file()}
+            return cls(texts=texts, headers={file.relative_to(base).as_posix(): _header(file) for file in files})
+        except ValueError as error:
+            reason = first_mistake(error) if isinstance(error, ValidationError) else str(error)
+            raise InputError(f"model: '{base}' is no directory that could be given back: {reason}") from None
+
+    @classmethod
+    def load(cls, directory: Path) -> BaseFiles:
+        """Raises `InputError` when `directory` has no such record, or one that was tampered with."""
+        path = directory / FILE_NAME
+        if not path.is_file():
+            raise InputError(
+                f"'{directory}' has no {FILE_NAME}, which says what its base was; `adept delta pack` it with --base"
+            )
+        try:
+            return cls.model_validate_json(path.read_bytes())
+        except ValidationError as error:
+            raise InputError(f"'{path}' is damaged ({first_mistake(error)}); copy the model again") from None
+
+    def save(self, directory: Path) -> None:
+        write_json(directory / FILE_NAME, self.model_dump())
+
+    def restore_texts(self, directory: Path) -> None:
+        for name, text in self.texts.items():
+            write_text(directory / name, text)
+
+    def tensors(self) -> dict[str, dict[str, tuple[str, tuple[int, ...]]]]:
+        """Weight file -> its tensors in their order, each with dtype and shape.
+
+        Raises:
+            InputError: a header cannot be read.
+        """
+        try:
+            return {file: dict(_entries(header)) for file, header in self.headers.items()}
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise InputError(f"{FILE_NAME}: a header cannot be read ({error!r}); copy the model again") from None
+
+    def restore_weights(self, name: str, destination: Path, tensors: Mapping[str, StoredTensor]) -> Iterator[int]:
+        """Write one of the base's weight files; yields the number of bytes of each chunk.
+
+        Args:
+            tensors: all that it holds, by their names in the base.
+
+        Raises:
+            InputError: the record was tampered with.
+        """
+        header = self.headers[name].encode()
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        with destination.open("wb", buffering=0) as file:
+            file.write(struct.pack("<Q", len(header)) + header)
+            for tensor, _ in _entries(self.headers[name]):
+                yield from tensors[tensor].copy_to(file)
+        try:
+            read_header(destination)
+        except InputError:
+            raise InputError(
+                f"{FILE_NAME}: the header of '{name}' does not fit its tensors; copy the model again"
+            ) from None
+
+
+def first_mistake(error: ValidationError) -> str:
+    """What is wrong with a record, in a few words on one line."""
+    mistake = error.errors()[0]
+    place = ".".join(map(str, mistake["loc"])) or "the file"
+    message = mistake["msg"].removeprefix("Value error, ")[:200].replace("\n", " ")
+    return f"{place[:100]!r}: {message}"
+
+
+def _entries(header: str) -> Iterator[tuple[str, tuple[str, tuple[int, ...]]]]:
+    entries = json.loads(header)
+    entries.pop("__metadata__", None)
+    for name in sorted(entries, key=lambda name: (entries[name]["data_offsets"], name)):
+        yield name, (entries[name]["dtype"], tuple(entries[name]["shape"]))
+
+
+def _header(path: Path) -> str:
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        return file.read(length).decode()
+
+
+def _text(path: Path) -> str:
+    """With its line ends as they are."""
+    return path.read_bytes().decode()

@@ -1,0 +1,127 @@
+"""From a training checkpoint to a Hugging Face directory.
+
+The expanded checkpoint is streamed shard by shard; the tensors of the copies are replaced by the trained ones, which
+are put together from DeepSpeed's partitions by DeepSpeed's own reader. No engine and no accelerator is needed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from adept_ds.base.errors import InputError
+from adept_ds.base.files import new_directory, read_json, write_json
+from adept_ds.base.progress import ProgressCallback
+from adept_ds.models.directory import family_of
+from adept_ds.weights.hf_directory import INDEX_NAME, copy_companions, stored_tensors, weight_files
+
+_DTYPES = {"source": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def read_zero_checkpoint(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """All parameters, fp32, that a DeepSpeed ZeRO checkpoint holds (frozen ones too, if it was saved with them).
+
+    Args:
+        checkpoint: its tag, or the directory above it with its `latest` file.
+
+    Raises:
+        InputError: `checkpoint` is no DeepSpeed checkpoint.
+    """
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    root, tag = (checkpoint.parent, checkpoint.name) if _is_tag(checkpoint) else (checkpoint, None)
+    latest = root / "latest"
+    if tag is None and latest.is_file():
+        tag = latest.read_text(encoding="utf-8").strip()
+    if tag is None or not _is_tag(root / tag):
+        raise InputError(f"'{checkpoint}' holds no DeepSpeed checkpoint; give run_dir/checkpoints/step_N")
+    return dict(get_fp32_state_dict_from_zero_checkpoint(str(root), tag=tag))
+
+
+def _read_shard(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """Names and tensors of a safetensors file. Raises `InputError` when it is damaged."""
+    try:
+        with safe_open(file, framework="pt") as shard:
+            for name in shard.keys():  # noqa: SIM118 - safe_open is not a mapping
+                yield name, shard.get_tensor(name)
+    except SafetensorError as error:
+        raise InputError(f"model: '{file}' is damaged ({error}); complete the download") from None
+
+
+def export_checkpoint(
+    expanded: Path,
+    checkpoint: Path,
+    destination: Path,
+    dtype: str = "source",
+    progress: ProgressCallback | None = None,
+) -> int:
+    """Write the adapted model to `destination` (replaced if it exists); returns how many tensors were trained.
+
+    Args:
+        expanded: the checkpoint that training started from.
+        dtype: of all floating-point tensors; 'source' keeps each tensor's own.
+
+    Raises:
+        InputError: the training checkpoint does not belong to `expanded`.
+    """
+    files = weight_files(expanded)
+    trained = _as_stored(read_zero_checkpoint(checkpoint), expanded, checkpoint)
+    missing = set(trained)
+    with new_directory(destination) as folder:
+        for number, file in enumerate(files):
+            if progress:
+                progress(number / len(files), file.name)
+            tensors = {
+                name: _result_tensor(name, tensor, trained.get(name), _DTYPES[dtype])
+                for name, tensor in _read_shard(file)
+            }
+            missing -= tensors.keys()
+            save_file(tensors, folder / file.name, metadata={"format": "pt"})
+        assert not missing
+        if (expanded / INDEX_NAME).is_file():
+            write_json(folder / INDEX_NAME, read_json(expanded / INDEX_NAME))
+        copy_companions(expanded, folder)
+        (folder / "expansion.json").write_bytes((expanded / "expansion.json").read_bytes())
+        _write_config(expanded, folder, dtype)
+    return len(trained)
+
+
+def _as_stored(parameters: dict[str, torch.Tensor], expanded: Path, checkpoint: Path) -> dict[str, torch.Tensor]:
+    """A model's parameters under the names that they have in the files of `expanded`: stacks of experts come apart."""
+    family, stored = family_of(expanded), stored_tensors(expanded)
+    tensors: dict[str, torch.Tensor] = {}
+    for name, parameter in parameters.items():
+        try:
+            names = family.stored_parts(name, stored)
+        except KeyError:
+            raise InputError(f"'{checkpoint}' trained '{name}', which '{expanded}' lacks; give its own base") from None
+        listed = [part for expert in names for part in expert]
+        comes_apart = parameter.dim() > len(stored[listed[0]].shape)
+        rows = parameter.reshape(-1, *parameter.shape[2:]) if comes_apart else parameter
+        tensors |= zip(listed, rows.chunk(len(listed)), strict=True)
+    return tensors
+
+
+def _result_tensor(
+    name: str, base: torch.Tensor, trained: torch.Tensor | None, dtype: torch.dtype | None
+) -> torch.Tensor:
+    if trained is not None and trained.shape != base.shape:
+        raise InputError(f"trained tensor '{name}' is {tuple(trained.shape)}, its base {tuple(base.shape)}")
+    wanted = dtype if dtype is not None and base.is_floating_point() else base.dtype
+    return (base if trained is None else trained).to(wanted).contiguous()
+
+
+def _write_config(expanded: Path, folder: Path, dtype: str) -> None:
+    config = read_json(expanded / "config.json")
+    if dtype != "source":
+        config["dtype"] = dtype
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _is_tag(path: Path) -> bool:
+    return any(path.glob("*optim_states.pt"))

@@ -1,0 +1,88 @@
+"""What tensors are, in 64 digits: SHA-256 over their names, kinds and bytes, however they fall on files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt
+
+from adept_ds.base.progress import ProgressCallback
+from adept_ds.weights.tensor_files import StoredTensor
+
+_NOT_OF_THE_FUNCTION = {"_name_or_path", "transformers_version"}
+"""Keys of config.json that only say where a model comes from."""
+
+
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class TensorRecord(BaseModel):
+    """A tensor without its bytes."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    sha256: Digest
+    dtype: str
+    shape: tuple[NonNegativeInt, ...]
+
+
+class Meter:
+    """Turns bytes of several pieces of work into one progress."""
+
+    def __init__(self, tensors: Iterable[StoredTensor], progress: ProgressCallback | None) -> None:
+        """Args: tensors: all that will be read or written, once for each time."""
+        self._total = max(1, sum(tensor.num_bytes for tensor in tensors))
+        self._done = 0
+        self._progress = progress
+
+    def advance(self, num_bytes: int, text: str = "") -> None:
+        self._done += num_bytes
+        if self._progress:
+            self._progress(min(1.0, self._done / self._total), text)
+
+    def rest(self) -> ProgressCallback:
+        """For work that counts in shares of its own: from here to the end."""
+        start, progress = min(1.0, self._done / self._total), self._progress
+
+        def advance(share: float, text: str) -> None:
+            if progress:
+                progress(start + share * (1 - start), text)
+
+        return advance
+
+
+def hash_tensors(
+    tensors: Mapping[str, StoredTensor], on_bytes: Callable[[int, str], None] | None = None
+) -> dict[str, TensorRecord]:
+    """Read all tensors once.
+
+    Args:
+        on_bytes: called with the number of bytes of each chunk and the tensor's name.
+    """
+    records = {}
+    for name, tensor in tensors.items():
+        digest = hashlib.sha256()
+        for chunk in tensor.chunks():
+            digest.update(chunk)
+            if on_bytes:
+                on_bytes(len(chunk), name)
+        records[name] = TensorRecord(sha256=digest.hexdigest(), dtype=tensor.dtype, shape=tensor.shape)
+    return records
+
+
+def fingerprint_of(records: Mapping[str, TensorRecord]) -> str:
+    """One SHA-256 for all: of the JSON list of [name, dtype, shape, sha256], sorted by name, without spaces."""
+    listed = [[name, records[name].dtype, list(records[name].shape), records[name].sha256] for name in sorted(records)]
+    return json_digest(listed)
+
+
+def config_digest(config: Mapping[str, Any]) -> str:
+    """SHA-256 of what a config.json says, however it is written; without what says only where the model comes from."""
+    return json_digest({key: value for key, value in config.items() if key not in _NOT_OF_THE_FUNCTION})
+
+
+def json_digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

@@ -1,0 +1,232 @@
+"""safetensors files put together from pieces of others, without ever holding a tensor in memory.
+
+The safetensors library reads single tensors, but writes a file only from a dictionary of all of them. Here bytes go
+from file to file, whatever their dtype. The format: 8 bytes (little-endian length), a JSON header, the data.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import math
+import os
+import struct
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from io import FileIO
+from pathlib import Path
+from typing import Any, TypeVar
+
+from adept_ds.base.errors import InputError
+
+_CHUNK = 1 << 23
+
+
+_NOT_IN_KERNEL = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, None}
+"""How file systems say that they cannot copy from file to file by themselves; None: Python has no such call here."""
+
+
+_MAX_HEADER = 100 << 20
+"""The format's own limit."""
+
+
+_ITEM_BYTES = {
+    **dict.fromkeys(("F64", "I64", "U64", "C64"), 8),
+    **dict.fromkeys(("F32", "I32", "U32"), 4),
+    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 2),
+    **dict.fromkeys(("BOOL", "I8", "U8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1),
+}
+
+
+_LIBRARY_ORDER = (
+    *("U64", "I64", "F64", "C64", "F32", "U32", "I32"),
+    *("BF16", "F16", "U16", "I16", "F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL"),
+)
+"""Dtypes as they follow one another in a file of the safetensors library: the widest first, so that all are aligned."""
+
+
+_FLOAT_FORMATS = {"F64": "<d", "F32": "<f", "F16": "<e", "BF16": "<f"}
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a file."""
+
+    file: Path
+    start: int
+    """First byte in the file."""
+    num_bytes: int
+    dtype: str
+    """As the format calls it: 'F32', 'BF16'."""
+    shape: tuple[int, ...]
+
+    def chunks(self) -> Iterator[memoryview]:
+        """Its bytes; a chunk is valid until the next one."""
+        buffer = memoryview(bytearray(min(_CHUNK, self.num_bytes)))
+        with self.file.open("rb", buffering=0) as file:
+            file.seek(self.start)
+            for start in range(0, self.num_bytes, _CHUNK):
+                chunk = buffer[: self.num_bytes - start]
+                if file.readinto(chunk) != len(chunk):
+                    raise self._too_short()
+                yield chunk
+
+    def copy_to(self, target: FileIO) -> Iterator[int]:
+        """Append its bytes to a file; yields the number of each chunk."""
+        copied = 0
+        with self.file.open("rb", buffering=0) as file:
+            file.seek(self.start)
+            while copied < self.num_bytes:
+                try:
+                    step = os.copy_file_range(file.fileno(), target.fileno(), min(self.num_bytes - copied, _CHUNK))
+                except (OSError, AttributeError) as error:
+                    if copied or getattr(error, "errno", None) not in _NOT_IN_KERNEL:
+                        raise
+                    yield from map(target.write, self.chunks())
+                    return
+                if not step:
+                    raise self._too_short()
+                copied += step
+                yield step
+
+    def _too_short(self) -> InputError:
+        return InputError(f"model: '{self.file}' is shorter than its header says; complete the download")
+
+
+@dataclass(frozen=True)
+class Constant:
+    """A tensor of the dtype and shape of another, with one value in every element.
+
+    Raises:
+        InputError: another value than zero, in a dtype that it cannot be written in.
+    """
+
+    like: StoredTensor
+    value: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.value and self.dtype not in _FLOAT_FORMATS:
+            raise InputError(
+                f"model: '{self.like.file}' holds a norm in {self.dtype}, where {self.value} cannot be written; "
+                f"convert the model to one of {', '.join(_FLOAT_FORMATS)}"
+            )
+
+    @property
+    def num_bytes(self) -> int:
+        return self.like.num_bytes
+
+    @property
+    def dtype(self) -> str:
+        return self.like.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.like.shape
+
+    def chunks(self) -> Iterator[memoryview]:
+        item = self._item()
+        values = memoryview(item * (min(_CHUNK, self.num_bytes) // len(item)))
+        for start in range(0, self.num_bytes, _CHUNK):
+            yield values[: self.num_bytes - start]
+
+    def copy_to(self, target: FileIO) -> Iterator[int]:
+        yield from map(target.write, self.chunks())
+
+    def _item(self) -> bytes:
+        """The bytes of one element; zero has zero bytes in every dtype."""
+        if not self.value:
+            return b"\0"
+        if self.dtype == "BF16":
+            return struct.pack("<f", self.value)[2:]  # the upper half of a float32: exact for small whole numbers
+        return struct.pack(_FLOAT_FORMATS[self.dtype], self.value)
+
+
+Piece = StoredTensor | Constant
+
+
+P = TypeVar("P", bound=Piece)
+
+
+def in_library_order(pieces: Mapping[str, P]) -> dict[str, P]:
+    """As safetensors orders the tensors of a file, by dtype and name: the same tensors give the same file."""
+    ranks = {dtype: rank for rank, dtype in enumerate(_LIBRARY_ORDER)}
+    return dict(sorted(pieces.items(), key=lambda item: (ranks.get(item[1].dtype, len(ranks)), item[0])))
+
+
+def read_header(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of a safetensors file, in the order in which they lie in it.
+
+    Raises:
+        InputError: the file is cut short, or no safetensors file.
+    """
+
+    def damaged(reason: str) -> InputError:
+        return InputError(f"model: '{path}' is damaged ({reason}); complete the download")
+
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(8)
+        if len(head) < 8:
+            raise damaged("no header")
+        (length,) = struct.unpack("<Q", head)
+        if length > min(_MAX_HEADER, size - 8):
+            raise damaged("the header is longer than the file")
+        try:
+            header: dict[str, Any] = json.loads(file.read(length))
+            entries = sorted((entry["data_offsets"], name) for name, entry in header.items() if name != "__metadata__")
+            tensors = {}
+            for (begin, end), name in entries:
+                dtype, shape = header[name]["dtype"], tuple(header[name]["shape"])
+                tensors[name] = StoredTensor(path, 8 + length + begin, end - begin, dtype, shape)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise damaged(f"header: {error}") from None
+    position = 8 + length
+    for name, tensor in tensors.items():
+        item = _ITEM_BYTES.get(tensor.dtype)
+        if tensor.start != position or (item and tensor.num_bytes != item * math.prod(tensor.shape)):
+            raise damaged(f"'{name}' does not lie where it should")
+        position += tensor.num_bytes
+    if position != size:
+        raise damaged(f"{size} bytes, where its header wants {position}")
+    return tensors
+
+
+def write_tensors(
+    path: Path, pieces: Mapping[str, Piece], on_bytes: Callable[[int], None] | None = None
+) -> dict[str, str]:
+    """Write a safetensors file; returns the SHA-256 of each tensor's bytes.
+
+    Args:
+        pieces: by name, in the order in which they shall lie in the file.
+        on_bytes: called with the number of bytes of each chunk that was written.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    for name, piece in pieces.items():
+        end = position + piece.num_bytes
+        header[name] = {"dtype": piece.dtype, "shape": list(piece.shape), "data_offsets": [position, end]}
+        position = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb", buffering=0) as file, ThreadPoolExecutor(max_workers=1) as pool:
+        # Hashing takes longer than copying, which the kernel does without showing us the bytes.
+        digests = pool.submit(_sha256, pieces)
+        file.write(struct.pack("<Q", len(text)) + text)
+        for piece in pieces.values():
+            for num_bytes in piece.copy_to(file):
+                if on_bytes:
+                    on_bytes(num_bytes)
+        return digests.result()
+
+
+def _sha256(pieces: Mapping[str, Piece]) -> dict[str, str]:
+    known: dict[Piece, str] = {}  # a layer and its copy are the same bytes
+    for piece in pieces.values():
+        if piece not in known:
+            digest = hashlib.sha256()
+            for chunk in piece.chunks():
+                digest.update(chunk)
+            known[piece] = digest.hexdigest()
+    return {name: known[piece] for name, piece in pieces.items()}

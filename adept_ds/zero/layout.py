@@ -1,0 +1,99 @@
+"""TODO zero.layout."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from adept_ds.base.errors import LayoutError
+from adept_ds.zero.engine import zero_stage
+
+WRITTEN_AGAINST = "0.19.8"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A run of one parameter's elements that lies contiguously in this rank's flat partition."""
+
+    parameter: str
+    flat_start: int
+    """First element in the flat fp32 partition."""
+    param_start: int
+    """First element in the flattened parameter."""
+    numel: int
+
+
+@dataclass(frozen=True)
+class FlatPartition:
+    """One tensor that DeepSpeed hands to the optimizer: this rank's part of many parameters, back to back."""
+
+    tensor: torch.Tensor
+    pieces: tuple[Piece, ...]
+
+
+def partition_layout(engine: Any) -> list[FlatPartition]:
+    """Where each trainable parameter lies in this rank's flat fp32 partitions; padding belongs to no piece.
+
+    Raises:
+        LayoutError: DeepSpeed lays partitions out in another way than this module was written for.
+    """
+    names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
+    try:
+        layout = _layout_stage3(engine, names) if zero_stage(engine) == 3 else _layout_stage12(engine, names)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise LayoutError(_complaint(f"{type(error).__name__}: {error}")) from error
+    for partition in layout:
+        end = 0
+        for piece in partition.pieces:
+            if piece.flat_start < end or piece.flat_start + piece.numel > partition.tensor.numel():
+                raise LayoutError(_complaint(f"'{piece.parameter}' overlaps its neighbour or the end of its partition"))
+            end = piece.flat_start + piece.numel
+    return layout
+
+
+def _layout_stage3(engine: Any, names: dict[int, str]) -> list[FlatPartition]:
+    """Stage 3 cuts each parameter separately; the last rank's part of it ends in padding."""
+    import deepspeed.comm as dist
+
+    zero = engine.optimizer
+    layout = []
+    for index, group in enumerate(zero.fp16_groups):
+        flat, pieces, total = zero.fp32_partitioned_groups_flat[index], [], 0
+        for parameter in group:
+            _, offset, padded = zero.grad_position[zero.get_param_id(parameter)]
+            start = dist.get_rank(group=parameter.ds_process_group) * padded
+            real = max(0, min(padded, parameter.ds_numel - start))
+            total += padded
+            if real:
+                pieces.append(Piece(names[id(parameter)], offset, start, real))
+        if total != flat.numel():
+            raise LayoutError(_complaint(f"sub-group {index} has {flat.numel()} elements, its parameters {total}"))
+        layout.append(FlatPartition(flat, tuple(pieces)))
+    return layout
+
+
+def _layout_stage12(engine: Any, names: dict[int, str]) -> list[FlatPartition]:
+    """Stages 1 and 2 cut the concatenation of all parameters, so a boundary falls inside at most one per rank."""
+    zero = engine.optimizer
+    layout = []
+    for index, group in enumerate(zero.bit16_groups):
+        pieces = []
+        for parameter in group:
+            mapping = parameter._hp_mapping
+            if mapping is not None:
+                flat, part = mapping.hp_fragment_address, mapping.lp_fragment_address
+                pieces.append(Piece(names[id(parameter)], flat.start, part.start, part.numel))
+        flat_tensor = zero.single_partition_of_fp32_groups[index]
+        layout.append(FlatPartition(flat_tensor, tuple(sorted(pieces, key=lambda piece: piece.flat_start))))
+    return layout
+
+
+def _complaint(detail: str) -> str:
+    import deepspeed
+
+    return (
+        f"DeepSpeed {deepspeed.__version__} lays out partitions differently from {WRITTEN_AGAINST}, "
+        f"which adept-ds was written against ({detail}); install deepspeed=={WRITTEN_AGAINST}"
+    )

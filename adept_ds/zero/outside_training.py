@@ -1,0 +1,47 @@
+"""TODO zero.outside_training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from adept_ds.zero.engine import zero_stage
+
+
+@contextmanager
+def outside_training(engine: Any) -> Iterator[None]:
+    """Run forward passes beside training without leaving a trace in it.
+
+    Evaluation mode, the state of the random number generators, and ZeRO-3's recorded order of modules are as before
+    when the block ends. (A pass that does not follow the recorded order makes DeepSpeed fetch parameters late or
+    twice, so the record is dropped before; the next training step makes a new one.)
+    """
+    _forget_module_order(engine)
+    cpu_rng, device_rng = torch.get_rng_state(), _device_rng_state()
+    was_training = engine.module.training
+    engine.module.eval()
+    try:
+        yield
+    finally:
+        engine.module.train(was_training)
+        torch.set_rng_state(cpu_rng)
+        if device_rng is not None:
+            torch.cuda.set_rng_state(device_rng)
+        _forget_module_order(engine)
+
+
+def _forget_module_order(engine: Any) -> None:
+    if zero_stage(engine) != 3:
+        return
+    optimizer = engine.optimizer
+    offload = getattr(optimizer, "parameter_offload", optimizer)
+    coordinator = offload.get_param_coordinator()
+    if not coordinator.is_invalid_trace():
+        coordinator._invalidate_trace()
+
+
+def _device_rng_state() -> torch.Tensor | None:
+    return torch.cuda.get_rng_state() if torch.cuda.is_available() else None
