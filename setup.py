@@ -4,9 +4,12 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+version: dict[str, str] = {}
+exec(Path(__file__).with_name("adept_ds").joinpath("base", "version.py").read_text(encoding="utf-8"), version)
+
 setup(
     name="adept-ds",
-    version="0.1.0",
+    version=version["__version__"],
     description="Domain adaptation of language models by adaptive layer expansion (ADEPT), on DeepSpeed",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
@@ -24,7 +27,7 @@ setup(
         "sentencepiece>=0.2",
         "mpi4py>=4.0",
         "tensorboard>=2.16",
-        "pydantic>=2.7,<3",
+        "pydantic>=2.11,<3",
         "typer>=0.12",
         "rich>=13.7",
         "pyyaml>=6.0",

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from adept_ds.base.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from adept_ds.units.adamw import UnitAdamW as UnitAdamW
     from adept_ds.units.unit_lr import UnitLR as UnitLR
 
-__version__ = "0.1.0"
-__all__ = ["UnitAdamW", "UnitLR"]
+__all__ = ["UnitAdamW", "UnitLR", "__version__"]
 
 
 def __getattr__(name: str) -> Any:

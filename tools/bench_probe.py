@@ -21,35 +21,36 @@ from typing import Any
 import torch
 from bench_refresh import CountedBytes, on_ranks
 
-from adept_ds.config.loading import parse_config
 from adept_ds.data.blocks import Blocks
 from adept_ds.data.mixture import Sample
 from adept_ds.data.order import block_order, rank_batches
-from adept_ds.data.packing import build_blocks
-from adept_ds.models.directory import family_of, layer_count
+from adept_ds.data.packing import Packing, build_blocks
+from adept_ds.models.device import resolve_precision
+from adept_ds.models.directory import ModelDirectory
 from adept_ds.models.flops import count_step_flops
 from adept_ds.probing.sweep import bypass_losses, install_layer_sweep
-from adept_ds.ranks.collectives import init_distributed, max_over_ranks, rank, sum_over_ranks, world_size
-from adept_ds.ranks.launchers import ranks_from_environment
-from adept_ds.zero.build import build_forward_engine
+from adept_ds.ranks.collectives import Ranks
+from adept_ds.ranks.groups import join, leave
+from adept_ds.ranks.launchers import rank_from_environment
+from adept_ds.zero.build import EngineSettings, build_forward_engine
 from adept_ds.zero.gathered import gather_layers_whole
 
 STRICT_ZERO3 = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
 
 
-def predicted_speed_up(model: torch.nn.Module, num_layers: int, seq_len: int, model_dir: Path) -> float:
+def predicted_speed_up(model: torch.nn.Module, model_dir: ModelDirectory, seq_len: int) -> float:
     """Operations of M + 1 forward passes over those of one sweep; either passes the head M + 1 times."""
     config: Any = model.config
-    head = 2.0 * config.hidden_size * config.vocab_size
-    layer = (count_step_flops(model, family_of(model_dir), seq_len).forward - head) / num_layers
+    head, num_layers = 2.0 * config.hidden_size * config.vocab_size, model_dir.num_layers
+    layer = (count_step_flops(model, model_dir.family, seq_len).forward - head) / num_layers
     plain = num_layers * (num_layers - 1) * layer + num_layers * layer + (num_layers + 1) * head
     sweep = (num_layers * (num_layers + 1) / 2 + num_layers - 1) * layer + (num_layers + 1) * head
     return plain / sweep
 
 
-def plain_deltas(model: Any, layers: list[Any], blocks: Blocks, indices: list[int]) -> list[float]:
+def plain_deltas(model: Any, layers: list[Any], blocks: Blocks, indices: list[int], ranks: Ranks) -> list[float]:
     """One forward pass per bypassed layer, and one of the whole model; every rank its share of the blocks."""
-    mine = [index for batch in rank_batches(indices, rank(), world_size(), 1) for index in batch]
+    mine = [index for batch in rank_batches(indices, ranks.rank, ranks.world_size, 1) for index in batch]
     losses = []
     with torch.no_grad():
         for bypassed in [None, *layers]:
@@ -59,36 +60,34 @@ def plain_deltas(model: Any, layers: list[Any], blocks: Blocks, indices: list[in
             losses.append(sum(float(model(*blocks.batch([index])).double().sum()) for index in mine))
             if bypassed is not None:
                 bypassed.forward = original
-    totals = sum_over_ranks(losses).tolist()
+    totals = ranks.sum(losses).tolist()
     return [(total - totals[0]) / blocks.predicted_tokens(indices) for total in totals[1:]]
 
 
-def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+def measure(arguments: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
     """Both ways on this rank, in turns; seconds are those of the slowest rank."""
-    family, num_layers = family_of(arguments.model), layer_count(arguments.model)
-    with tempfile.TemporaryDirectory() as folder:
-        settings = Path(folder) / "strict.json"
-        settings.write_text(json.dumps(STRICT_ZERO3))
-        config = parse_config({"model": "m", "run_dir": folder, "deepspeed": str(settings)})
+    model = ModelDirectory.read(arguments.model)
+    settings = EngineSettings(STRICT_ZERO3, resolve_precision("auto"), ranks)
 
-        def prepare(model: torch.nn.Module) -> None:
-            install_layer_sweep(model, family, arguments.max_stack_tokens)
-            gather_layers_whole(model, family.layer_modules(model))
+    def prepare(module: torch.nn.Module) -> None:
+        install_layer_sweep(module, model.family, arguments.max_stack_tokens)
+        gather_layers_whole(module, model.family.layer_modules(module))
 
-        plain_model, device = build_forward_engine(config, arguments.model)
-        sweep_model, _ = build_forward_engine(config, arguments.model, prepare)
+    plain_model, device = build_forward_engine(settings, model)
+    sweep_model, _ = build_forward_engine(settings, model, prepare)
     whole = getattr(plain_model, "module", plain_model)
-    layers = list(family.layer_modules(whole))
+    layers = list(model.family.layer_modules(whole))
+    packing = Packing("corpus", (arguments.corpus,), arguments.model, arguments.seq_len, keep_tail=False)
     with tempfile.TemporaryDirectory() as folder:
-        cache = arguments.cache or Path(folder)
-        blocks = build_blocks("corpus", [arguments.corpus], arguments.model, arguments.seq_len, cache, keep_tail=False)
+        blocks = build_blocks(packing, arguments.cache or Path(folder), ranks)
 
     def plain(indices: list[int]) -> list[float]:
-        return plain_deltas(plain_model, layers, blocks, indices)
+        return plain_deltas(plain_model, layers, blocks, indices, ranks)
 
     def sweep(indices: list[int]) -> list[float]:
         sample = Sample(blocks, tuple(indices), (0,) * len(indices), (1.0,), ("",))
-        totals = bypass_losses(sweep_model, num_layers, sample, batch_size=1, device=device).sum(0).tolist()
+        losses = bypass_losses(sweep_model, model.num_layers, sample, ranks, batch_size=1, device=device)
+        totals = losses.sum(0).tolist()
         return [(total - totals[0]) / sum(sample.tokens()) for total in totals[1:]]
 
     ways = {"plain": plain, "sweep": sweep}
@@ -99,16 +98,16 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         for name, way in ways.items():
             start = time.perf_counter()
             deltas[name] = way(order[turn * per_turn : (turn + 1) * per_turn])
-            seconds[name] += max_over_ranks(time.perf_counter() - start)[0]
+            seconds[name] += ranks.max(time.perf_counter() - start)[0]
         difference = max(difference, *(abs(a - b) for a, b in zip(deltas["plain"], deltas["sweep"], strict=True)))
     if arguments.ranks > 1:
         for name, way in ways.items():
             with CountedBytes() as counted:
                 way(order[:per_turn])
             num_bytes[name] = counted.total
-    predicted = predicted_speed_up(whole, num_layers, arguments.seq_len, arguments.model)
+    predicted = predicted_speed_up(whole, model, arguments.seq_len)
     return {
-        "layers": num_layers,
+        "layers": model.num_layers,
         "seconds": seconds,
         "bytes": num_bytes,
         "difference": difference,
@@ -128,12 +127,13 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if "RANK" in os.environ:
-        init_distributed(ranks_from_environment(os.environ))
-        result = measure(arguments)
-        if rank() == 0:
+        ranks = join(rank_from_environment(os.environ))
+        result = measure(arguments, ranks)
+        if ranks.is_main:
             print("RESULT " + json.dumps(result), flush=True)
+        leave()
         return
-    found = on_ranks(arguments.ranks, __file__) if arguments.ranks > 1 else measure(arguments)
+    found = on_ranks(arguments.ranks, __file__) if arguments.ranks > 1 else measure(arguments, Ranks())
     seconds, moved = found["seconds"], found["bytes"]
     ratio = seconds["plain"] / seconds["sweep"]
     print(f"{found['layers'] + 1} plain forwards  {seconds['plain']:7.1f} s")

@@ -22,7 +22,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,17 +30,22 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from adept_ds.config.loading import parse_config
-from adept_ds.data.packing import build_blocks
-from adept_ds.models.directory import family_of
+from adept_ds.config.deepspeed import check_deepspeed_file
+from adept_ds.data.packing import Packing, build_blocks
+from adept_ds.models.device import resolve_precision
+from adept_ds.models.directory import ModelDirectory
 from adept_ds.models.frozen_prefix import FrozenPrefix
-from adept_ds.ranks.collectives import init_distributed, max_over_ranks, rank, sum_over_ranks
-from adept_ds.ranks.launchers import ranks_from_environment
-from adept_ds.units.registry import UnitRegistry
-from adept_ds.units.unit_sums import ProbeBatches, backward_global_batch, local_sums
-from adept_ds.zero.build import build_training_engine
+from adept_ds.ranks.collectives import Ranks
+from adept_ds.ranks.groups import join, leave
+from adept_ds.ranks.launchers import rank_from_environment
+from adept_ds.units.registry import UnitRegistry, build_registry
+from adept_ds.units.unit_sums import ImportanceBatches, UnitSums, backward_global_batch
+from adept_ds.zero.build import EngineSettings, build_training_engine
+from adept_ds.zero.engine import Engine, parameter_shapes
 from adept_ds.zero.gathered import keep_frozen_gathered
-from adept_ds.zero.gradients import clear_probe_gradients, probing_gradients
+from adept_ds.zero.gradients import clear_gradients, gradients_outside_training
+
+SEQ_LEN, MICRO_BATCH = 256, 2
 
 
 class CountedBytes(TorchDispatchMode):
@@ -71,43 +75,47 @@ class Refresh:
     num_bytes: int
 
 
-def gathered_sums(engine: Any, registry: UnitRegistry, parameters: Sequence[tuple[str, Any]]) -> torch.Tensor:
+def gathered_sums(engine: Engine, registry: UnitRegistry) -> torch.Tensor:
     """[n_units] float64: sums of |w * g| from full parameters and gradients; the same on every rank."""
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 
     sums = torch.zeros(len(registry), dtype=torch.float64)
-    for name, parameter in parameters:
+    for name, parameter in engine.module.named_parameters():
+        if name not in registry.placements:
+            continue
         weight, grad = safe_get_full_fp32_param(parameter), safe_get_full_grad(parameter)
         value = (weight.flatten() * grad.flatten()).abs_().sum(dtype=torch.float64)
         sums[registry.placements[name][0].first] += value.cpu()
     return sums
 
 
-def refresh(
-    engine: Any,
-    registry: UnitRegistry,
-    probe: ProbeBatches,
-    *,
-    gathering: bool = False,
-    count: bool = False,
-    prefix: FrozenPrefix | None = None,
-) -> Refresh:
-    """Counting slows down, so a refresh is either counted or timed."""
-    parameters = [(name, p) for name, p in engine.module.named_parameters() if name in registry.placements]
-    sums, counted, batches = torch.zeros(len(registry), dtype=torch.float64), CountedBytes(), probe.global_batches()
-    start, collecting = time.perf_counter(), 0.0
-    with probing_gradients(engine):
-        for number in range(len(batches)):
-            backward_global_batch(engine, probe, number, prefix)
-            before = time.perf_counter()
-            with counted if count else nullcontext():
-                sums += (gathered_sums if gathering else local_sums)(engine, registry, parameters)
-                if not gathering and number == len(batches) - 1:
-                    sums = sum_over_ranks(sums)
-            collecting += time.perf_counter() - before
-            clear_probe_gradients(engine)
-    importance = (sums / (registry.sizes * len(batches))).tolist()
-    return Refresh(importance, time.perf_counter() - start - collecting, collecting, counted.total)
+@dataclass(frozen=True)
+class Estimate:
+    """What a refresh works on."""
+
+    engine: Engine
+    registry: UnitRegistry
+    batches: ImportanceBatches
+    ranks: Ranks
+
+    def refresh(self, *, gathering: bool = False, count: bool = False, prefix: FrozenPrefix | None = None) -> Refresh:
+        """Counting slows down, so a refresh is either counted or timed."""
+        engine, registry = self.engine, self.registry
+        unit_sums, num_batches = UnitSums(engine, registry, self.ranks), len(self.batches.global_batches())
+        sums, counted = torch.zeros(len(registry), dtype=torch.float64), CountedBytes()
+        start, collecting = time.perf_counter(), 0.0
+        with gradients_outside_training(engine):
+            for number in range(num_batches):
+                backward_global_batch(engine, self.batches, number, self.ranks, prefix)
+                before = time.perf_counter()
+                with counted if count else nullcontext():
+                    sums += gathered_sums(engine, registry) if gathering else unit_sums.local()
+                    if not gathering and number == num_batches - 1:
+                        sums = self.ranks.sum(sums)
+                collecting += time.perf_counter() - before
+                clear_gradients(engine)
+        importance = (sums / (registry.sizes * num_batches)).tolist()
+        return Refresh(importance, time.perf_counter() - start - collecting, collecting, counted.total)
 
 
 def on_ranks(ranks: int, script: str) -> dict[str, Any]:
@@ -131,29 +139,31 @@ def on_ranks(ranks: int, script: str) -> dict[str, Any]:
 
 def run_rank(arguments: argparse.Namespace) -> None:
     """What each rank does; rank 0 prints the result as JSON."""
-    init_distributed(ranks_from_environment(os.environ))
+    ranks = join(rank_from_environment(os.environ))
     layers = [int(layer) for layer in arguments.layers.split(",")]
-    with tempfile.TemporaryDirectory() as folder:
-        config = parse_config({"model": str(arguments.model), "run_dir": folder})
-        blocks = build_blocks("corpus", [arguments.corpus], arguments.model, 256, arguments.cache, keep_tail=False)
-        family = family_of(arguments.model)
-        engine, _, registry = build_training_engine(config, arguments.model, family, layers)
-    probe = ProbeBatches(blocks, tuple(range(arguments.blocks)), arguments.blocks, 2)
+    model = ModelDirectory.read(arguments.model)
+    packing = Packing("corpus", (arguments.corpus,), arguments.model, SEQ_LEN, keep_tail=False)
+    blocks = build_blocks(packing, arguments.cache, ranks)
+    settings = EngineSettings(check_deepspeed_file(None), resolve_precision("auto"), ranks)
+    engine = build_training_engine(settings, model, layers)
+    registry = build_registry(model.family, parameter_shapes(engine.module), layers, config=engine.module.config)
+    batches = ImportanceBatches(blocks, tuple(range(arguments.blocks)), arguments.blocks, MICRO_BATCH)
+    estimate = Estimate(engine, registry, batches, ranks)
     ways = {"adept": False, "gathering": True}
-    counted = {way: refresh(engine, registry, probe, gathering=full, count=True) for way, full in ways.items()}
+    counted = {way: estimate.refresh(gathering=full, count=True) for way, full in ways.items()}
     keep_frozen_gathered(engine, 1 << 40)
-    prefix = FrozenPrefix(family.layer_modules(engine.module), min(layers), arguments.blocks)
-    refresh(engine, registry, probe, prefix=prefix)
+    prefix = FrozenPrefix(model.family.layer_modules(engine.module), min(layers), arguments.blocks)
+    estimate.refresh(prefix=prefix)
     pairs = zip(counted["adept"].importance, counted["gathering"].importance, strict=True)
     timed: dict[str, list[float]] = {way: [] for way in [*ways, "passes", "replayed"]}
     for _ in range(arguments.turns):
         for way, full in ways.items():
-            one = refresh(engine, registry, probe, gathering=full)
-            slowest, passes = max_over_ranks(one.seconds, one.passes_seconds)
+            one = estimate.refresh(gathering=full)
+            slowest, passes = ranks.max(one.seconds, one.passes_seconds)
             timed[way].append(slowest)
             timed["passes"].append(passes)
-        timed["replayed"] += max_over_ranks(refresh(engine, registry, probe, prefix=prefix).passes_seconds)
-    if rank() == 0:
+        timed["replayed"] += ranks.max(estimate.refresh(prefix=prefix).passes_seconds)
+    if ranks.is_main:
         result = {
             "units": len(registry),
             "trained": int(registry.sizes.sum()),
@@ -162,6 +172,7 @@ def run_rank(arguments: argparse.Namespace) -> None:
             "bytes": {way: one.num_bytes for way, one in counted.items()},
         }
         print("RESULT " + json.dumps(result), flush=True)
+    leave()
 
 
 def main() -> None:
@@ -170,7 +181,7 @@ def main() -> None:
     parser.add_argument("--corpus", type=Path, required=True, help="general-competence corpus")
     parser.add_argument("--layers", default="5,12,14,17", help="layers that train")
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--blocks", type=int, default=4, help="blocks of 256 tokens of one probe batch")
+    parser.add_argument("--blocks", type=int, default=4, help=f"blocks of {SEQ_LEN} tokens of one probe batch")
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--cache", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()

@@ -12,54 +12,62 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import tempfile
 import time
-from typing import Any
+from pathlib import Path
 
 import torch
 
-from adept_ds.models.family_table import FAMILIES
-from adept_ds.ranks.collectives import init_distributed
-from adept_ds.ranks.launchers import ranks_from_environment
+from adept_ds.models.directory import ModelDirectory
+from adept_ds.ranks.groups import join, leave
+from adept_ds.ranks.launchers import rank_from_environment
 from adept_ds.units.adamw import UnitAdamW
-from adept_ds.units.registry import build_registry
+from adept_ds.units.registry import Granularity, build_registry
 from adept_ds.units.unit_lr import UnitLR
-from adept_ds.zero.engine import parameter_shapes
+from adept_ds.zero.build import EngineSettings, StepShape, build_training_engine
+from adept_ds.zero.engine import Engine, parameter_shapes
 
 LAYERS = 16
+ONE_SEQUENCE = StepShape(global_batch_size=1, micro_batch_size=1, accumulation_steps=1, clip_grad_norm=1.0)
 SMOLLM2 = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}
 
 
-def build_engine(stage: int, granularity: Any, *, is_unit_wise: bool) -> tuple[Any, UnitLR | None]:
-    import deepspeed
+def write_model(folder: Path) -> ModelDirectory:
+    """Random weights of that size, with next to no vocabulary."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     config = LlamaConfig(vocab_size=64, num_hidden_layers=LAYERS, tie_word_embeddings=True, **SMOLLM2)
-    model = LlamaForCausalLM(config)
-    model.requires_grad_(False)
-    model.model.layers.requires_grad_(True)
-    registry = build_registry(FAMILIES["llama"], parameter_shapes(model), range(LAYERS), granularity, config)
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    kind: Any = UnitAdamW if is_unit_wise else torch.optim.AdamW
-    ds_config = {
-        "train_batch_size": 1,
-        "zero_optimization": {"stage": stage},
-        "gradient_clipping": 1.0,
-        "zero_allow_untested_optimizer": True,
-        "steps_per_print": 1 << 30,
-    }
-    options = {} if is_unit_wise else {"fused": True}
-    engine, *_ = deepspeed.initialize(model=model, optimizer=kind(trainable, lr=1e-4, **options), config=ds_config)
-    if not is_unit_wise:
-        return engine, None
-    units = UnitLR(engine, registry)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return ModelDirectory.read(folder)
+
+
+def build_bare(settings: EngineSettings, model: ModelDirectory) -> Engine:
+    """An engine in which every element has the same learning rate."""
+
+    def optimizer(parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(parameters, lr=1e-4, fused=True)
+
+    return build_training_engine(settings, model, range(LAYERS), optimizer, ONE_SEQUENCE)
+
+
+def build_unit_wise(settings: EngineSettings, model: ModelDirectory, granularity: Granularity) -> tuple[Engine, UnitLR]:
+    """The same, with another multiplier for every unit."""
+
+    def optimizer(parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+        return UnitAdamW(parameters, lr=1e-4)
+
+    engine = build_training_engine(settings, model, range(LAYERS), optimizer, ONE_SEQUENCE)
+    shapes = parameter_shapes(engine.module)
+    registry = build_registry(model.family, shapes, range(LAYERS), granularity, engine.module.config)
+    units = UnitLR(engine, registry, ranks=settings.ranks)
     units.set({name: 2.0 * (index + 1) / len(registry) for index, name in enumerate(registry.names)})
     return engine, units
 
 
-def timed_step(engine: Any, tokens: torch.Tensor) -> float:
+def timed_step(engine: Engine, tokens: torch.Tensor) -> float:
     """Seconds of `engine.step()` after a backward pass."""
-    engine.backward(engine(input_ids=tokens, labels=tokens, use_cache=False).loss)
+    engine.backward(engine(tokens, tokens).sum())
     start = time.perf_counter()
     engine.step()
     return time.perf_counter() - start
@@ -72,11 +80,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
-    init_distributed(ranks_from_environment({}))
+    ranks = join(rank_from_environment({}))
     torch.set_num_threads(arguments.threads)
-    bare, _ = build_engine(arguments.zero, arguments.granularity, is_unit_wise=False)
-    unit_wise, units = build_engine(arguments.zero, arguments.granularity, is_unit_wise=True)
-    assert units is not None
+    settings = EngineSettings({"zero_optimization": {"stage": arguments.zero}}, torch.float32, ranks)
+    with tempfile.TemporaryDirectory() as folder:
+        model = write_model(Path(folder))
+        bare = build_bare(settings, model)
+        unit_wise, units = build_unit_wise(settings, model, arguments.granularity)
     tokens = torch.arange(8).unsqueeze(0)
     for engine in (bare, unit_wise):
         timed_step(engine, tokens)
@@ -89,6 +99,7 @@ def main() -> None:
     print(f"median of paired ratios {ratio:.3f}  (share spent on multipliers {max(0.0, 1 - 1 / ratio):.1%})")
     share = units.map_bytes / (8 * elements)
     print(f"map from elements to units: {units.map_bytes / 1024:.0f} KiB, {share:.4%} of the optimizer's state")
+    leave()
 
 
 if __name__ == "__main__":

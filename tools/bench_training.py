@@ -19,6 +19,7 @@ import argparse
 import json
 import os
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -26,6 +27,9 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+from adept_ds.base.files import read_json, read_json_lines
+from adept_ds.base.run_dir import EXPANSION_NAME, RunDirectory
 
 ROOT = Path(__file__).resolve().parent.parent
 SEQ_LEN, MICRO_BATCH, GLOBAL_BATCH, WARM_UP = 256, 2, 4, 2
@@ -42,7 +46,7 @@ def run_plain(expanded: Path, steps: int) -> None:
     from transformers import AutoModelForCausalLM
 
     torch.set_num_threads(2)
-    copies = {copy["index"] for copy in json.loads((expanded / "expansion.json").read_text())["copies"]}
+    copies = {copy["index"] for copy in read_json(expanded / EXPANSION_NAME)["copies"]}
     model: Any = AutoModelForCausalLM.from_pretrained(expanded, dtype=torch.float32)
     model.requires_grad_(False)
     for index in copies:
@@ -72,30 +76,31 @@ def measure_plain(expanded: Path, steps: int) -> dict[str, Any]:
     return dict(json.loads(result.stdout.splitlines()[-1]))
 
 
-def measure_adept(config: Path, run_dir: Path, *overrides: str) -> dict[str, Any]:
+def measure_adept(config: Path, run_dir: RunDirectory, *overrides: str) -> dict[str, Any]:
     """`adept train` on two ranks, from the start each time."""
-    for name in ("checkpoints", "metrics.jsonl", "summary.json"):
-        subprocess.run(["rm", "-rf", str(run_dir / name)], check=True)
+    shutil.rmtree(run_dir.checkpoints, ignore_errors=True)
+    for file in (run_dir.metrics, run_dir.summary):
+        file.unlink(missing_ok=True)
     environment = os.environ | {"ADEPT_PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
     subprocess.run(
         [str(ROOT / "launch/local.sh"), "2", "train", str(config), *overrides], env=environment, check=True, cwd=ROOT
     )
-    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    records = read_json_lines(run_dir.metrics)
     speeds = [record["tokens_per_second"] for record in records if "tokens_per_second" in record]
-    return {"speeds": speeds, "peaks": json.loads((run_dir / "summary.json").read_text())["peak_memory_bytes"]}
+    return {"speeds": speeds, "peaks": read_json(run_dir.summary)["peak_memory_bytes"]}
 
 
-def write_inputs(model: Path, folder: Path, steps: int, deepspeed: str) -> tuple[Path, Path]:
+def write_inputs(model: Path, folder: Path, steps: int, deepspeed: str) -> tuple[Path, RunDirectory]:
     """The configuration of the measured run and its directory, with the expanded model in it."""
     import yaml
 
-    corpus, run_dir = folder / "text.jsonl", folder / "run"
-    text = " ".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "adept_ds").glob("*.py")))
+    corpus, run_dir = folder / "text.jsonl", RunDirectory(folder / "run")
+    text = " ".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "adept_ds").rglob("*.py")))
     corpus.write_text(json.dumps({"text": text}) + "\n", encoding="utf-8")
-    num_layers = json.loads((model / "config.json").read_text())["num_hidden_layers"]
+    num_layers = read_json(model / "config.json")["num_hidden_layers"]
     tree = {
         "model": str(model),
-        "run_dir": str(run_dir),
+        "run_dir": str(run_dir.root),
         "deepspeed": deepspeed,
         "data": {"seq_len": SEQ_LEN, "domain": [str(corpus)]},
         "probe": {"corpus": [str(corpus)]},
@@ -129,7 +134,7 @@ def main() -> None:
         for _ in range(arguments.turns):
             for name in measured:
                 if name == "plain":
-                    result = measure_plain(run_dir / "expanded", arguments.steps)
+                    result = measure_plain(run_dir.expanded, arguments.steps)
                 else:
                     overrides = ["train.keep_gathered_gib=0"] if name == "gathering" else []
                     result = measure_adept(config, run_dir, *overrides)

@@ -11,13 +11,14 @@ Neither needs an accelerator, a launcher, or the number of ranks that wrote the 
 from __future__ import annotations
 
 import argparse
-import os
 import sys
+import tempfile
 from pathlib import Path
 
 from safetensors.torch import save_file
 
 from adept_ds.base.errors import EXIT_BAD_INPUT, InputError
+from adept_ds.base.files import sync
 from adept_ds.weights.export import export_checkpoint, read_zero_checkpoint
 
 
@@ -32,9 +33,12 @@ def convert(checkpoint: Path, out: Path, base: Path | None, dtype: str) -> str:
     # Tied parameters share memory, which safetensors refuses.
     tensors = {name: tensor.clone().contiguous() for name, tensor in read_zero_checkpoint(checkpoint).items()}
     out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    save_file(tensors, temporary, metadata={"format": "pt"})
-    temporary.replace(out)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
+        temporary = Path(folder) / out.name
+        save_file(tensors, temporary, metadata={"format": "pt"})
+        sync(temporary)
+        temporary.replace(out)
+    sync(out.parent)
     return f"{len(tensors)} tensors in {out}"
 
 

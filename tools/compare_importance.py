@@ -13,47 +13,59 @@ from __future__ import annotations
 import argparse
 import statistics
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.table import Table
 from scipy.stats import spearmanr
 
 from adept_ds.base.files import read_json_lines
-
-Refreshes = dict[int, dict[str, float]]
-
-
-def refreshes_of(run_dir: Path) -> Refreshes:
-    """Multiplier of each unit, by step."""
-    lines = read_json_lines(run_dir / "unit_importance.jsonl")
-    return {line["step"]: {unit["unit"]: unit["multiplier"] for unit in line["units"]} for line in lines}
+from adept_ds.base.run_dir import RunDirectory
 
 
-def correlation(first: dict[str, float], second: dict[str, float], *, norms: bool | None) -> str:
-    units = [unit for unit in first if norms is None or ("norm" in unit) == norms]
-    columns = [first[unit] for unit in units], [second[unit] for unit in units]
+class Multiplier(NamedTuple):
+    """That of one unit after a refresh."""
+
+    value: float
+    is_norm: bool
+
+
+Multipliers = dict[str, Multiplier]
+"""By unit."""
+
+
+def refreshes_of(run_dir: RunDirectory) -> dict[int, Multipliers]:
+    """By step."""
+    return {
+        line["step"]: {unit["unit"]: Multiplier(unit["multiplier"], unit["kind"] == "norm") for unit in line["units"]}
+        for line in read_json_lines(run_dir.unit_importance)
+    }
+
+
+def correlation(first: Multipliers, second: Multipliers, *, norms: bool | None) -> str:
+    units = [unit for unit, multiplier in first.items() if norms in (None, multiplier.is_norm)]
+    columns = [first[unit].value for unit in units], [second[unit].value for unit in units]
     if any(len(set(column)) < 2 for column in columns):
         return "constant"
     return f"{spearmanr(*columns).statistic:.3f}"
 
 
-def compared(first: Refreshes, second: Refreshes) -> Table:
+def compared(first: dict[int, Multipliers], second: dict[int, Multipliers]) -> Table:
     table = Table("step", "all units", "norms", "the others", "mean difference of a multiplier")
     for step in sorted(first.keys() & second.keys()):
         mine, other = first[step], second[step]
         if mine.keys() != other.keys():
             raise SystemExit("the runs have different units: copy the same layers (expand.layers) in both")
-        difference = statistics.mean(abs(mine[unit] - other[unit]) for unit in mine)
+        difference = statistics.mean(abs(mine[unit].value - other[unit].value) for unit in mine)
         kinds = [correlation(mine, other, norms=norms) for norms in (None, True, False)]
         table.add_row(str(step), *kinds, f"{difference:.3f}")
     return table
 
 
-def costs(runs: list[Path]) -> Table:
+def costs(runs: list[RunDirectory]) -> Table:
     table = Table("run", "refreshes", "seconds a refresh", "seconds a step", "held-out losses at the end")
     for run_dir in runs:
-        records = read_json_lines(run_dir / "metrics.jsonl")
+        records = read_json_lines(run_dir.metrics)
         # The first refresh is that of the start, estimated before training.
         refreshes = [
             record["refresh_seconds"] for record in records if record.get("refresh_seconds") and record["step"]
@@ -62,7 +74,7 @@ def costs(runs: list[Path]) -> Table:
         evaluation: dict[str, Any] = next((r["eval"] for r in reversed(records) if "eval" in r), {})
         losses = ", ".join(f"{name} {result['loss']:.4f}" for name, result in evaluation.items())
         seconds = [f"{statistics.median(values):.2f}" if values else "" for values in (refreshes, steps)]
-        table.add_row(run_dir.name, str(len(refreshes)), *seconds, losses)
+        table.add_row(run_dir.root.name, str(len(refreshes)), *seconds, losses)
     return table
 
 
@@ -71,10 +83,11 @@ def main() -> None:
     parser.add_argument("first", type=Path, help="run directory")
     parser.add_argument("second", type=Path, help="run directory")
     arguments = parser.parse_args()
+    first, second = RunDirectory(arguments.first), RunDirectory(arguments.second)
     console = Console()
     console.print("rank correlation of multipliers")
-    console.print(compared(refreshes_of(arguments.first), refreshes_of(arguments.second)))
-    console.print(costs([arguments.first, arguments.second]))
+    console.print(compared(refreshes_of(first), refreshes_of(second)))
+    console.print(costs([first, second]))
 
 
 if __name__ == "__main__":

@@ -1,14 +1,24 @@
-"""Files that are either whole or absent, and small records of them."""
+"""Files and directories that are either whole or absent, whatever ends the process or the machine.
+
+What is written goes to a temporary name beside its place, reaches the disk, and only then takes its name. Temporary
+names are unique, so that two processes, on two hosts even, never write into the same one.
+"""
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import glob
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from adept_ds.base.errors import InputError
 
 
 def write_text(path: Path, text: str) -> None:
@@ -16,14 +26,19 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write to a temporary name in the same directory, then rename: readers never see half a file."""
+    """Readers, now or after a crash, see the old file or the new one, never half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    temporary = _beside(path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -32,31 +47,6 @@ def write_json(path: Path, value: Any) -> None:
 
 def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
-
-
-@contextmanager
-def new_directory(path: Path) -> Iterator[Path]:
-    """Fill a directory under a temporary name; it takes its real name only when the block ends without error.
-
-    What stood at `path` before is replaced.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
-        yield temporary
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    if path.exists():
-        old = path.with_name(f".{path.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
-        path.rename(old)
-        temporary.rename(path)
-        shutil.rmtree(old, ignore_errors=True)
-    else:
-        temporary.rename(path)
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
@@ -74,6 +64,119 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     return records
 
 
+class NewDirectory:
+    """A directory that is filled under a temporary name beside its place (`temporary`), until `publish` or `discard`.
+
+    What a killed process left there is removed. A locked file beside it says that somebody still fills it.
+
+    Raises:
+        InputError: its place is taken by something that is no directory.
+    """
+
+    def __init__(self, path: Path) -> None:
+        if path.is_symlink() or (path.exists() and not path.is_dir()):
+            raise InputError(f"'{path}' is there and is no directory; give the name of a new one")
+        self._path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove_abandoned(path.parent, path.name)
+        self.temporary = _beside(path)
+        self._lock = _lock_of(self.temporary)
+        self._held: int | None = os.open(self._lock, os.O_RDWR | os.O_CREAT, 0o600)
+        _try_lock(self._held)
+        self.temporary.mkdir()
+
+    def publish(self) -> None:
+        """Let it take its real name; what stood there before is replaced."""
+        sync_tree(self.temporary)
+        if self._path.exists():
+            old = _beside(self._path)
+            self._path.rename(old)
+            self.temporary.rename(self._path)
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            self.temporary.rename(self._path)
+        self._let_go()
+        sync(self._path.parent)
+
+    def discard(self) -> None:
+        """Leave nothing of it; after `publish` this does nothing."""
+        shutil.rmtree(self.temporary, ignore_errors=True)
+        self._let_go()
+
+    def _let_go(self) -> None:
+        if self._held is not None:
+            self._lock.unlink(missing_ok=True)
+            os.close(self._held)
+            self._held = None
+
+
+@contextmanager
+def new_directory(path: Path) -> Iterator[Path]:
+    """Fill a `NewDirectory`; it takes its real name only when the block ends without error."""
+    new = NewDirectory(path)
+    try:
+        yield new.temporary
+        new.publish()
+    except BaseException:
+        new.discard()
+        raise
+
+
+def remove_abandoned(folder: Path, name: str | None = None) -> None:
+    """Remove temporary directories in `folder` that no process fills any more: those for `name`, or all."""
+    pattern = "*" if name is None else glob.escape(name)
+    for temporary in folder.glob(f".{pattern}.{'[0-9a-f]' * 32}.tmp"):
+        if temporary.is_symlink() or not temporary.is_dir():
+            continue
+        lock = _lock_of(temporary)
+        with suppress(OSError):  # another user's, among temporary files of all
+            descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o600)
+            try:
+                if _try_lock(descriptor):
+                    shutil.rmtree(temporary, ignore_errors=True)
+                    lock.unlink(missing_ok=True)
+            finally:
+                os.close(descriptor)
+
+
+def sync_tree(directory: Path) -> None:
+    """Bring a directory and all that is in it to the disk."""
+    for folder, _, files in os.walk(directory):
+        for name in files:
+            sync(Path(folder) / name)
+        sync(Path(folder))
+
+
+def sync(path: Path) -> None:
+    """Bring a file, or the names in a directory, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Some network and user-space file systems cannot, for directories.
+        if not path.is_dir() or error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
+            raise
+    finally:
+        os.close(descriptor)
+
+
 def stamp_files(paths: list[Path]) -> list[list[Any]]:
     """Name, size and modification time of each file: enough to see that an input changed, at no cost."""
     return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(paths)]
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+
+
+def _lock_of(temporary: Path) -> Path:
+    return temporary.with_suffix(".lock")
+
+
+def _try_lock(descriptor: int) -> bool:
+    """Whether nobody else holds it; not known, and so not, where the file system has no locks."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True

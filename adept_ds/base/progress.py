@@ -1,4 +1,4 @@
-"""TODO base.progress."""
+"""Progress of long work: a bar on a terminal, a line every so often elsewhere."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 
 ProgressCallback = Callable[[float, str], None]
 """What long work calls with the share that is done (0 to 1) and a few words."""
-
 
 _NON_TERMINAL_SECONDS = 15.0
 """Without a terminal (a log file, CI), progress is a line every so often."""
@@ -55,3 +54,28 @@ class ProgressBar:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
+
+
+class Meter:
+    """Turns bytes of several works into one progress."""
+
+    def __init__(self, num_bytes: int, progress: ProgressCallback | None) -> None:
+        """Args: num_bytes: all that will be read or written, once for each time."""
+        self._total = max(1, num_bytes)
+        self._done = 0
+        self._progress = progress
+
+    def advance(self, num_bytes: int, text: str = "") -> None:
+        self._done += num_bytes
+        if self._progress:
+            self._progress(min(1.0, self._done / self._total), text)
+
+    def rest(self) -> ProgressCallback:
+        """For work that counts in shares of its own: from here to the end."""
+        start, progress = min(1.0, self._done / self._total), self._progress
+
+        def advance(share: float, text: str) -> None:
+            if progress:
+                progress(start + share * (1 - start), text)
+
+        return advance

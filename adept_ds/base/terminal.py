@@ -58,7 +58,6 @@ class OutputCapture:
 
     def __init__(self, log: Path, is_main: bool) -> None:
         log.parent.mkdir(parents=True, exist_ok=True)
-        self.log = log
         sys.stdout.flush()
         sys.stderr.flush()
         self._saved = (os.dup(1), os.dup(2))

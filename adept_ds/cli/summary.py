@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
 from adept_ds.base.files import read_json
+from adept_ds.base.run_dir import RunDirectory, checkpoint_steps
 from adept_ds.base.terminal import Terminal
-from adept_ds.config.schema import Config
-from adept_ds.training.checkpoint import checkpoint_steps
+from adept_ds.config.resolved import ResolvedConfig
 from adept_ds.weights.expansion import Expansion
 
 if TYPE_CHECKING:
@@ -34,12 +33,11 @@ def print_expansion(facts: dict[str, Any], terminal: Terminal) -> None:
     terminal.console.print(table)
 
 
-def print_summary(run_dir: Path, terminal: Terminal) -> None:
+def print_summary(run_dir: RunDirectory, terminal: Terminal) -> None:
     """The end of `adept run`: losses before and after, what was trained, how fast, and where everything lies."""
-    evaluation = run_dir / "evaluation.json"
-    if evaluation.is_file():
-        print_losses(read_json(evaluation), terminal)
-    summary, expansion = read_json(run_dir / "summary.json"), Expansion.load(run_dir / "expanded")
+    if run_dir.evaluation.is_file():
+        print_losses(read_json(run_dir.evaluation), terminal)
+    summary, expansion = read_json(run_dir.summary), Expansion.read(run_dir.expanded)
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     trained, total = summary["trainable_parameters"], summary["total_parameters"]
     rows = {
@@ -49,8 +47,8 @@ def print_summary(run_dir: Path, terminal: Terminal) -> None:
         f"{summary['tokens'] / 1e3:.0f} k tokens in {summary['seconds']:.0f} s",
         "peak memory": ", ".join(f"{peak / 2**30:.2f} GiB" for peak in summary.get("peak_memory_bytes", []))
         + " per rank",
-        "checkpoint": str(run_dir / "export"),
-        "report": str(run_dir / "report.html"),
+        "checkpoint": str(run_dir.export),
+        "report": str(run_dir.report),
     }
     for name, value in rows.items():
         table.add_row(f"[bold]{name}[/]", value)
@@ -75,7 +73,7 @@ def print_layer_importance(result: LayerImportance, terminal: Terminal) -> None:
     has_losses = any(layer.loss is not None for layer in result.layers)
     columns = ["loss without it", "delta"] if has_losses else [result.method]
     table = Table("layer", *columns, "± s.e.", "", title=f"base loss {result.base_loss:.4f}")
-    unsure = set((result.selection or {}).get("within_noise", ()))
+    unsure = set(result.selection.within_noise if result.selection else ())
     for layer in result.layers:
         chosen = "[green]copied[/]" if layer.index in result.selected else ""
         noise = " [yellow]within noise[/]" if layer.index in unsure else ""
@@ -87,7 +85,9 @@ def print_layer_importance(result: LayerImportance, terminal: Terminal) -> None:
 
 
 def print_methods(found: dict[str, Any], terminal: Terminal) -> None:
-    """The estimators side by side (see `stages.compare_methods`)."""
+    """The estimators side by side (see `run.probe.compare_methods`); nothing if they were not compared."""
+    if not found:
+        return
     table = Table("method", "rank correlation with mask", "seconds", "layers chosen")
     for name, of in found["methods"].items():
         correlation = found["spearman"].get(name)
@@ -96,13 +96,13 @@ def print_methods(found: dict[str, Any], terminal: Terminal) -> None:
     terminal.console.print(table)
 
 
-def describe_plan(config: Config) -> list[str]:
+def describe_plan(settings: ResolvedConfig) -> list[str]:
     """A line per stage of what `adept run` would do in this run directory."""
-    run_dir = config.run_dir
-    steps = checkpoint_steps(run_dir / "checkpoints")
+    config, run_dir = settings.config, settings.run_dir
+    steps = checkpoint_steps(run_dir.checkpoints)
     expand = config.expand
     if expand.needs_probe:
-        probe = f"probe {config.probe.sequences} blocks of {config.probe.seq_len} tokens"
+        probe = f"probe {config.probe.sequences} sequences of {config.probe.seq_len} tokens"
         how_many = f"as many layers as rule {expand.rule} says" if expand.k == "auto" else f"{expand.num_copies} layers"
         probe += f", choose {how_many}" + (f" ({expand.choose})" if expand.choose != "lowest" else "")
     else:
@@ -112,7 +112,7 @@ def describe_plan(config: Config) -> list[str]:
     tokens = config.train.steps * config.train.global_batch_size * config.data.seq_len
     return [
         f"# 1. {probe}",
-        f"# 2. write {run_dir / 'expanded'} (kept while its inputs are unchanged)",
+        f"# 2. write {run_dir.expanded} (kept while its inputs are unchanged)",
         f"# 3. {start} to step {config.train.steps} ({tokens:,} tokens in all)",
-        f"# 4. export to {run_dir / 'export'}, evaluate, write {run_dir / 'report.html'}",
+        f"# 4. export to {run_dir.export}, evaluate, write {run_dir.report}",
     ]

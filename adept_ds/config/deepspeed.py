@@ -1,7 +1,8 @@
-"""Features of DeepSpeed under which unit-wise learning rates would be wrong, or are not known to be right.
+"""DeepSpeed's configuration: what the user decides in it, what this program owns, and what is refused.
 
-Read from DeepSpeed 0.19.8 (runtime/config.py, runtime/zero/config.py and what they switch on). Refused at start, with
-the reason, rather than trained with. Imports neither torch nor DeepSpeed: a configuration is checked before both.
+Refused, with the reason, are features under which unit-wise learning rates would be wrong, or are not known to be
+right; read from DeepSpeed 0.19.8 (runtime/config.py, runtime/zero/config.py and what they switch on). Imports neither
+torch nor DeepSpeed: a configuration is checked before both.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from typing import Any
 import hjson
 
 from adept_ds.base.errors import InputError
-from adept_ds.config.schema import Config
 
 
 def read_deepspeed_config(path: Path | None) -> dict[str, Any]:
@@ -167,7 +167,7 @@ _OPTIMIZERS = {
     "lamb": _NORMS,
     "adafactor": _NORMS,
 }
-"""By lower-case `optimizer.type`. Of any other kind, realised steps are rescaled (see `optim.attach_multipliers`)."""
+"""By lower-case `optimizer.type`. Of any other kind, realised steps are rescaled (`attach_multipliers`)."""
 
 
 def unsupported_feature(ds_config: Mapping[str, Any], *, whole_run: bool = False) -> str | None:
@@ -228,17 +228,17 @@ _OWNED_KEYS = {
 """DeepSpeed keys that this program sets, and the key of the run configuration that the user wants instead."""
 
 
-def check_deepspeed_config(config: Config) -> dict[str, Any]:
-    """The user's DeepSpeed configuration.
+def check_deepspeed_file(path: Path | None) -> dict[str, Any]:
+    """The user's DeepSpeed configuration, read and checked; plain ZeRO-3 without a file.
 
     Raises:
         InputError: a key that this program sets itself, or a ZeRO stage or feature that is not supported.
     """
-    user = read_deepspeed_config(config.deepspeed)
+    user = read_deepspeed_config(path)
     for key, instead in _OWNED_KEYS.items():
         if key in user:
             remedy = f"remove it and set {instead} in the run configuration" if instead else "remove it"
-            raise InputError(f"deepspeed: '{config.deepspeed}' sets '{key}', which adept-ds sets itself; {remedy}")
+            raise InputError(f"deepspeed: '{path}' sets '{key}', which adept-ds sets itself; {remedy}")
     zero = _json_object(user, "zero_optimization")
     for key in ("offload_optimizer", "offload_param"):
         _json_object(zero, key)
@@ -248,7 +248,7 @@ def check_deepspeed_config(config: Config) -> dict[str, Any]:
         )
     refusal = unsupported_feature(user, whole_run=True)
     if refusal:
-        raise InputError(f"deepspeed: '{config.deepspeed}': {refusal}")
+        raise InputError(f"deepspeed: '{path}': {refusal}")
     return user
 
 

@@ -1,8 +1,8 @@
-"""TODO config.loading."""
+"""From a file and overrides to a checked configuration. Imports neither torch nor DeepSpeed."""
 
 from __future__ import annotations
 
-import typing
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +10,11 @@ import yaml
 from pydantic import ValidationError
 
 from adept_ds.base.errors import InputError
-from adept_ds.config.mistakes import _describe
+from adept_ds.config.mistakes import describe
 from adept_ds.config.schema import Config
 
 
-def load_config(path: Path, overrides: typing.Sequence[str] = ()) -> Config:
+def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     """Read CONFIG and apply dotted overrides (`train.lr=1e-4`).
 
     Raises:
@@ -44,7 +44,7 @@ def parse_config(tree: dict[str, Any], origin: str = "config") -> Config:
         # A misspelt required key is two mistakes; the unknown key is the one that the user can see in the file.
         first = min(mistakes, key=lambda mistake: mistake["type"] != "extra_forbidden")
         more = f" ({len(mistakes) - 1} more like this)" if len(mistakes) > 1 else ""
-        raise InputError(f"{origin}: {_describe(first)}{more}") from None
+        raise InputError(f"{origin}: {describe(first)}{more}") from None
 
 
 def dump_config(config: Config) -> str:

@@ -7,11 +7,12 @@ import types
 import typing
 from typing import Any
 
-from adept_ds.config.schema import _FILE, _PART, _WORD, Config, Section
+from adept_ds.config.schema import ALTERNATIVES, Config, Section
 
 
-def _describe(mistake: Any) -> str:
-    location = [part for part in mistake["loc"] if isinstance(part, str) and part not in (_FILE, _PART, _WORD)]
+def describe(mistake: Any) -> str:
+    """One of pydantic's complaints (`ValidationError.errors()`) in our words."""
+    location = [part for part in mistake["loc"] if isinstance(part, str) and part not in ALTERNATIVES]
     key = ".".join(location)
     is_item = any(isinstance(part, int) for part in mistake["loc"][-1:])
     if mistake["type"] == "extra_forbidden":

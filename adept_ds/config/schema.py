@@ -1,8 +1,8 @@
-"""The configuration: its schema, how it is read, and what is refused before anything heavy starts.
+"""The configuration's schema.
 
 One pydantic model per section. A key that is not declared here is an error, so a typing mistake cannot silently
-become a default. Paths are relative to the working directory. This module imports neither torch nor DeepSpeed:
-a mistake is reported within a fraction of a second.
+become a default. Paths are relative to the working directory. Imports neither torch nor DeepSpeed: a mistake is
+reported within a fraction of a second.
 """
 
 from __future__ import annotations
@@ -42,13 +42,15 @@ class Section(BaseModel):
 class DataSection(Section):
     """Texts: what is trained on and what is held out."""
 
-    seq_len: int = Field(1024, ge=8, description="tokens per packed training block")
+    seq_len: int = Field(1024, ge=8, description="tokens per training sequence")
     domain: list[Path] = Field(default_factory=list, description="domain corpus, trained on")
     replay: list[Path] = Field(default_factory=list, description="general corpus, replayed in every training batch")
     replay_share: float = Field(0.25, gt=0, lt=1, description="of a batch's sequences, that are replayed ones")
     general_eval: list[Path] = Field(default_factory=list, description="held-out general text")
     domain_eval: list[Path] = Field(default_factory=list, description="held-out domain text")
-    eval_blocks: int = Field(128, ge=1, description="at most so many blocks of each held-out corpus are evaluated")
+    eval_sequences: int = Field(
+        128, ge=1, description="at most so many sequences of each held-out corpus are evaluated"
+    )
     question_template: Annotated[str, AfterValidator(check_template)] = Field(
         DEFAULT_TEMPLATE,
         description="Jinja template that turns question/choices/answer records into text, in every corpus of the run; "
@@ -74,7 +76,7 @@ class CorpusSource(Section):
         return self.name or self.files[0].stem
 
 
-_FILE, _PART, _WORD = "<file>", "<source>", "<word>"
+_FILE, _PART, _WORD = ALTERNATIVES = "<file>", "<source>", "<word>"
 """Alternatives of a value; not part of the key that messages name."""
 
 
@@ -121,12 +123,12 @@ class ProbeSection(Section):
         description="mask: the loss without each layer; taylor: its first-order estimate; gradient: sum of |w dL/dw|; "
         "fisher: sum of (dL/dw)^2",
     )
-    sequences: int = Field(32, ge=1, description="blocks of the corpus that are probed")
-    seq_len: int = Field(256, ge=8, description="tokens per probing block")
-    batch_sequences: int = Field(1, ge=1, description="blocks per rank that pass the decoder together")
+    sequences: int = Field(32, ge=1, description="sequences of the corpus that are probed")
+    seq_len: int = Field(256, ge=8, description="tokens per probed sequence")
+    micro_batch_size: int = Field(1, ge=1, description="sequences per rank that pass the decoder together")
     max_stack_tokens: int = Field(8192, ge=8, description="mask: tokens of the variant stack that pass a layer at once")
-    gradient_batch_sequences: int = Field(
-        8, ge=1, description="gradient, fisher: blocks per global batch, whatever the number of ranks"
+    batch_sequences: int = Field(
+        8, ge=1, description="gradient, fisher: sequences per global batch, whatever the number of ranks"
     )
     stability: (
         Annotated[
@@ -261,8 +263,8 @@ class ImportanceSection(Section):
         "data.replay that each training batch holds, without further passes",
     )
     every: int = Field(500, ge=1, description="optimizer steps between refreshes")
-    sequences: int = Field(32, ge=1, description="probe blocks per refresh, over all ranks")
-    batch_sequences: int = Field(8, ge=1, description="probe blocks per global batch, whatever the number of ranks")
+    sequences: int = Field(32, ge=1, description="sequences of general text per refresh, over all ranks")
+    batch_sequences: int = Field(8, ge=1, description="sequences per global batch, whatever the number of ranks")
     granularity: Literal["matrix", "module", "fine"] = Field(
         "matrix", description="units: projections; attention and MLP; or attention heads and MLP neurons"
     )
@@ -270,7 +272,7 @@ class ImportanceSection(Section):
     prefix_cache_mib: int = Field(
         512,
         ge=0,
-        description="host memory per rank for what the layers below the lowest copy compute for the probe blocks, "
+        description="host memory per rank for what the layers below the lowest copy compute for these sequences, "
         "which never changes; 0 computes it at every refresh",
     )
 
@@ -359,8 +361,8 @@ class TrainSection(Section):
 
     steps: int = Field(1000, ge=1, description="optimizer steps")
     lr: float = Field(2e-4, gt=0, description="base learning rate")
-    global_batch_size: int = Field(8, ge=1, description="blocks per optimizer step, over all ranks")
-    micro_batch_size: int = Field(1, ge=1, description="blocks per forward pass of a rank")
+    global_batch_size: int = Field(8, ge=1, description="sequences per optimizer step, over all ranks")
+    micro_batch_size: int = Field(1, ge=1, description="sequences per forward pass of a rank")
     warmup_ratio: float = Field(0.03, ge=0, le=1)
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     weight_decay: float = Field(0.1, ge=0)

@@ -1,8 +1,6 @@
-"""Text -> packed blocks -> a global order that does not depend on the number of ranks.
+"""Packed blocks of tokens, and the batches that training draws from them.
 
-Documents are tokenised, joined by the end-of-text token and cut into blocks of seq_len tokens: no padding inside
-training blocks, at the price that a document can be cut. Blocks are memory-mapped (Arrow), so a corpus may be
-larger than memory and is held once per host.
+A block is what packing cut; a sequence is a block that counts in a batch or a sample; a row is its place in a tensor.
 """
 
 from __future__ import annotations
@@ -45,7 +43,7 @@ class Blocks:
 
 
 @dataclass(frozen=True)
-class Row:
+class BatchEntry:
     """One sequence of a training batch."""
 
     index: int
@@ -61,24 +59,24 @@ class TrainingData:
     replay: Blocks | None = None
     replayed: int = 0
 
-    def micro_batches(self, step: int, train: TrainSection, rank: int, world_size: int) -> list[list[Row]]:
+    def micro_batches(self, step: int, train: TrainSection, rank: int, world_size: int) -> list[list[BatchEntry]]:
         """This rank's share of the global batch of optimizer step `step` (from 0); replayed sequences come first.
 
         Which sequences a global batch consists of depends on neither the number of ranks nor the micro-batch.
         """
-        size, rows = train.global_batch_size, []
+        size, entries = train.global_batch_size, list[BatchEntry]()
         if self.replay is not None:
             chosen = global_batch(step, self.replayed, len(self.replay), train.seed)
-            rows += [Row(index, replayed=True) for index in chosen]
-        chosen = global_batch(step, size - len(rows), len(self.domain), train.seed)
-        rows += [Row(index, replayed=False) for index in chosen]
-        mine, micro = rows[rank::world_size], train.micro_batch_size
+            entries += [BatchEntry(index, replayed=True) for index in chosen]
+        chosen = global_batch(step, size - len(entries), len(self.domain), train.seed)
+        entries += [BatchEntry(index, replayed=False) for index in chosen]
+        mine, micro = entries[rank::world_size], train.micro_batch_size
         return [mine[start : start + micro] for start in range(0, len(mine), micro)]
 
-    def batch(self, rows: Sequence[Row]) -> tuple[torch.Tensor, torch.Tensor]:
-        """input_ids and labels, both [len(rows), seq_len] int64."""
-        pairs = [self._blocks(row).batch([row.index]) for row in rows]
+    def batch(self, entries: Sequence[BatchEntry]) -> tuple[torch.Tensor, torch.Tensor]:
+        """input_ids and labels, both [len(entries), seq_len] int64."""
+        pairs = [self._blocks(entry).batch([entry.index]) for entry in entries]
         return torch.cat([ids for ids, _ in pairs]), torch.cat([labels for _, labels in pairs])
 
-    def _blocks(self, row: Row) -> Blocks:
-        return self.replay if row.replayed and self.replay is not None else self.domain
+    def _blocks(self, entry: BatchEntry) -> Blocks:
+        return self.replay if entry.replayed and self.replay is not None else self.domain

@@ -1,4 +1,4 @@
-"""TODO data.documents."""
+"""Corpus files -> texts: JSON lines or plain text, questions rendered."""
 
 from __future__ import annotations
 

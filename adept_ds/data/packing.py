@@ -1,13 +1,18 @@
-"""TODO data.packing."""
+"""Text -> packed blocks.
+
+Documents are tokenised, joined by the end-of-text token and cut into blocks of seq_len tokens: no padding inside
+training blocks, at the price that a document can be cut. Blocks are memory-mapped (Arrow), so a corpus may be
+larger than memory and is held once per host.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from datasets import Dataset, Features, Value, disable_progress_bars, load_from_disk
 from datasets import Sequence as ListOf
@@ -19,85 +24,73 @@ from adept_ds.base.progress import ProgressCallback
 from adept_ds.config.question_template import DEFAULT_TEMPLATE
 from adept_ds.data.blocks import Blocks
 from adept_ds.data.documents import read_documents
-from adept_ds.ranks.collectives import on_main_rank
+from adept_ds.ranks.collectives import Ranks
 
 _DOCUMENTS_PER_CALL = 512
 
 
+@dataclass(frozen=True)
+class Packing:
+    """A corpus, and how it becomes blocks."""
+
+    key: str
+    """Configuration key of the corpus, for error messages."""
+    files: tuple[Path, ...]
+    """In the order in which they are packed."""
+    tokenizer_dir: Path
+    seq_len: int
+    keep_tail: bool
+    """Keep the last, partly filled block (padded): for evaluation and probing, where every token counts."""
+    question_template: str = DEFAULT_TEMPLATE
+
+    def cache_name(self) -> str:
+        """The same for the same blocks; reads the names, sizes and times of the files."""
+        tokenizer_files = [
+            file for file in self.tokenizer_dir.iterdir() if "token" in file.name or "vocab" in file.name
+        ]
+        files = [str(file.resolve()) for file in self.files]
+        inputs = [files, stamp_files(list(self.files)), stamp_files(tokenizer_files)]
+        described = [inputs, self.seq_len, self.keep_tail, self.question_template]
+        return hashlib.sha256(json.dumps(described).encode()).hexdigest()[:16]
+
+
 def build_blocks(
-    key: str,
-    files: Sequence[Path],
-    tokenizer_dir: Path,
-    seq_len: int,
-    cache_dir: Path,
-    *,
-    keep_tail: bool,
-    question_template: str = DEFAULT_TEMPLATE,
-    progress: ProgressCallback | None = None,
+    packing: Packing, cache_dir: Path, ranks: Ranks | None = None, progress: ProgressCallback | None = None
 ) -> Blocks:
     """Tokenise and pack a corpus once; later calls with the same inputs map the result.
 
     Rank 0 writes, the others wait and read.
 
-    Args:
-        key: the configuration key of the corpus, for error messages.
-        keep_tail: keep the last, partly filled block (padded): for evaluation and probing, where every token counts.
-
     Raises:
         InputError: a malformed record, or a corpus without one whole block.
     """
     disable_progress_bars()
+    ranks = ranks or Ranks()
 
     def write() -> Path:
-        target = cache_dir / _cache_name(files, tokenizer_dir, seq_len, keep_tail, question_template)
-        _write_blocks(target, key, list(files), tokenizer_dir, seq_len, keep_tail, question_template, progress)
+        target = cache_dir / packing.cache_name()
+        if not target.is_dir():
+            _write_blocks(target, packing, progress)
         return target
 
-    target = on_main_rank(write)
-    return Blocks(load_from_disk(str(target)), seq_len)
+    target = ranks.on_main(write)
+    remedy = f"all hosts must see '{cache_dir}': use a file system that they share"
+    return Blocks(ranks.on_each(lambda: load_from_disk(str(target)), remedy), packing.seq_len)
 
 
-def _cache_name(
-    files: Sequence[Path], tokenizer_dir: Path, seq_len: int, keep_tail: bool, question_template: str
-) -> str:
-    tokenizer_files = [file for file in tokenizer_dir.iterdir() if "token" in file.name or "vocab" in file.name]
-    inputs = [[str(file.resolve()) for file in files], stamp_files(list(files)), stamp_files(tokenizer_files)]
-    return hashlib.sha256(json.dumps([inputs, seq_len, keep_tail, question_template]).encode()).hexdigest()[:16]
-
-
-def _write_blocks(
-    target: Path,
-    key: str,
-    files: list[Path],
-    tokenizer_dir: Path,
-    seq_len: int,
-    keep_tail: bool,
-    question_template: str,
-    progress: ProgressCallback | None,
-) -> None:
-    if target.is_dir():
-        return
+def _write_blocks(target: Path, packing: Packing, progress: ProgressCallback | None) -> None:
     with new_directory(target) as folder:
-        arguments: dict[str, Any] = {
-            "key": key,
-            "files": tuple(files),  # a list would be taken for shards, each packed by itself
-            "tokenizer_dir": tokenizer_dir,
-            "seq_len": seq_len,
-            "keep_tail": keep_tail,
-            "question_template": question_template,
-            "progress": progress,
-        }
-        if next(_pack(**arguments), None) is None:
+        if next(_pack(packing, progress), None) is None:
             raise InputError(
-                f"{key}: {', '.join(map(str, files))} has less than one block of {seq_len} tokens; "
-                "add text or lower the sequence length"
+                f"{packing.key}: {', '.join(map(str, packing.files))} has less than one block of {packing.seq_len} "
+                "tokens; add text or lower the sequence length"
             )
         try:
             dataset = Dataset.from_generator(
                 _pack,
                 features=Features({"input_ids": ListOf(Value("int32"))}),
                 cache_dir=str(folder / "building"),
-                gen_kwargs=arguments,
+                gen_kwargs={"packing": packing, "progress": progress},
                 # The cache is ours (`target`); hashing the arguments would fail on a progress bar.
                 fingerprint=target.name,
             )
@@ -109,29 +102,21 @@ def _write_blocks(
         shutil.rmtree(folder / "building", ignore_errors=True)
 
 
-def _pack(
-    key: str,
-    files: Sequence[Path],
-    tokenizer_dir: Path,
-    seq_len: int,
-    keep_tail: bool,
-    question_template: str,
-    progress: ProgressCallback | None,
-) -> Iterator[dict[str, list[int]]]:
+def _pack(packing: Packing, progress: ProgressCallback | None) -> Iterator[dict[str, list[int]]]:
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
+    tokenizer = AutoTokenizer.from_pretrained(packing.tokenizer_dir)
     separator = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    total = sum(path.stat().st_size for path in files)
-    done = 0
+    seq_len, pending = packing.seq_len, list[int]()
+    done, total = 0, sum(path.stat().st_size for path in packing.files)
 
     def advance(num_bytes: int) -> None:
         nonlocal done
         done += num_bytes
 
-    pending: list[int] = []
-    for path in files:
-        for documents in _chunks(read_documents(key, path, advance, question_template), _DOCUMENTS_PER_CALL):
+    for path in packing.files:
+        texts = read_documents(packing.key, path, advance, packing.question_template)
+        for documents in _chunks(texts, _DOCUMENTS_PER_CALL):
             for tokens in tokenizer(documents, add_special_tokens=False, verbose=False)["input_ids"]:
                 pending += tokens + separator
             whole = len(pending) // seq_len * seq_len
@@ -140,7 +125,7 @@ def _pack(
             pending = pending[whole:]
             if progress:
                 progress(done / total, path.name)
-    if keep_tail and len(pending) > 1:
+    if packing.keep_tail and len(pending) > 1:
         yield {"input_ids": pending}
 
 

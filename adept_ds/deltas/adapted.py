@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from adept_ds.base.errors import InputError
-from adept_ds.models.directory import family_of, layer_count
+from adept_ds.base.run_dir import EXPANSION_NAME
+from adept_ds.models.directory import ModelDirectory
 from adept_ds.models.families import Family
-from adept_ds.weights.base_files import FILE_NAME, BaseFiles
+from adept_ds.weights.base_files import BASE_FILES_NAME, BaseFiles
 from adept_ds.weights.expansion import Expansion, base_name, plan_copies
 from adept_ds.weights.hf_directory import stored_tensors, weight_files
 from adept_ds.weights.tensor_files import StoredTensor
@@ -41,8 +42,9 @@ class AdaptedModel:
         Raises:
             InputError: it is no adapted model, or a tensor is not of its dtype and shape in the base.
         """
-        family, expansion = family_of(directory), _load_expansion(directory)
-        files = BaseFiles.of(base_dir, weight_files(base_dir)) if base_dir else BaseFiles.load(directory)
+        model = ModelDirectory.read(directory)
+        family, expansion = model.family, _read_expansion(model)
+        files = BaseFiles.of(base_dir, weight_files(base_dir)) if base_dir else BaseFiles.read(directory)
         sources = {copy.index: copy.source for copy in expansion.copies}
         base: dict[str, StoredTensor] = {}
         copies: dict[int, dict[str, StoredTensor]] = {index: {} for index in sources}
@@ -65,7 +67,7 @@ class AdaptedModel:
             return dict(json.loads(self.files.texts["config.json"]))
         except (KeyError, ValueError, TypeError, RecursionError):
             raise InputError(
-                f"'{self.directory}/{FILE_NAME}' holds no config.json of the base; copy the model again"
+                f"'{self.directory}/{BASE_FILES_NAME}' holds no config.json of the base; copy the model again"
             ) from None
 
 
@@ -91,18 +93,13 @@ def _check_kinds(where: Path, found: Mapping[str, StoredTensor], wanted: Mapping
             )
 
 
-def _load_expansion(directory: Path) -> Expansion:
+def _read_expansion(model: ModelDirectory) -> Expansion:
     """The record of a model that may come from anywhere."""
-    try:
-        expansion = Expansion.load(directory)
-        in_order = list(expansion.copies) == plan_copies(expansion.source_indices)
-        complete = expansion.source_layers + len(expansion.copies) == layer_count(directory)
-        of_deltas = sorted(index for delta in expansion.deltas for index in delta.copies)
-        claimed = not expansion.deltas or of_deltas == expansion.copy_indices
-    except InputError:
-        raise
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise InputError(f"'{directory}/expansion.json' is damaged ({error!r}); copy the model again") from None
+    expansion = Expansion.read(model.path)
+    in_order = list(expansion.copies) == plan_copies(expansion.source_indices)
+    complete = expansion.source_layers + len(expansion.copies) == model.num_layers
+    of_packages = sorted(index for package in expansion.packages for index in package.copies)
+    claimed = not expansion.packages or of_packages == expansion.copy_indices
     if not in_order or not complete or not claimed:
-        raise InputError(f"'{directory}/expansion.json' is not about the layers of this model; copy the model again")
+        raise InputError(f"'{model.path / EXPANSION_NAME}' is not about the layers of this model; copy the model again")
     return expansion

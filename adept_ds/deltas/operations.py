@@ -1,8 +1,8 @@
 """Delta packages: a domain is the copies of layers and where they go, kept apart from the base that they stand on.
 
-Training never moves the base, so an adapted model is its base plus the copies. `pack_delta` takes the copies out of it,
-`apply_deltas` puts those of one or several packages over the base, `strip_deltas` gives the base back. Bytes go from
-file to file; no model is loaded. What is refused is refused before anything is written.
+Training never moves the base, so an adapted model is its base plus the copies. `pack_copies` takes the copies out of
+it, `apply_packages` puts those of one or several packages over the base, `strip_copies` gives the base back. Bytes go
+from file to file; no model is loaded. What is refused is refused before anything is written.
 """
 
 from __future__ import annotations
@@ -10,40 +10,40 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from adept_ds import __version__
 from adept_ds.base.errors import InputError
-from adept_ds.base.files import new_directory, read_json, write_json
-from adept_ds.base.progress import ProgressCallback
+from adept_ds.base.files import new_directory, read_json
+from adept_ds.base.progress import Meter, ProgressCallback
+from adept_ds.base.records import first_mistake
+from adept_ds.base.run_dir import EXPANSION_NAME, RunDirectory
+from adept_ds.base.version import __version__
 from adept_ds.deltas.adapted import AdaptedModel, names_in
 from adept_ds.deltas.package import (
     MANIFEST_NAME,
     NAME_PATTERN,
     TENSORS_NAME,
     BaseRecord,
-    CopyRecord,
-    Manifest,
     Metrics,
     Package,
+    PackageManifest,
 )
-from adept_ds.models.directory import family_of, layer_count, read_model_config
-from adept_ds.models.families import Family
-from adept_ds.weights.base_files import FILE_NAME, first_mistake
-from adept_ds.weights.expansion import AppliedDelta, Expansion, LayerCopy, plan_copies, plan_expansion, write_plan
-from adept_ds.weights.fingerprints import Meter, config_digest, fingerprint_of, hash_tensors
+from adept_ds.models.directory import ModelDirectory
+from adept_ds.weights.base_files import BASE_FILES_NAME
+from adept_ds.weights.expansion import AppliedPackage, Expansion, LayerCopy, plan_copies, plan_expansion, write_plan
+from adept_ds.weights.fingerprints import config_digest, fingerprint_of, hash_tensors
 from adept_ds.weights.hf_directory import copy_companions, stored_tensors
 from adept_ds.weights.tensor_files import StoredTensor, in_library_order, write_tensors
 
 _TRAINING_FACTS = ("steps", "tokens", "seconds", "trainable_parameters")
 
 
-def pack_delta(
+def pack_copies(
     source: Path,
     destination: Path,
     *,
@@ -51,13 +51,13 @@ def pack_delta(
     only: str | None = None,
     base: Path | None = None,
     progress: ProgressCallback | None = None,
-) -> Manifest:
+) -> PackageManifest:
     """Write the package of an adapted model to `destination`, which must not exist.
 
     Args:
         source: a run directory (its export is packed, with the run's losses), or an adapted model.
         name: of the package; by default that of `source`.
-        only: which of the deltas of a model that several were applied to.
+        only: which package, of a model that several were applied to.
         base: the model that `source` must stand on; needed where `source` lost its base_files.json.
 
     Raises:
@@ -66,7 +66,7 @@ def pack_delta(
     check_new(destination)
     directory = _model_in(source)
     model = AdaptedModel.load(directory, base)
-    applied = _chosen_delta(model, only)
+    applied = _chosen_package(model, only)
     name = _checked_name(name or (applied.name if applied else source.resolve().name))
     copies = [copy for copy in model.expansion.copies if applied is None or copy.index in applied.copies]
     sources = [copy.source for copy in copies]
@@ -77,9 +77,9 @@ def pack_delta(
     tensors = in_library_order({key: of for copy in copies for key, of in model.copies[copy.index].items()})
     others = stored_tensors(base) if base else {}
     metrics = _recorded_metrics(applied) if applied else _metrics_of(source)
-    meter = Meter([*model.base.values(), *others.values(), *tensors.values(), *tensors.values()], progress)
+    meter = Meter(sum(map(_num_bytes, (model.base.values(), others.values(), [*tensors.values()] * 2))), progress)
     config = model.base_config
-    manifest = Manifest(
+    manifest = PackageManifest(
         format=1,
         name=name,
         created_by=f"adept-ds {__version__}",
@@ -89,7 +89,7 @@ def pack_delta(
             model_type=str(config.get("model_type")),
             layers=model.expansion.source_layers,
         ),
-        copies=tuple(CopyRecord(source=copy.source, index=copy.index) for copy in plan_copies(sources)),
+        copies=tuple(plan_copies(sources)),
         tensors=hash_tensors(tensors, meter.advance),
         metrics=metrics,
     )
@@ -97,49 +97,52 @@ def pack_delta(
         raise InputError(f"--base: '{directory}' does not stand on '{base}'; give the model that was expanded")
     with new_directory(destination) as folder:
         write_tensors(folder / TENSORS_NAME, tensors, meter.advance)
-        write_json(folder / MANIFEST_NAME, manifest.model_dump(mode="json"))
+        manifest.save(folder / MANIFEST_NAME)
     return manifest
 
 
-def apply_deltas(
-    base: Path, deltas: Sequence[Path], destination: Path, progress: ProgressCallback | None = None
+def apply_packages(
+    base: Path, packages: Sequence[Path], destination: Path, progress: ProgressCallback | None = None
 ) -> Expansion:
-    """Write `base` with the copies of all `deltas` to `destination`, which must not exist.
+    """Write `base` with the copies of all `packages` to `destination`, which must not exist.
 
-    Where several packages copy one layer, their copies stand above it in the order of `deltas`, the first lowest.
+    Where several packages copy one layer, their copies stand above it in the order of `packages`, the first lowest.
 
     Raises:
         InputError: a package is damaged or of another base.
     """
     check_new(destination)
-    packages = [Package.load(directory) for directory in deltas]
-    _check_distinct(packages)
-    family, stored = family_of(base), stored_tensors(base)
-    for package in packages:
-        _check_fits(package, base, family, stored)
-    all_tensors = [*stored.values(), *(tensor for package in packages for tensor in package.tensors.values())]
-    meter = Meter([*all_tensors, *all_tensors], progress)
-    for package in packages:
+    loaded = [Package.load(directory) for directory in packages]
+    _check_distinct(loaded)
+    model, stored = ModelDirectory.read(base), stored_tensors(base)
+    family = model.family
+    for package in loaded:
+        _check_fits(package, model, stored)
+    all_tensors = [*stored.values(), *(tensor for package in loaded for tensor in package.tensors.values())]
+    meter = Meter(2 * _num_bytes(all_tensors), progress)
+    for package in loaded:
         package.check_content(meter)
     fingerprint = fingerprint_of(hash_tensors(stored, meter.advance))
-    for package in packages:
+    for package in loaded:
         if package.manifest.base.fingerprint != fingerprint:
             raise _other_base(package, base, "its weights differ")
     # Sorted by source, then by position on the command line: just so `plan_copies` numbers them.
-    order = sorted((source, number) for number, package in enumerate(packages) for source in package.manifest.sources)
+    order = sorted((source, number) for number, package in enumerate(loaded) for source in package.manifest.sources)
     plan = plan_expansion(base, [source for source, _ in order])
-    copies: list[list[LayerCopy]] = [[] for _ in packages]
+    copies: list[list[LayerCopy]] = [[] for _ in loaded]
     for copy, (_, number) in zip(plan.expansion.copies, order, strict=True):
         copies[number].append(copy)
     trained = {
         family.in_layer(name, copy.index): package.tensors[name]
-        for package, own in zip(packages, copies, strict=True)
+        for package, own in zip(loaded, copies, strict=True)
         for copy in own
         for name in names_in(family, package.tensors, [copy.source])
     }
-    files = {file: {name: trained.get(name, piece) for name, piece in of.items()} for file, of in plan.files.items()}
-    applied = tuple(map(_applied, packages, copies))
-    expansion = replace(plan.expansion, deltas=applied)
+    files = {
+        file: {name: trained.get(name, content) for name, content in of.items()} for file, of in plan.files.items()
+    }
+    applied = tuple(map(_applied, loaded, copies))
+    expansion = plan.expansion.model_copy(update={"packages": applied})
     return write_plan(replace(plan, files=files, expansion=expansion), base, destination, meter.rest())
 
 
@@ -153,7 +156,7 @@ class Stripped:
     num_bytes: int
 
 
-def strip_deltas(adapted: Path, destination: Path, progress: ProgressCallback | None = None) -> Stripped:
+def strip_copies(adapted: Path, destination: Path, progress: ProgressCallback | None = None) -> Stripped:
     """Write the base of an adapted model to `destination`, which must not exist: the same files, byte for byte.
 
     Raises:
@@ -161,16 +164,16 @@ def strip_deltas(adapted: Path, destination: Path, progress: ProgressCallback | 
     """
     check_new(destination)
     model = AdaptedModel.load(adapted)
-    meter = Meter([*model.base.values(), *model.base.values()], progress)
+    meter = Meter(2 * _num_bytes(model.base.values()), progress)
     fingerprint = _base_fingerprint(model, meter)
     with new_directory(destination) as folder:
         for file in model.files.headers:
             for num_bytes in model.files.restore_weights(file, folder / file, model.base):
                 meter.advance(num_bytes, file)
         copy_companions(adapted, folder)
-        (folder / FILE_NAME).unlink()
+        (folder / BASE_FILES_NAME).unlink()
         model.files.restore_texts(folder)
-    return Stripped(fingerprint, tuple(model.files.headers), sum(tensor.num_bytes for tensor in model.base.values()))
+    return Stripped(fingerprint, tuple(model.files.headers), _num_bytes(model.base.values()))
 
 
 def check_new(destination: Path) -> None:
@@ -189,16 +192,18 @@ def _is_empty_directory(path: Path) -> bool:
 def _model_in(source: Path) -> Path:
     if (source / "config.json").is_file():
         return source
-    if not (source / "config.yaml").is_file():
+    run = RunDirectory(source)
+    if not run.config.is_file():
         raise InputError(f"'{source}' is neither a run directory nor a model; give one that `adept` trained")
-    if not (source / "export" / "config.json").is_file():
-        raise InputError(f"'{source}' has no exported model yet; run `adept export {source / 'config.yaml'}` first")
-    return source / "export"
+    if not (run.export / "config.json").is_file():
+        raise InputError(f"'{source}' has no exported model yet; run `adept export {run.config}` first")
+    return run.export
 
 
 def _metrics_of(source: Path) -> Metrics:
     """Of a run: its losses (if they are those of the present export) and totals. Of a mere model: nothing."""
-    export, evaluation, summary = source / "export", source / "evaluation.json", source / "summary.json"
+    run = RunDirectory(source)
+    export, evaluation, summary = run.export, run.evaluation, run.summary
     losses: dict[str, dict[str, float]] = {}
     if evaluation.is_file() and evaluation.stat().st_mtime >= (export / "config.json").stat().st_mtime:
         for model, corpora in read_json(evaluation).items():
@@ -207,24 +212,24 @@ def _metrics_of(source: Path) -> Metrics:
     return Metrics(losses=losses, training={key: facts[key] for key in _TRAINING_FACTS if key in facts})
 
 
-def _recorded_metrics(applied: AppliedDelta) -> Metrics:
+def _recorded_metrics(applied: AppliedPackage) -> Metrics:
     try:
         return Metrics.model_validate(applied.metrics)
     except ValidationError as error:
         raise InputError(
-            f"expansion.json: metrics of '{applied.name}': {first_mistake(error)}; copy it again"
+            f"{EXPANSION_NAME}: metrics of '{applied.name}': {first_mistake(error)}; copy it again"
         ) from None
 
 
-def _chosen_delta(model: AdaptedModel, only: str | None) -> AppliedDelta | None:
+def _chosen_package(model: AdaptedModel, only: str | None) -> AppliedPackage | None:
     """That which `only` names; None for a model that was trained here."""
-    deltas = {delta.name: delta for delta in model.expansion.deltas}
-    names = ", ".join(deltas)
-    if only is None and len(deltas) > 1:
+    packages = {package.name: package for package in model.expansion.packages}
+    names = ", ".join(packages)
+    if only is None and len(packages) > 1:
         raise InputError(f"'{model.directory}' has several deltas ({names}); say which with --only NAME")
-    if only is not None and only not in deltas:
+    if only is not None and only not in packages:
         raise InputError(f"--only: '{model.directory}' has no delta '{only}'; it has {names or 'none that has a name'}")
-    return deltas[only] if only is not None else next(iter(deltas.values()), None)
+    return packages[only] if only is not None else next(iter(packages.values()), None)
 
 
 def _checked_name(name: str) -> str:
@@ -253,16 +258,16 @@ def _check_distinct(packages: Sequence[Package]) -> None:
                 )
 
 
-def _check_fits(package: Package, base: Path, family: Family, stored: Mapping[str, StoredTensor]) -> None:
+def _check_fits(package: Package, model: ModelDirectory, stored: Mapping[str, StoredTensor]) -> None:
     """What can be seen without reading tensors."""
-    record, config = package.manifest.base, read_model_config(base)
-    found: dict[str, Any] = {"model_type": config.get("model_type"), "layers": layer_count(base)}
+    record, base, config = package.manifest.base, model.path, model.config
+    found: dict[str, Any] = {"model_type": config.get("model_type"), "layers": model.num_layers}
     for key, value in found.items():
         if value != getattr(record, key):
             raise _other_base(package, base, f"{key} is {value!r}, not {getattr(record, key)!r}")
     if config_digest(config) != record.config:
         raise _other_base(package, base, "its config.json differs")
-    wanted, given = set(names_in(family, stored, package.manifest.sources)), package.tensors
+    wanted, given = set(names_in(model.family, stored, package.manifest.sources)), package.tensors
     for name in sorted(wanted | given.keys()):
         # Headers first: a base in another dtype need not be read to the end.
         kinds = [(of[name].dtype, of[name].shape) if name in of else None for of in (stored, given)]
@@ -272,12 +277,17 @@ def _check_fits(package: Package, base: Path, family: Family, stored: Mapping[st
 
 def _other_base(package: Package, base: Path, reason: str) -> InputError:
     remedy = "give the model that was expanded"
-    if (base / "expansion.json").is_file():
+    if (base / EXPANSION_NAME).is_file():
         remedy += f"; as '{base}' has copies itself: `adept delta strip` it first, and apply all deltas at once"
     return InputError(f"'{package.directory}' belongs to another base than '{base}' ({reason}); {remedy}")
 
 
-def _applied(package: Package, copies: Sequence[LayerCopy]) -> AppliedDelta:
+def _applied(package: Package, copies: Sequence[LayerCopy]) -> AppliedPackage:
     manifest = package.manifest
     indices = tuple(copy.index for copy in copies)
-    return AppliedDelta(manifest.name, manifest.fingerprint, indices, manifest.metrics.model_dump(mode="json"))
+    metrics = manifest.metrics.to_json()
+    return AppliedPackage(name=manifest.name, fingerprint=manifest.fingerprint, copies=indices, metrics=metrics)
+
+
+def _num_bytes(tensors: Iterable[StoredTensor]) -> int:
+    return sum(tensor.num_bytes for tensor in tensors)

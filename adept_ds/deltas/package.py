@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
+from pydantic import Field, PositiveInt, model_validator
 
 from adept_ds.base.errors import InputError
-from adept_ds.weights.base_files import first_mistake
+from adept_ds.base.progress import Meter
+from adept_ds.base.records import Record
 from adept_ds.weights.expansion import LayerCopy, plan_copies
-from adept_ds.weights.fingerprints import Digest, Meter, TensorRecord, fingerprint_of, hash_tensors, json_digest
+from adept_ds.weights.fingerprints import Digest, TensorRecord, fingerprint_of, hash_tensors, json_digest
 from adept_ds.weights.tensor_files import StoredTensor, read_header
 
 MANIFEST_NAME, TENSORS_NAME = "delta.json", "delta.safetensors"
@@ -24,11 +25,7 @@ NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
 _AGAIN = "copy the package again, or pack it anew"
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-
-class BaseRecord(_Record):
+class BaseRecord(Record):
     """The model that a package belongs to."""
 
     fingerprint: Digest
@@ -39,13 +36,7 @@ class BaseRecord(_Record):
     layers: PositiveInt
 
 
-class CopyRecord(_Record):
-    source: NonNegativeInt
-    index: PositiveInt
-    """Where the copy stands if this package alone is applied."""
-
-
-class Metrics(_Record):
+class Metrics(Record):
     """What the run that made the copies says of them; all of it may be absent."""
 
     losses: dict[str, dict[str, float]] = Field(default_factory=dict)
@@ -54,26 +45,31 @@ class Metrics(_Record):
     """Of the whole run: steps, tokens, seconds, trainable_parameters."""
 
 
-class Manifest(_Record):
+class PackageManifest(Record):
     """It names no file: a package consists of two, whose names are fixed."""
 
     format: Literal[1]
     name: Annotated[str, Field(pattern=NAME_PATTERN)]
     created_by: str
     base: BaseRecord
-    copies: Annotated[tuple[CopyRecord, ...], Field(min_length=1)]
+    copies: Annotated[tuple[LayerCopy, ...], Field(min_length=1)]
+    """Where they stand if this package alone is applied."""
     tensors: dict[str, TensorRecord]
     """By the names of their sources in the base."""
     metrics: Metrics
 
     @model_validator(mode="after")
-    def _copies_stand_above_their_sources(self) -> Manifest:
+    def _copies_stand_above_their_sources(self) -> PackageManifest:
         sources = self.sources
         if len(set(sources)) != len(sources) or max(sources) >= self.base.layers:
             raise ValueError(f"copies of layers {sources} of {self.base.layers}, where each layer has one at most")
-        if [LayerCopy(copy.source, copy.index) for copy in self.copies] != plan_copies(sources):
+        if list(self.copies) != plan_copies(sources):
             raise ValueError(f"copies of layers {sources} do not stand directly above their sources, lowest first")
         return self
+
+    @classmethod
+    def remedy(cls) -> str:
+        return _AGAIN
 
     @property
     def sources(self) -> list[int]:
@@ -90,7 +86,7 @@ class Package:
     """A delta package on disk; `load` reads only headers, `check_content` the rest."""
 
     directory: Path
-    manifest: Manifest
+    manifest: PackageManifest
     tensors: Mapping[str, StoredTensor]
 
     @classmethod
@@ -102,12 +98,7 @@ class Package:
                 raise InputError(f"'{directory}' has no {name}; give a package that `adept delta pack` wrote")
             if path.resolve().parent != directory.resolve():
                 raise InputError(f"'{path}' is a link to another directory; copy the package with cp -rL")
-        try:
-            manifest = Manifest.model_validate_json((directory / MANIFEST_NAME).read_bytes())
-        except ValidationError as error:
-            raise InputError(
-                f"'{directory / MANIFEST_NAME}' is no manifest: {first_mistake(error)}; {_AGAIN}"
-            ) from None
+        manifest = PackageManifest.load(directory / MANIFEST_NAME)
         try:
             stored = read_header(directory / TENSORS_NAME)
         except RecursionError:

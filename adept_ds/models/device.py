@@ -1,7 +1,8 @@
-"""Memory of one rank: what it used at most, and what is left over."""
+"""All that is asked of the device: the only place that speaks to torch.cuda and DeepSpeed's accelerator."""
 
 from __future__ import annotations
 
+import gc
 import resource
 import sys
 from pathlib import Path
@@ -10,7 +11,74 @@ import psutil
 import torch
 
 from adept_ds.base.errors import InputError
-from adept_ds.config.schema import Config
+
+
+def device_name() -> str:
+    """'cpu', 'cuda' and so on."""
+    from deepspeed.accelerator import get_accelerator
+
+    return str(get_accelerator().device_name())
+
+
+def current_device() -> torch.device:
+    """The one of this rank."""
+    from deepspeed.accelerator import get_accelerator
+
+    return torch.device(get_accelerator().current_device_name())
+
+
+def take_device(local_rank: int) -> str:
+    """Let this rank use its own device of the host; returns the backend of collectives between such devices."""
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator = get_accelerator()
+    if accelerator.device_name() != "cpu":
+        # A launcher may show each rank only its own device.
+        accelerator.set_device(local_rank % accelerator.device_count())
+    return str(accelerator.communication_backend_name())
+
+
+def resolve_precision(precision: str) -> torch.dtype:
+    """Of `train.precision`: `auto` is bf16 on an accelerator, where it is fast, and fp32 on a CPU, where bf16 is not.
+
+    Raises:
+        InputError: the device cannot train in this precision.
+    """
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator = get_accelerator()
+    if precision == "auto":
+        return torch.float32 if accelerator.device_name() == "cpu" else torch.bfloat16
+    if precision == "fp16" and not accelerator.is_fp16_supported():
+        raise InputError(
+            f"train.precision: DeepSpeed does not train in fp16 on this device ({accelerator.device_name()}); "
+            "use bf16 or fp32"
+        )
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+
+
+def synchronize() -> None:
+    """Wait for all that was started on the device."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def free_unused() -> None:
+    """Before a model is loaded: an engine that was released is part of reference cycles, and still holds its memory."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def device_rng_state() -> torch.Tensor | None:
+    """Of the device's own random number generator; None on a CPU."""
+    return torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+
+
+def set_device_rng_state(state: torch.Tensor | None) -> None:
+    """None, or a machine without the device, changes nothing."""
+    if state is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state)
 
 
 def peak_memory_bytes() -> int:
@@ -44,22 +112,3 @@ def free_in_cgroups(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc
         if limit.is_file() and used.is_file() and (text := limit.read_text().strip()) != "max":
             free = min(free, max(0, int(text) - int(used.read_text())))
     return free
-
-
-def resolve_precision(config: Config) -> torch.dtype:
-    """`auto` is bf16 on an accelerator, where it is fast, and fp32 on a CPU, where it is emulated.
-
-    Raises:
-        InputError: the device cannot train in this precision.
-    """
-    from deepspeed.accelerator import get_accelerator
-
-    accelerator, precision = get_accelerator(), config.train.precision
-    if precision == "auto":
-        return torch.float32 if accelerator.device_name() == "cpu" else torch.bfloat16
-    if precision == "fp16" and not accelerator.is_fp16_supported():
-        raise InputError(
-            f"train.precision: DeepSpeed does not train in fp16 on this device ({accelerator.device_name()}); "
-            "use bf16 or fp32"
-        )
-    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]

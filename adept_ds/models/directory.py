@@ -1,9 +1,10 @@
-"""TODO models.directory."""
+"""A model as a Hugging Face directory: what can be known of it without reading weights or importing torch."""
 
 from __future__ import annotations
 
 import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,46 +13,64 @@ from adept_ds.models.families import Family
 from adept_ds.models.family_table import FAMILIES
 
 
-def read_model_config(model_dir: Path) -> dict[str, Any]:
-    """config.json as it lies on disk. Raises `InputError` if it cannot be read."""
+@dataclass(frozen=True)
+class ModelDirectory:
+    """What config.json says, looked up once."""
+
+    path: Path
+    config: dict[str, Any]
+    """config.json as it lies on disk."""
+    family: Family
+    num_layers: int
+    """Decoder layers."""
+
+    @classmethod
+    def read(cls, path: Path) -> ModelDirectory:
+        """Raises `InputError`: config.json is missing or damaged, or its architecture is not in the table."""
+        config = _read_config(path)
+        family = _family(path, config)
+        count = config.get(family.layer_count_key)
+        if not isinstance(count, int) or count < 1:
+            raise InputError(
+                f"model: '{path}/config.json' has {family.layer_count_key}={count!r}; give a complete model"
+            )
+        return cls(path, config, family, count)
+
+    @classmethod
+    def resolve(cls, key: str, model: str) -> ModelDirectory:
+        """The directory that configuration key `key` names: itself, or the hub's snapshot of it.
+
+        Raises:
+            InputError: neither a directory nor to be had from the hub; or no complete model.
+        """
+        return cls.read(resolve_model_dir(key, model))
+
+
+def _read_config(path: Path) -> dict[str, Any]:
     try:
-        config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise InputError(f"model: '{model_dir}/config.json' cannot be read ({error}); give a complete model") from None
+        raise InputError(f"model: '{path}/config.json' cannot be read ({error}); give a complete model") from None
     if not isinstance(config, dict):
-        raise InputError(f"model: '{model_dir}/config.json' holds no JSON object; give a complete model")
+        raise InputError(f"model: '{path}/config.json' holds no JSON object; give a complete model")
     return config
 
 
-def family_of(model_dir: Path) -> Family:
-    """The family of a model directory.
-
-    Raises:
-        InputError: the architecture is not in the table; the message lists those that are.
-    """
-    config = read_model_config(model_dir)
+def _family(path: Path, config: dict[str, Any]) -> Family:
+    """Raises `InputError`: the architecture is not in the table; the message lists those that are."""
     model_type, inner = config.get("model_type"), config.get("text_config")
     family = FAMILIES.get(str(model_type))
     if family is None and isinstance(inner, dict) and inner.get("model_type") in FAMILIES:
         raise InputError(
-            f"model: '{model_dir}' has architecture '{model_type}', which is not supported; "
+            f"model: '{path}' has architecture '{model_type}', which is not supported; "
             f"the '{inner['model_type']}' inside it is: save its language model alone, and give that directory"
         )
     if family is None:
         raise InputError(
-            f"model: '{model_dir}' has architecture '{model_type}', which is not supported; "
+            f"model: '{path}' has architecture '{model_type}', which is not supported; "
             f"supported: {', '.join(FAMILIES)} (CONTRIBUTING.md says how to add one)"
         )
     return family
-
-
-def layer_count(model_dir: Path) -> int:
-    """How many decoder layers a model directory has. Raises `InputError` if its configuration does not say."""
-    key = family_of(model_dir).layer_count_key
-    count = read_model_config(model_dir).get(key)
-    if not isinstance(count, int) or count < 1:
-        raise InputError(f"model: '{model_dir}/config.json' has {key}={count!r}; give a complete model")
-    return count
 
 
 def check_model_dir(name: str, model: Path) -> None:

@@ -1,4 +1,8 @@
-"""TODO models.families."""
+"""What is known of an architecture, as far as expansion, probing and unit-wise learning rates care. Imports no torch.
+
+A family is data: an entry of `family_table.FAMILIES`. Everything else of the program works on these names and on
+nothing else that is specific to an architecture.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
-"""The only place that knows how an architecture names its layers, outputs and units.
+"""The architectures: the only place that knows how one names its layers, outputs and units. Imports no torch.
 
-A family is data: an entry of `FAMILIES`. Everything else of the program works on these names and on nothing else
-that is specific to an architecture. To add one, see CONTRIBUTING.md.
+To add one, see CONTRIBUTING.md.
 """
 
 from __future__ import annotations

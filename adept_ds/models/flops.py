@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from adept_ds.models.device import synchronize
 from adept_ds.models.families import Family
 
 
@@ -60,20 +61,14 @@ def _passed_weights(parameter: torch.Tensor, config: Any, family: Family) -> flo
 
 def measure_matmul_rate(device: torch.device | str, dtype: torch.dtype, seconds: float = 0.3) -> float:
     """Operations per second of a large matrix product on this device: the ceiling that MFU is measured against."""
-    on_cpu = torch.device(device).type == "cpu"
-    size = 768 if on_cpu else 8192
+    size = 768 if torch.device(device).type == "cpu" else 8192
     left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     torch.mm(left, right)
-    _synchronize(on_cpu)
+    synchronize()
     start, products = time.perf_counter(), 0
     while time.perf_counter() - start < seconds:
         for _ in range(5):
             torch.mm(left, right)
-        _synchronize(on_cpu)
+        synchronize()
         products += 5
     return 2.0 * size**3 * products / (time.perf_counter() - start)
-
-
-def _synchronize(on_cpu: bool) -> None:
-    if not on_cpu:
-        torch.cuda.synchronize()

@@ -79,11 +79,6 @@ def shifted_labels(labels: torch.Tensor) -> torch.Tensor:
     return F.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL)
 
 
-def count_predicted(labels: torch.Tensor) -> int:
-    """Number of tokens that are predicted, over the batch."""
-    return int((labels[:, 1:] != IGNORED_LABEL).sum())
-
-
 def install_row_losses(model: torch.nn.Module, divisor: float = 1.0, cap: float | None = None) -> None:
     """Make `model(input_ids, labels)` return the summed next-token loss of each row, [rows] float32.
 

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from adept_ds.models.directory import family_of
+from adept_ds.models.directory import ModelDirectory
 from adept_ds.models.families import Family
 from adept_ds.models.head_loss import install_row_losses
 
 
-def load_causal_lm(model_dir: Path, dtype: torch.dtype, ds_config: dict[str, Any] | None = None) -> torch.nn.Module:
+def load_causal_lm(
+    source: ModelDirectory, dtype: torch.dtype, ds_config: dict[str, Any] | None = None
+) -> torch.nn.Module:
     """A frozen causal language model whose `forward(input_ids, labels)` returns summed losses per row.
 
     Args:
@@ -25,11 +26,11 @@ def load_causal_lm(model_dir: Path, dtype: torch.dtype, ds_config: dict[str, Any
 
     # Exists for as long as loading takes: transformers asks it whether to partition while it reads.
     zero3 = HfDeepSpeedConfig(ds_config) if ds_config is not None else None
-    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype, local_files_only=True)
+    model = AutoModelForCausalLM.from_pretrained(source.path, dtype=dtype, local_files_only=True)
     del zero3
     model.requires_grad_(False)
     model.config.use_cache = False
-    install_row_losses(model, *family_of(model_dir).logit_transform(model.config))
+    install_row_losses(model, *source.family.logit_transform(model.config))
     return model
 
 

@@ -6,9 +6,8 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-from adept_ds.models.directory import family_of, layer_count, read_model_config
+from adept_ds.models.directory import ModelDirectory
 from adept_ds.weights.hf_directory import stored_tensors
 
 
@@ -35,13 +34,13 @@ class ModelSize:
         return sum(self.layer_passed[layer] for layer in layers) / (sum(self.layer_passed) + self.head_passed)
 
 
-def model_size(model_dir: Path) -> ModelSize:
+def model_size(model: ModelDirectory) -> ModelSize:
     """From the headers of the weight files."""
-    family, config, num_layers = family_of(model_dir), read_model_config(model_dir), layer_count(model_dir)
-    parameters, passed = [0] * num_layers, [0.0] * num_layers
+    family = model.family
+    parameters, passed = [0] * model.num_layers, [0.0] * model.num_layers
     others, largest = 0, 0
-    experts_per_token = config.get(family.experts_per_token_key or "")
-    stored = stored_tensors(model_dir)
+    experts_per_token = model.config.get(family.experts_per_token_key or "")
+    stored = stored_tensors(model.path)
     expert_of = {name: re.search(r"\.experts\.(\d+)\.", name) for name in stored}
     num_experts = 1 + max((int(found[1]) for found in expert_of.values() if found), default=-1)
     for name, tensor in stored.items():

@@ -1,10 +1,10 @@
 """What a probe found out about layers, kept by sequence: deltas, their spread and any choice follow without a pass.
 
-For `mask` and `taylor` a delta is a ratio, summed nats over tokens, mixed over sources s by their weights:
+By sequence (`mask`, `taylor`) a delta is a ratio, summed nats over tokens, mixed over sources s by their weights:
 
     delta_i = sum_s w_s * (sum_n d_ni / sum_n t_n) / sum_s w_s        n: sequences of source s
 
-For `gradient` and `fisher` it is the mean over batches of b_ni. The bootstrap draws sequences of each source (or
+By batch (`gradient`, `fisher`) it is the mean over batches of b_ni. The bootstrap draws sequences of each source (or
 batches) with replacement, N - 1 of N (Rao and Wu, JASA 1988), which makes variances unbiased; with all N they would be
 too small by a factor of (N - 1) / N.
 """
@@ -15,9 +15,10 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from adept_ds.base.errors import InputError
 from adept_ds.base.files import write_bytes
 
 REPLICATES = 1000
@@ -28,6 +29,8 @@ class LayerScores:
     """Float64 arrays, the same on every rank and at any number of ranks (to rounding of the forward pass)."""
 
     method: str
+    by_sequence: bool
+    """Whether a row of `scores` is a sequence, or a global batch (see `estimators.Estimator`)."""
     seconds: float
     """That the passes took."""
     losses: np.ndarray
@@ -39,12 +42,8 @@ class LayerScores:
     weights: np.ndarray
     """[sources]"""
     scores: np.ndarray
-    """mask, taylor: [sequences, layers], what bypassing a layer adds to a sequence's summed loss, nats.
-    gradient, fisher: [batches, layers], the score on each global batch."""
-
-    @property
-    def by_sequence(self) -> bool:
-        return self.method in ("mask", "taylor")
+    """[sequences, layers], what bypassing a layer adds to a sequence's summed loss, nats; or [batches, layers], the
+    score on each global batch."""
 
     @property
     def base_loss(self) -> float:
@@ -87,13 +86,19 @@ class LayerScores:
             for field in fields(self)
             if field.name not in _METADATA
         }
-        write_bytes(path, save(arrays, {"method": self.method, "seconds": repr(self.seconds)}))
+        facts = {"method": self.method, "by_sequence": str(self.by_sequence), "seconds": repr(self.seconds)}
+        write_bytes(path, save(arrays, facts))
 
     @classmethod
     def load(cls, path: Path) -> LayerScores:
-        with safe_open(path, framework="numpy") as file:
-            arrays, facts = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
-        return cls(method=facts["method"], seconds=float(facts["seconds"]), **arrays)
+        """Raises `InputError` if it is no such file."""
+        try:
+            with safe_open(path, framework="numpy") as file:
+                arrays, facts = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+            by_sequence = facts["by_sequence"] == "True"
+            return cls(method=facts["method"], by_sequence=by_sequence, seconds=float(facts["seconds"]), **arrays)
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise InputError(f"'{path}' is damaged ({error}); move it away, and layers are probed again") from None
 
     def _strata(self) -> list[np.ndarray]:
         """Rows of `scores` that may stand for each other."""
@@ -111,7 +116,7 @@ class LayerScores:
         return total / self.weights.sum()
 
 
-_METADATA = ("method", "seconds")
+_METADATA = ("method", "by_sequence", "seconds")
 
 
 def _products(times: np.ndarray, values: np.ndarray) -> np.ndarray:

@@ -1,18 +1,19 @@
 """How many layers are copied, and which (docs/choosing_layers.md).
 
 Which: those with the lowest delta (paper, section 3.1); for ablations the highest, random ones, or evenly spread ones
-as in LLaMA-Pro (arXiv 2401.02415). How many: a number, or a rule over the sorted deltas.
+as in LLaMA-Pro (arXiv 2401.02415). How many: a number, or a rule over the sorted deltas. Imports no torch.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
+from pydantic import Field
 
 from adept_ds.base.errors import InputError
+from adept_ds.base.records import Record
 from adept_ds.config.schema import ExpandSection
 from adept_ds.probing.model_size import ModelSize
 
@@ -27,12 +28,11 @@ _HOW = {
 }
 
 
-@dataclass(frozen=True)
-class Selection:
+class Selection(Record):
     """What was chosen, and why."""
 
-    layers: tuple[int, ...]
-    """Ascending."""
+    layers: tuple[int, ...] = Field(default=(), exclude=True)
+    """Ascending; a result file has them in a place of its own."""
     k: int
     choose: str
     rule: str | None

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
-Against = Literal["halves", "corpus", "model"]
+from adept_ds.base.records import Record
+
+ReferenceKind = Literal["halves", "corpus", "model"]
 
 
-@dataclass(frozen=True)
-class Agreement:
+class Agreement(Record):
     """Two probes of the same layers, compared."""
 
-    against: Against
+    against: ReferenceKind
     name: str
     """Of the other corpus or model."""
     selected: tuple[tuple[int, ...], tuple[int, ...]]
@@ -31,8 +31,8 @@ class Agreement:
         return f"{what[self.against]} {sets}: Jaccard {self.jaccard:.2f}, Kendall tau of the deltas {tau}"
 
 
-def compare(
-    against: Against,
+def agreement_between(
+    kind: ReferenceKind,
     name: str,
     selected: tuple[Sequence[int], Sequence[int]],
     deltas: tuple[Sequence[float], Sequence[float]],
@@ -42,7 +42,8 @@ def compare(
     first, second = (tuple(sorted(layers)) for layers in selected)
     either = set(first) | set(second)
     tau = _number(kendalltau(*deltas).statistic)
-    return Agreement(against, name, (first, second), len(set(first) & set(second)) / len(either), tau)
+    jaccard = len(set(first) & set(second)) / len(either)
+    return Agreement(against=kind, name=name, selected=(first, second), jaccard=jaccard, kendall_tau=tau)
 
 
 def rank_correlations(methods: Mapping[str, Mapping[str, Any]]) -> dict[str, float | None]:

@@ -1,187 +1,120 @@
-"""Ranks from any launcher, and the few small collectives that the program needs.
+"""The ranks of a run, and the few small collectives that the program needs.
 
-This is the only place that knows how a launcher announces ranks (deepspeed, torchrun, Open MPI, MPICH, Slurm).
 Control traffic (a handful of numbers, an error, a yes or no) goes over a gloo group on the CPU: it never waits
 for an accelerator's stream, and sums are float64 on every device.
 """
 
 from __future__ import annotations
 
-import datetime
-import os
-import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from adept_ds.base.errors import AdeptError
-from adept_ds.ranks.launchers import Ranks
+from adept_ds.base.errors import AdeptError, InputError
 
 if TYPE_CHECKING:
     import torch
 
-
 T = TypeVar("T")
 
 
-_PATIENCE = datetime.timedelta(hours=24)
+@dataclass(frozen=True)
+class Ranks:
+    """Who this process is among the processes of a run, and how it speaks with them; by default it is alone."""
 
+    rank: int = 0
+    world_size: int = 1
+    local_size: int = 1
+    """Ranks on this host."""
+    control: Any = None
+    """Group of the small collectives below (see `groups`)."""
+    patient: Any = None
+    """For `on_main`: the others wait while rank 0 packs a large corpus or writes a large model."""
 
-def init_distributed(ranks: Ranks, timeout_minutes: float = 30.0) -> None:
-    """Join the process group through DeepSpeed, with the ranks that were derived here.
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
 
-    A peer that dies silently ends the run after `timeout_minutes`.
-    """
-    os.environ.update(
-        RANK=str(ranks.rank),
-        WORLD_SIZE=str(ranks.world_size),
-        LOCAL_RANK=str(ranks.local_rank),
-        LOCAL_SIZE=str(ranks.local_size),
-        MASTER_ADDR=ranks.master_addr,
-        MASTER_PORT=str(ranks.master_port),
-    )
-    # DeepSpeed compiles extensions at first use with ninja, which pip installs beside this Python.
-    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    import deepspeed
-    import torch.distributed as dist
-    from deepspeed.accelerator import get_accelerator
+    def sum(self, values: Sequence[float] | torch.Tensor) -> torch.Tensor:
+        """Element-wise float64 sum over ranks: one all-reduce of len(values) * 8 bytes."""
+        import torch
 
-    timeout = datetime.timedelta(minutes=timeout_minutes)
-    accelerator = get_accelerator()
-    if accelerator.device_name() != "cpu":
-        # A launcher may show each rank only its own device.
-        accelerator.set_device(ranks.local_rank % accelerator.device_count())
-    # One of a run that crashed here would be taken for this run's.
-    _remove_shared_buffer(ranks)
-    deepspeed.init_distributed(
-        accelerator.communication_backend_name(), auto_mpi_discovery=False, verbose=False, timeout=timeout
-    )
-    global _control_group, _patient_group
-    _control_group = _new_control_group(timeout)
-    dist.barrier(_control_group)
-    _remove_shared_buffer(ranks)
-    _patient_group = dist.new_group(backend="gloo", timeout=_PATIENCE)
+        total = torch.as_tensor(values, dtype=torch.float64).cpu().clone()
+        if self.world_size > 1:
+            torch.distributed.all_reduce(total, group=self.control)
+        return total
 
+    def max(self, *values: float) -> list[float]:
+        """Element-wise maximum over ranks, in one all-reduce."""
+        import torch
 
-def _remove_shared_buffer(ranks: Ranks) -> None:
-    """Take away the name of the memory that DeepSpeed (0.19.8, csrc/cpu/comm/shm.cpp) shares between CPU ranks.
+        result = torch.tensor(values, dtype=torch.float64)
+        if self.world_size > 1:
+            torch.distributed.all_reduce(result, op=torch.distributed.ReduceOp.MAX, group=self.control)
+        return [float(value) for value in result]
 
-    DeepSpeed never does: every run would leave 66 MiB of memory for each rank behind. Once every rank has mapped it,
-    nobody needs the name, and the memory goes with the last process.
-    """
-    name = f"deepspeed_allreduce_buffer_{os.getuid()}_{ranks.master_addr}_{ranks.master_port}_{ranks.rank}"
-    (Path("/dev/shm") / name).unlink(missing_ok=True)
+    def all_equal(self, value: float) -> bool:
+        """Whether every rank gave the same number; every rank gets the same answer."""
+        highest, lowest = self.max(value, -value)
+        return highest == -lowest
 
+    def gather(self, value: T) -> list[T]:
+        """The value of every rank, on every rank, in rank order."""
+        if self.world_size == 1:
+            return [value]
+        import torch
 
-_control_group: Any = None
+        values: list[Any] = [None] * self.world_size
+        torch.distributed.all_gather_object(values, value, group=self.control)
+        return values
 
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            import torch
 
-_patient_group: Any = None
-"""For `on_main_rank`: the others wait while rank 0 packs a large corpus or writes a large model."""
+            torch.distributed.barrier(group=self.control)
 
+    def on_main(self, action: Callable[[], T]) -> T:
+        """Run `action` on rank 0 and give every rank its result; an error there ends `on_main` everywhere.
 
-def _new_control_group(timeout: datetime.timedelta | None = None) -> Any:
-    import torch.distributed as dist
+        For work that belongs to one process (writing files, looking at the disk). Without this, an error on rank 0
+        leaves the others waiting in a collective until the timeout.
 
-    return dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo", timeout=timeout)
+        Raises:
+            AdeptError: as on rank 0; for any other error there, which rank 0 itself raises as it is, its text.
+        """
+        outcome: list[Any] = [None, None]
+        unexpected: Exception | None = None
+        if self.is_main:
+            try:
+                outcome[0] = action()
+            except AdeptError as error:
+                outcome[1] = error
+            except Exception as error:
+                unexpected = error
+                outcome[1] = AdeptError(f"rank 0 failed: {type(error).__name__}: {error}")
+        if self.world_size > 1:
+            import torch
 
+            torch.distributed.broadcast_object_list(outcome, src=0, group=self.patient)
+        if unexpected is not None:
+            raise unexpected
+        if outcome[1] is not None:
+            raise outcome[1]
+        return outcome[0]
 
-def _control() -> Any:
-    """The group for small collectives; made at first use where `init_distributed` was not called (see `UnitLR`)."""
-    global _control_group
-    if _control_group is None:
-        _control_group = _new_control_group()
-    return _control_group
+    def on_each(self, action: Callable[[], T], remedy: str) -> T:
+        """Run `action`, which reads files, on every rank; where one of them cannot, all end with the same error.
 
-
-def shutdown() -> None:
-    """Leave the process group, if there is one."""
-    import torch.distributed as dist
-
-    global _control_group, _patient_group
-    _control_group = _patient_group = None
-    if dist.is_available() and dist.is_initialized():
-        dist.destroy_process_group()
-
-
-def rank() -> int:
-    return _dist().get_rank() if _is_parallel() else 0
-
-
-def world_size() -> int:
-    return _dist().get_world_size() if _is_parallel() else 1
-
-
-def local_size() -> int:
-    """Number of ranks on this host."""
-    return int(os.environ["LOCAL_SIZE"]) if _is_parallel() else 1
-
-
-def sum_over_ranks(values: Sequence[float] | torch.Tensor) -> torch.Tensor:
-    """Element-wise float64 sum over ranks: one all-reduce of len(values) * 8 bytes."""
-    import torch
-
-    total = torch.as_tensor(values, dtype=torch.float64).cpu().clone()
-    if _is_parallel():
-        _dist().all_reduce(total, group=_control())
-    return total
-
-
-def max_over_ranks(*values: float) -> list[float]:
-    """Element-wise maximum over ranks, in one all-reduce."""
-    import torch
-
-    result = torch.tensor(values, dtype=torch.float64)
-    if _is_parallel():
-        _dist().all_reduce(result, op=_dist().ReduceOp.MAX, group=_control())
-    return [float(value) for value in result]
-
-
-def all_ranks_equal(value: float) -> bool:
-    """Whether every rank gave the same number; every rank gets the same answer."""
-    highest, lowest = max_over_ranks(value, -value)
-    return highest == -lowest
-
-
-def gather_objects(value: T) -> list[T]:
-    """The value of every rank, on every rank, in rank order."""
-    if not _is_parallel():
-        return [value]
-    values: list[Any] = [None] * world_size()
-    _dist().all_gather_object(values, value, group=_control())
-    return values
-
-
-def barrier() -> None:
-    if _is_parallel():
-        _dist().barrier(group=_control())
-
-
-def on_main_rank(action: Callable[[], T]) -> T:
-    """Run `action` on rank 0 and give every rank its result; an `AdeptError` there is raised everywhere.
-
-    For work that belongs to one process (writing files). Without this, an error on rank 0 leaves the others
-    waiting in a collective until the timeout.
-    """
-    outcome: list[Any] = [None, None]
-    if rank() == 0:
+        Raises:
+            InputError: naming the first rank that failed, and `remedy`.
+        """
+        result, complaint = None, ""
         try:
-            outcome[0] = action()
-        except AdeptError as error:
-            outcome[1] = error
-    if _is_parallel():
-        _dist().broadcast_object_list(outcome, src=0, group=_patient_group)
-    if outcome[1] is not None:
-        raise outcome[1]
-    return outcome[0]
-
-
-def _dist() -> Any:
-    import torch.distributed as dist
-
-    return dist
-
-
-def _is_parallel() -> bool:
-    dist = _dist()
-    return bool(dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1)
+            result = action()
+        except OSError as error:
+            complaint = str(error)
+        failed = [(rank, text) for rank, text in enumerate(self.gather(complaint)) if text]
+        if failed:
+            raise InputError(f"rank {failed[0][0]}: {failed[0][1]}; {remedy}")
+        return result  # type: ignore[return-value]

@@ -1,4 +1,7 @@
-"""TODO ranks.launchers."""
+"""How a launcher announces ranks: deepspeed, torchrun, Open MPI, MPICH, Slurm, or none. The only place that knows.
+
+Imports no torch.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from adept_ds.base.errors import InputError
 
 
 @dataclass(frozen=True)
-class Ranks:
+class LaunchedRank:
     """Who this process is among the processes of the run."""
 
     rank: int
@@ -61,8 +64,8 @@ _LAUNCHERS = (
 )
 
 
-def ranks_from_environment(env: Mapping[str, str]) -> Ranks:
-    """Derive the ranks from a launcher's environment variables; one process when there are none.
+def rank_from_environment(env: Mapping[str, str]) -> LaunchedRank:
+    """Derive who this process is from a launcher's environment variables; one process when there are none.
 
     Slurm counts only inside a step (SLURM_STEP_NUM_TASKS): the batch script itself also has SLURM_PROCID=0, and
     would wait for ranks that never come.
@@ -72,7 +75,7 @@ def ranks_from_environment(env: Mapping[str, str]) -> Ranks:
     """
     launcher = next((entry for entry in _LAUNCHERS if _announces(env, entry)), None)
     if launcher is None:
-        return Ranks(0, 1, 0, 1, "127.0.0.1", _free_port(), "none")
+        return LaunchedRank(0, 1, 0, 1, "127.0.0.1", _free_port(), "none")
     rank, world_size = _number(env, launcher.rank), _number(env, launcher.world_size)
     if not 0 <= rank < world_size:
         raise InputError(
@@ -81,7 +84,7 @@ def ranks_from_environment(env: Mapping[str, str]) -> Ranks:
     local_rank = _number(env, launcher.local_rank) if launcher.local_rank in env else rank
     local_size = next((_first_number(key, env[key]) for key in launcher.local_size if key in env), world_size)
     address, port = _master(env, is_one_host=local_size >= world_size)
-    return Ranks(rank, world_size, local_rank, local_size, address, port, launcher.name)
+    return LaunchedRank(rank, world_size, local_rank, local_size, address, port, launcher.name)
 
 
 def _number(env: Mapping[str, str], key: str) -> int:

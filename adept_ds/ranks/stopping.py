@@ -9,7 +9,7 @@ from typing import Any
 
 from adept_ds.base.errors import StopRequestedError
 from adept_ds.base.progress import ProgressCallback
-from adept_ds.ranks.collectives import sum_over_ranks
+from adept_ds.ranks.collectives import Ranks
 
 
 class StopRequest:
@@ -32,12 +32,12 @@ class StopRequest:
             for number, handler in previous.items():
                 signal.signal(number, handler)
 
-    def checked(self, stage: str, progress: ProgressCallback, *, together: bool) -> ProgressCallback:
+    def checked(self, stage: str, progress: ProgressCallback, ranks: Ranks | None) -> ProgressCallback:
         """`progress`, which from now on also ends the stage when it was asked to stop.
 
         Args:
-            together: every rank reports this progress, and all must end at the same point; otherwise rank 0 works
-                alone, and its error reaches the others (see `on_main_rank`).
+            ranks: all that report this progress, and must end at the same point; None if rank 0 works alone, and its
+                error reaches the others (see `Ranks.on_main`).
 
         Raises (when called):
             StopRequestedError: naming the stage.
@@ -45,7 +45,7 @@ class StopRequest:
 
         def report(share: float, text: str = "") -> None:
             asked = float(self.requested)
-            if sum_over_ranks([asked]).item() if together else asked:
+            if ranks.sum([asked]).item() if ranks else asked:
                 raise StopRequestedError(f"stopped while {stage}; the stages before it are kept")
             progress(share, text)
 

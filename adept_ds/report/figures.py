@@ -15,7 +15,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
-from adept_ds.report.run_files import MAX_DOTS, Json, Run, finite, losses, short
+from adept_ds.report.run_files import MAX_DOTS, Json, RunFiles, finite, losses, short
 
 INK, GREY, PALE, COPY, BLUE, GREEN = "#1f2937", "#9aa5b4", "#cfd8e4", "#d9660b", "#2459c4", "#12806a"
 
@@ -35,18 +35,10 @@ STYLE |= dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.c
 STYLE |= dict.fromkeys(("axes.spines.top", "axes.spines.right", "legend.frameon"), False)
 
 
-DELTA_AXIS = {
-    "mask": "delta loss (nats) with layer bypassed",
-    "taylor": "delta loss (nats), first-order estimate",
-    "gradient": "sum of |weight x gradient|",
-    "fisher": "sum of squared gradients",
-}
-
-
 RULES = {"knee": BLUE, "budget": GREEN, "threshold": GREY}
 
 
-def svg(name: str, draw: Callable[[Run, Figure], None], run: Run) -> Markup | None:
+def svg(name: str, draw: Callable[[RunFiles, Figure], None], run: RunFiles) -> Markup | None:
     """Draw one figure under a fixed style; the style's context leaves matplotlib's global settings as they were."""
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
@@ -63,7 +55,7 @@ def svg(name: str, draw: Callable[[Run, Figure], None], run: Run) -> Markup | No
     return Markup(re.sub(r'<svg [^>]*?(viewBox="[^"]*")[^>]*>', r'<svg \1 role="img">', text, count=1))
 
 
-def _draw_layers(run: Run, figure: Figure) -> None:
+def _draw_layers(run: RunFiles, figure: Figure) -> None:
     layers = [layer for layer in run.importance.get("layers") or [] if finite(layer["delta"])]
     if not layers:
         return
@@ -87,13 +79,13 @@ def _draw_layers(run: Run, figure: Figure) -> None:
             axes.plot([x - 0.5, x + 0.5], np.sign(y) * top * np.array([0.85, 0.9]), color="white", linewidth=4)
     axes.set(xlabel="decoder layer of the base model", xticks=index[:: 1 + len(layers) // 41])
     axes.axis((-0.7, max(index) + 0.7, min(-0.02 * top, 1.1 * max(min(delta), -top)), top * 1.22))
-    axes.set_ylabel(DELTA_AXIS.get(str(run.importance.get("method")), "importance"))
+    axes.set_ylabel(run.importance.get("measures") or "importance")
     labels = {COPY: "copied" if run.copies else "selected", PALE: "left as it is"}
     handles = [Patch(color=color, label=label) for color, label in labels.items()]
     axes.legend(handles=handles, loc="lower right", bbox_to_anchor=(1, 1), ncols=2)
 
 
-def _draw_choice(run: Run, figure: Figure) -> None:
+def _draw_choice(run: RunFiles, figure: Figure) -> None:
     """The sorted deltas, and where each rule would stop."""
     layers = [layer for layer in run.importance.get("layers") or [] if finite(layer["delta"])]
     selection = run.importance.get("selection") or {}
@@ -120,10 +112,10 @@ def _draw_choice(run: Run, figure: Figure) -> None:
         axes.text(k + 0.58, height, f"{rule}: {k}", color=color, va="top", weight="bold")
     axes.axis((0.3, len(layers) + 0.7, low, 1.12 * top))
     axes.set(xlabel="layers, sorted; numbers are those of the base model", xticks=rank[:: 1 + len(rank) // 41])
-    axes.set_ylabel(DELTA_AXIS.get(str(run.importance.get("method")), "importance"))
+    axes.set_ylabel(run.importance.get("measures") or "importance")
 
 
-def _draw_methods(run: Run, figure: Figure) -> None:
+def _draw_methods(run: RunFiles, figure: Figure) -> None:
     """Ranks, which compare where deltas are in different units."""
     methods = {
         name: np.array(method["deltas"], dtype=float) for name, method in run.methods.items() if "deltas" in method
@@ -149,7 +141,7 @@ def _draw_methods(run: Run, figure: Figure) -> None:
     figure.colorbar(image, ax=axes, fraction=0.02, pad=0.01, label="rank")
 
 
-def _draw_stack(run: Run, figure: Figure) -> None:
+def _draw_stack(run: RunFiles, figure: Figure) -> None:
     if not run.copies:
         return
     total = int(run.expansion["source_layers"]) + len(run.copies)
@@ -181,7 +173,7 @@ def _curve(axes: Any, steps: Any, values: Any, color: str, smooth: bool) -> None
     axes.plot(steps[thin], mean[thin], color=color, linewidth=1.8, label="smoothed")
 
 
-def _draw_panels(run: Run, figure: Figure, panels: Iterable[tuple[str, str, str]]) -> None:
+def _draw_panels(run: RunFiles, figure: Figure, panels: Iterable[tuple[str, str, str]]) -> None:
     """Series over the same steps, one above the other; each is (key, label, colour)."""
     data = [(key, *run.series(key), label, color) for key, label, color in panels if len(run.series(key)[0])]
     if not data:
@@ -197,7 +189,7 @@ def _draw_panels(run: Run, figure: Figure, panels: Iterable[tuple[str, str, str]
     grid[-1].set_xlabel("optimizer step")
 
 
-def _draw_evals(run: Run, figure: Figure) -> None:
+def _draw_evals(run: RunFiles, figure: Figure) -> None:
     evals, base = run.evals(), losses(run.evaluation.get("base"))
     found = {name: [(step, sets[name]) for step, sets in evals if name in sets] for name in ("general", "domain")}
     curves = {name: points for name, points in found.items() if points}
@@ -217,7 +209,7 @@ def _draw_evals(run: Run, figure: Figure) -> None:
         axes.legend(loc="best")
 
 
-def _multipliers(run: Run) -> tuple[list[float], list[str], dict[int, Any]]:
+def _multipliers(run: RunFiles) -> tuple[list[float], list[str], dict[int, Any]]:
     """Steps, names of units within a copy, and for each copy a grid of multipliers (units x steps)."""
     refreshes = run.refreshes[:: math.ceil(len(run.refreshes) / MAX_COLUMNS) or 1]
     parts = {unit: re.search(r"(?:^|\.)(\d+)\.(.+)", unit) for _, units in refreshes for unit in units}
@@ -235,7 +227,7 @@ def _multipliers(run: Run) -> tuple[list[float], list[str], dict[int, Any]]:
     return [step for step, _ in refreshes], names, grids
 
 
-def _draw_units(run: Run, figure: Figure) -> None:
+def _draw_units(run: RunFiles, figure: Figure) -> None:
     steps, names, grids = _multipliers(run)
     if not names:
         return
@@ -258,7 +250,7 @@ def _draw_units(run: Run, figure: Figure) -> None:
     figure.colorbar(image, ax=panels, fraction=0.02, pad=0.01, label="multiplier")
 
 
-def _draw_movement(run: Run, figure: Figure) -> None:
+def _draw_movement(run: RunFiles, figure: Figure) -> None:
     if not (run.movement and run.movement.dots):
         return
     figure.set_size_inches(WIDTH, 3.6)
@@ -281,7 +273,7 @@ LOSS = (("loss", "training loss (nats)", BLUE), ("lr", "learning rate", GREY))
 SPEED = (("tokens_per_second", "tokens per second", GREEN), ("grad_norm", "gradient norm", COPY))
 
 
-FIGURES: dict[str, Callable[[Run, Figure], None]] = {"layers": _draw_layers, "choice": _draw_choice}
+FIGURES: dict[str, Callable[[RunFiles, Figure], None]] = {"layers": _draw_layers, "choice": _draw_choice}
 
 
 FIGURES |= {"methods": _draw_methods, "stack": _draw_stack}

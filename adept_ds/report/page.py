@@ -13,13 +13,14 @@ from pathlib import Path
 from jinja2 import ChainableUndefined, Environment, FileSystemLoader
 
 from adept_ds.base.files import write_text
+from adept_ds.base.run_dir import RunDirectory
 from adept_ds.report.figures import FIGURES, svg
 from adept_ds.report.run_files import finite, read_run, short
 
 
 def write_report(run_dir: Path) -> Path:
-    """Write `run_dir/report.html` from the files beside it; a reader never sees half a page."""
-    run, target = read_run(Path(run_dir)), Path(run_dir) / "report.html"
+    """Write a run's report.html from the files beside it; a reader never sees half a page."""
+    run, target = read_run(Path(run_dir)), RunDirectory(Path(run_dir)).report
     loader = FileSystemLoader(Path(__file__).parent / "templates")
     # Chainable: a number that a file lacks leaves its place empty instead of costing the page.
     env = Environment(loader=loader, autoescape=True, undefined=ChainableUndefined, trim_blocks=True)

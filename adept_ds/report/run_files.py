@@ -20,6 +20,7 @@ from scipy.stats import spearmanr
 
 from adept_ds.base.errors import InputError
 from adept_ds.base.files import read_json
+from adept_ds.base.run_dir import RunDirectory
 
 Json = dict[str, Any]
 
@@ -33,6 +34,8 @@ class Moved:
     """A unit over the whole run; or the mean of a layer's heads or neurons."""
 
     name: str
+    kind: str
+    """'norm', 'matrix', 'head' and so on."""
     multiplier: float
     """Mean over steps."""
     change: float
@@ -40,7 +43,7 @@ class Moved:
 
     @property
     def is_norm(self) -> bool:
-        return re.search(r"norm|\bln_", self.name) is not None
+        return self.kind == "norm"
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,7 @@ class Movement:
 
 
 @dataclass(frozen=True)
-class Run:
+class RunFiles:
     """What a run directory holds, read and put in order."""
 
     config_text: str
@@ -119,23 +122,26 @@ class Run:
         return (evals[0][1], evals[-1][1]) if len(evals) > 1 else ({}, {})
 
 
-def read_run(run_dir: Path) -> Run:
-    if not any((run_dir / name).is_file() for name in ("layer_importance.json", "metrics.jsonl")):
-        raise InputError(f"{run_dir}: no layer_importance.json and no metrics.jsonl; make them: adept run CONFIG")
-    path, config = run_dir / "config.yaml", None
-    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+def read_run(directory: Path) -> RunFiles:
+    run = RunDirectory(directory)
+    if not run.layer_importance.is_file() and not run.metrics.is_file():
+        raise InputError(
+            f"{directory}: no {run.layer_importance.name} and no {run.metrics.name}; make them: adept run CONFIG"
+        )
+    config = None
+    text = run.config.read_text(encoding="utf-8", errors="replace") if run.config.is_file() else ""
     with suppress(yaml.YAMLError):
         config = yaml.safe_load(text)
-    names = ("layer_importance.json", "expanded/expansion.json", "evaluation.json", "summary.json")
-    probe, expansion, scores, summary = (_read_record(run_dir / name) for name in names)
-    metrics, units = (_read_lines(run_dir / name) for name in ("metrics.jsonl", "unit_importance.jsonl"))
+    records = (run.layer_importance, run.expansion, run.evaluation, run.summary)
+    importance, expansion, evaluation, summary = map(_read_record, records)
+    metrics, units = map(_read_lines, (run.metrics, run.unit_importance))
     refreshes = _in_order((line["step"], {unit["unit"]: unit for unit in line.get("units", [])}) for line in units)
-    movement = _movement(_read_lines(run_dir / "unit_movement.jsonl"))
+    movement = _movement(_read_lines(run.unit_movement))
     settings = config if isinstance(config, dict) else {}
-    found = _read_record(run_dir / "layer_methods.json")
+    found = _read_record(run.layer_methods)
     spearman, methods = found.get("spearman") or {}, found.get("methods") or {}
     methods = {name: method | {"spearman": spearman.get(name)} for name, method in methods.items()}
-    return Run(text, settings, probe, methods, expansion, scores, summary, metrics, refreshes, movement)
+    return RunFiles(text, settings, importance, methods, expansion, evaluation, summary, metrics, refreshes, movement)
 
 
 def _read_record(path: Path) -> Json:
@@ -181,7 +187,9 @@ def _movement(lines: list[Json]) -> Movement | None:
                 if unit["moved"] != 0:
                     nevertheless[name] = f"{short(unit['moved'])} (L2 norm) from step {since} to {step}"
     last = {name: _rms(unit, "moved_since_start") for name, unit in intervals[-1][2].items()}
-    moved = [Moved(name, _mean(held[name]), change) for name, change in last.items() if math.isfinite(change)]
+    kinds = {name: str(unit.get("kind", "")) for name, unit in intervals[-1][2].items()}
+    finally_at = {name: change for name, change in last.items() if math.isfinite(change)}
+    moved = [Moved(name, kinds[name], _mean(held[name]), change) for name, change in finally_at.items()]
     moved.sort(key=lambda unit: -unit.change)
     correlations = [value for _, _, units in intervals for value in _rank_correlation(units.values())]
     return Movement(moved, _by_kind(moved), correlations, stopped, nevertheless, len(last) - len(moved))
@@ -216,13 +224,13 @@ def _by_kind(units: list[Moved]) -> list[Moved]:
     """If they are too many for the figure: the mean of those of a layer whose names differ in a number only."""
     if len(units) <= MAX_DOTS:
         return units
-    kinds: dict[str, list[tuple[float, float]]] = {}
+    groups: dict[tuple[str, str], list[tuple[float, float]]] = {}
     for unit in units:
         layer = re.match(r".*?\d+\.", unit.name)
         cut = layer.end() if layer else 0
-        kind = unit.name[:cut] + re.sub(r"\d+", "*", unit.name[cut:])
-        kinds.setdefault(kind, []).append((unit.multiplier, unit.change))
-    means = [Moved(name, *map(float, np.mean(members, axis=0))) for name, members in kinds.items()]
+        name = unit.name[:cut] + re.sub(r"\d+", "*", unit.name[cut:])
+        groups.setdefault((name, unit.kind), []).append((unit.multiplier, unit.change))
+    means = [Moved(*group, *map(float, np.mean(members, axis=0))) for group, members in groups.items()]
     return sorted(means, key=lambda unit: -unit.change)
 
 

@@ -12,19 +12,21 @@ from __future__ import annotations
 import random
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from adept_ds.base.errors import InputError
-from adept_ds.base.files import read_json, write_json, write_text
-from adept_ds.ranks.collectives import barrier, gather_objects, on_main_rank, rank, world_size
+from adept_ds.base.files import NewDirectory, write_text
+from adept_ds.base.records import Record
+from adept_ds.base.run_dir import checkpoint_steps, checkpoint_tag, manifest_of
+from adept_ds.models.device import device_rng_state, set_device_rng_state
+from adept_ds.ranks.collectives import Ranks
+from adept_ds.zero.engine import Engine
 
-_PREFIX = "step_"
 
-
-@dataclass(frozen=True)
-class Manifest:
+class CheckpointManifest(Record):
     """What a checkpoint must fit to be resumed from."""
 
     step: int
@@ -33,27 +35,18 @@ class Manifest:
     fingerprint: str
     """Of the expanded checkpoint that training started from."""
     settings: dict[str, Any]
-    """Everything that determines the course of training (see `stages.training_settings`)."""
+    """Everything that determines the course of training (see `run.train.training_settings`)."""
 
-
-def checkpoint_steps(directory: Path) -> list[int]:
-    """Steps of all complete checkpoints, ascending."""
-    tags = [path.parent.name for path in directory.glob(f"{_PREFIX}*/manifest.json")]
-    return sorted(int(tag.removeprefix(_PREFIX)) for tag in tags if tag.removeprefix(_PREFIX).isdigit())
-
-
-def tag_of(step: int) -> str:
-    return f"{_PREFIX}{step}"
-
-
-def read_manifest(directory: Path, step: int) -> Manifest:
-    return Manifest(**read_json(directory / tag_of(step) / "manifest.json"))
+    @classmethod
+    def remedy(cls) -> str:
+        return "move this checkpoint away to resume from an older one"
 
 
 def save_checkpoint(
-    engine: Any,
+    engine: Engine,
     directory: Path,
-    manifest: Manifest,
+    manifest: CheckpointManifest,
+    ranks: Ranks,
     keep: int,
     state: dict[str, Any],
     write_more: Callable[[Path], None],
@@ -64,51 +57,63 @@ def save_checkpoint(
         state: of the trainer on this rank.
         write_more: called on every rank with the checkpoint's directory.
     """
-    temporary, tag = f".{tag_of(manifest.step)}.tmp", tag_of(manifest.step)
-    on_main_rank(lambda: shutil.rmtree(directory / temporary, ignore_errors=True))
-    engine.save_checkpoint(
-        str(directory),
-        tag=temporary,
-        client_state={"adept_ds": {"step": manifest.step, "ranks": gather_objects((_rng_state(), state))}},
-        exclude_frozen_parameters=True,
-        save_latest=False,
-    )
-    write_more(directory / temporary)
-    barrier()
+    tag = checkpoint_tag(manifest.step)
+    new: NewDirectory | None = None
+
+    def begin() -> str:
+        nonlocal new
+        new = NewDirectory(directory / tag)
+        return new.temporary.name
 
     def publish() -> None:
-        write_json(directory / temporary / "manifest.json", asdict(manifest))
-        shutil.rmtree(directory / tag, ignore_errors=True)
-        (directory / temporary).rename(directory / tag)
+        assert new is not None
+        manifest.save(manifest_of(new.temporary))
+        new.publish()
         write_text(directory / "latest", tag)
         for step in checkpoint_steps(directory)[:-keep]:
-            shutil.rmtree(directory / tag_of(step))
+            old = directory / checkpoint_tag(step)
+            manifest_of(old).unlink()  # first: half of it is no checkpoint
+            shutil.rmtree(old)
 
-    on_main_rank(publish)
+    temporary = ranks.on_main(begin)
+    try:
+        engine.save_checkpoint(
+            str(directory),
+            tag=temporary,
+            client_state={"adept_ds": {"step": manifest.step, "ranks": ranks.gather((_rng_state(), state))}},
+            exclude_frozen_parameters=True,
+            save_latest=False,
+        )
+        write_more(directory / temporary)
+        ranks.barrier()
+        ranks.on_main(publish)
+    finally:
+        if new is not None:
+            new.discard()
 
 
-def load_checkpoint(engine: Any, directory: Path, expected: Manifest) -> dict[str, Any]:
+def load_checkpoint(engine: Engine, directory: Path, expected: CheckpointManifest, ranks: Ranks) -> dict[str, Any]:
     """Restore weights of the copies, optimizer, multipliers and random state; returns this rank's state.
 
     Raises:
         InputError: the checkpoint belongs to another expansion, number of ranks, ZeRO stage or setting.
     """
     path, client_state = engine.load_checkpoint(
-        str(directory), tag=tag_of(expected.step), load_module_strict=False, load_lr_scheduler_states=False
+        str(directory), tag=checkpoint_tag(expected.step), load_module_strict=False, load_lr_scheduler_states=False
     )
     if path is None:
         raise InputError(
-            f"'{directory / tag_of(expected.step)}' cannot be loaded; delete it to resume from an older one"
+            f"'{directory / checkpoint_tag(expected.step)}' cannot be loaded; move it away to resume from an older one"
         )
-    rng, state = client_state["adept_ds"]["ranks"][rank()]
+    rng, state = client_state["adept_ds"]["ranks"][ranks.rank]
     _restore_rng_state(rng)
     return dict(state)
 
 
-def check_resumable(directory: Path, expected: Manifest) -> None:
+def check_resumable(directory: Path, expected: CheckpointManifest) -> None:
     """Raises `InputError`, naming the difference and the remedy, if a checkpoint does not fit this run."""
-    found = read_manifest(directory, expected.step)
-    place = directory / tag_of(expected.step)
+    place = directory / checkpoint_tag(expected.step)
+    found = CheckpointManifest.load(manifest_of(place))
     remedy = "set it back, or choose another run_dir"
     if found.world_size != expected.world_size:
         raise InputError(
@@ -126,24 +131,11 @@ def check_resumable(directory: Path, expected: Manifest) -> None:
         raise InputError(f"'{place}' belongs to another expanded checkpoint; choose another run_dir")
 
 
-def expected_manifest(step: int, zero_stage: int, fingerprint: str, settings: dict[str, Any]) -> Manifest:
-    return Manifest(step, world_size(), zero_stage, fingerprint, settings)
-
-
 def _rng_state() -> dict[str, Any]:
-    import torch
-
-    return {
-        "python": random.getstate(),
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
-    }
+    return {"python": random.getstate(), "torch": torch.get_rng_state(), "cuda": device_rng_state()}
 
 
 def _restore_rng_state(state: dict[str, Any]) -> None:
-    import torch
-
     random.setstate(state["python"])
     torch.set_rng_state(state["torch"])
-    if state["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
+    set_device_rng_state(state["cuda"])

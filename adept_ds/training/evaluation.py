@@ -11,7 +11,7 @@ import torch
 from adept_ds.base.progress import ProgressCallback
 from adept_ds.data.blocks import Blocks
 from adept_ds.data.order import rank_batches
-from adept_ds.ranks.collectives import rank, sum_over_ranks, world_size
+from adept_ds.ranks.collectives import Ranks
 
 
 @dataclass(frozen=True)
@@ -20,16 +20,17 @@ class EvalSet:
 
     name: str
     blocks: Blocks
-    max_blocks: int
+    max_sequences: int
 
     @property
     def indices(self) -> range:
-        return range(min(len(self.blocks), self.max_blocks))
+        return range(min(len(self.blocks), self.max_sequences))
 
 
 def evaluate(
     model: Callable[..., torch.Tensor],
     eval_sets: list[EvalSet],
+    ranks: Ranks,
     *,
     batch_size: int,
     device: torch.device | str,
@@ -39,7 +40,11 @@ def evaluate(
 
     The result does not depend on the number of ranks, nor on how blocks fall on them.
     """
-    schedule = [(s, batch) for s in eval_sets for batch in rank_batches(s.indices, rank(), world_size(), batch_size)]
+    schedule = [
+        (eval_set, batch)
+        for eval_set in eval_sets
+        for batch in rank_batches(eval_set.indices, ranks.rank, ranks.world_size, batch_size)
+    ]
     sums = {s.name: torch.zeros(2, dtype=torch.float64) for s in eval_sets}
     with torch.no_grad():
         for number, (eval_set, batch) in enumerate(schedule):
@@ -50,6 +55,6 @@ def evaluate(
             sums[eval_set.name] += torch.tensor([loss, eval_set.blocks.predicted_tokens(batch)], dtype=torch.float64)
     results = {}
     for name, local in sums.items():
-        loss, tokens = sum_over_ranks(local).tolist()
+        loss, tokens = ranks.sum(local).tolist()
         results[name] = {"loss": loss / tokens, "tokens": int(tokens)}
     return results

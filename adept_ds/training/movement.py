@@ -8,33 +8,35 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from adept_ds.models.directory import family_of
-from adept_ds.ranks.collectives import rank, sum_over_ranks
+from adept_ds.models.directory import ModelDirectory
+from adept_ds.ranks.collectives import Ranks
 from adept_ds.units.registry import UnitRegistry
 from adept_ds.weights.hf_directory import stored_tensors
 from adept_ds.weights.tensor_files import StoredTensor
-from adept_ds.zero.layout import Piece, partition_layout
+from adept_ds.zero.engine import Engine
+from adept_ds.zero.layout import Fragment, partition_layout
 
 
 class UnitMovement:
     """L2 norms of the change of each unit's fp32 weights.
 
     Args:
-        start_dir: the checkpoint that training started from.
+        start: the checkpoint that training started from.
         precision: in which it was loaded: training starts from weights rounded to it.
     """
 
-    def __init__(self, engine: Any, registry: UnitRegistry, start_dir: Path, precision: torch.dtype) -> None:
+    def __init__(
+        self, engine: Engine, registry: UnitRegistry, start: ModelDirectory, precision: torch.dtype, ranks: Ranks
+    ) -> None:
         self._layout = partition_layout(engine)
         self._registry = registry
         self._precision = precision
-        self._stored, self._family = stored_tensors(start_dir), family_of(start_dir)
+        self._stored, self._family, self._ranks = stored_tensors(start.path), start.family, ranks
         self._last: list[torch.Tensor] | None = None
         """Weights at `since`; None: those of the start."""
         self.since = 0
@@ -45,23 +47,23 @@ class UnitMovement:
         now = self._weights()
         sums = torch.zeros(2, len(self._registry), dtype=torch.float64)
         for number, partition in enumerate(self._layout):
-            for piece in partition.pieces:
-                run = slice(piece.flat_start, piece.flat_start + piece.numel)
-                new, start = now[number][run], self._start(piece)
+            for fragment in partition.fragments:
+                run = slice(fragment.flat_start, fragment.flat_start + fragment.numel)
+                new, start = now[number][run], self._start(fragment)
                 changes = (new - (start if self._last is None else self._last[number][run]), new - start)
-                end = piece.param_start + piece.numel
-                for tile in self._registry.tiles(piece.parameter, piece.param_start, end):
+                end = fragment.param_start + fragment.numel
+                for tile in self._registry.tiles(fragment.parameter, fragment.param_start, end):
                     for total, change in zip(sums, changes, strict=True):
                         squares = tile.view(change).square().sum(1 - tile.axis, dtype=torch.float64)
                         total.index_add_(0, tile.units, squares)
         self._last, self.since = now, step
-        recent, since_start = sum_over_ranks(sums.flatten()).sqrt().view(2, -1).tolist()
+        recent, since_start = self._ranks.sum(sums.flatten()).sqrt().view(2, -1).tolist()
         return recent, since_start
 
     def save(self, checkpoint: Path, step: int) -> None:
         """Into the checkpoint of step `step`, unless its own weights are those that are kept."""
         if self._last is not None and self.since != step:
-            save_file({str(i): tensor for i, tensor in enumerate(self._last)}, _file(checkpoint))
+            save_file({str(i): tensor for i, tensor in enumerate(self._last)}, self._file(checkpoint))
 
     def load(self, checkpoint: Path, step: int, since: int) -> None:
         """Go on from a checkpoint, after its weights were loaded."""
@@ -69,20 +71,26 @@ class UnitMovement:
         if since == step:
             self._last = self._weights()
         elif since:
-            saved = load_file(_file(checkpoint))
+            saved = load_file(self._file(checkpoint))
             self._last = [saved[str(i)] for i in range(len(self._layout))]
+
+    def _file(self, checkpoint: Path) -> Path:
+        return checkpoint / f"unit_movement_rank_{self._ranks.rank}.safetensors"
 
     def _weights(self) -> list[torch.Tensor]:
         return [partition.tensor.detach().to("cpu", torch.float32, copy=True) for partition in self._layout]
 
-    def _start(self, piece: Piece) -> torch.Tensor:
-        """The piece's elements at the start; of each tensor that holds some, only the rows with them are read."""
-        names = [name for expert in self._family.stored_parts(piece.parameter, self._stored) for name in expert]
+    def _start(self, fragment: Fragment) -> torch.Tensor:
+        """The fragment's elements at the start; of each tensor that holds some, only the rows with them are read."""
+        names = [name for expert in self._family.stored_parts(fragment.parameter, self._stored) for name in expert]
         begin, found = 0, []
         for name in names:
             stored = self._stored[name]
             numel = math.prod(stored.shape)
-            start, stop = max(piece.param_start - begin, 0), min(piece.param_start + piece.numel - begin, numel)
+            start, stop = (
+                max(fragment.param_start - begin, 0),
+                min(fragment.param_start + fragment.numel - begin, numel),
+            )
             if start < stop:
                 found.append(_elements(name, stored, start, stop))
             begin += numel
@@ -97,7 +105,3 @@ def _elements(name: str, stored: StoredTensor, start: int, stop: int) -> torch.T
         rows = file.get_slice(name)[first:last]
     flat: torch.Tensor = rows.flatten()[start - first * row : stop - first * row]
     return flat
-
-
-def _file(checkpoint: Path) -> Path:
-    return checkpoint / f"unit_movement_rank_{rank()}.safetensors"

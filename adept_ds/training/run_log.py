@@ -10,30 +10,28 @@ from typing import Any
 import numpy as np
 
 from adept_ds.base.files import read_json_lines, write_text
-from adept_ds.ranks.collectives import rank
+from adept_ds.base.run_dir import RunDirectory
 from adept_ds.units.registry import Unit
 
 
 class RunLog:
-    """Appends records; on other ranks than 0 every method does nothing.
+    """Appends records.
 
     Args:
+        active: on other ranks than 0 every method does nothing.
         first_step: training (re)starts after this step. Later records are from a run that crashed after its last
             checkpoint: they are removed, so that every step appears once.
     """
 
-    def __init__(self, run_dir: Path, first_step: int, config_text: str) -> None:
-        self._active = rank() == 0
-        if not self._active:
+    def __init__(self, run_dir: RunDirectory, first_step: int, config_text: str, *, active: bool = True) -> None:
+        self._active, self._run_dir = active, run_dir
+        if not active:
             return
         from torch.utils.tensorboard import SummaryWriter
 
-        self._metrics = run_dir / "metrics.jsonl"
-        self._importance = run_dir / "unit_importance.jsonl"
-        self._movement = run_dir / "unit_movement.jsonl"
-        for path in (self._metrics, self._importance, self._movement):
+        for path in (run_dir.metrics, run_dir.unit_importance, run_dir.unit_movement):
             _keep_until(path, first_step)
-        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1 if first_step else None)
+        self._board = SummaryWriter(str(run_dir.tensorboard), purge_step=first_step + 1 if first_step else None)
         if first_step == 0:
             self._board.add_text("config", f"```yaml\n{config_text}\n```")
 
@@ -43,7 +41,7 @@ class RunLog:
 
     def evaluation(self, step: int, results: dict[str, dict[str, Any]]) -> None:
         if self._active:
-            _append(self._metrics, {"step": step, "eval": results})
+            _append(self._run_dir.metrics, {"step": step, "eval": results})
             for name, result in results.items():
                 self._board.add_scalar(f"eval/{name}_loss", result["loss"], step)
 
@@ -59,10 +57,10 @@ class RunLog:
         if not self._active:
             return
         records = [
-            {"unit": unit.name, "importance": value, "multiplier": multiplier}
+            {"unit": unit.name, "kind": unit.kind, "importance": value, "multiplier": multiplier}
             for unit, value, multiplier in zip(units, importance, multipliers, strict=True)
         ]
-        _append(self._importance, {"step": step, "units": records})
+        _append(self._run_dir.unit_importance, {"step": step, "units": records})
         self._show_units("multiplier", step, units, multipliers)
         self._write("refresh", {"step": step, "refresh_seconds": seconds})
 
@@ -82,10 +80,11 @@ class RunLog:
         if not self._active:
             return
         records = [
-            {"unit": unit.name, "numel": unit.numel, "multiplier": m, "moved": recent, "moved_since_start": total}
+            {"unit": unit.name, "kind": unit.kind, "numel": unit.numel, "multiplier": m}
+            | {"moved": recent, "moved_since_start": total}
             for unit, m, recent, total in zip(units, multipliers, moved, moved_since_start, strict=True)
         ]
-        _append(self._movement, {"step": step, "since": since, "units": records})
+        _append(self._run_dir.unit_movement, {"step": step, "since": since, "units": records})
         rms = [total / unit.numel**0.5 for unit, total in zip(units, moved_since_start, strict=True)]
         self._show_units("movement", step, units, rms)
 
@@ -106,7 +105,7 @@ class RunLog:
     def _write(self, group: str, record: dict[str, Any]) -> None:
         if not self._active:
             return
-        _append(self._metrics, record)
+        _append(self._run_dir.metrics, record)
         for key, value in record.items():
             if key != "step" and isinstance(value, int | float):
                 self._board.add_scalar(f"{group}/{key}", value, record["step"])

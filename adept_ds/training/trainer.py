@@ -12,25 +12,25 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
-from adept_ds.base.errors import StopRequestedError
+from adept_ds.base.errors import InputError, StopRequestedError
+from adept_ds.base.run_dir import RunDirectory, checkpoint_tag
 from adept_ds.base.terminal import Terminal
 from adept_ds.config.schema import Config
 from adept_ds.data.blocks import TrainingData
 from adept_ds.models.device import free_memory_bytes, peak_memory_bytes
 from adept_ds.models.flops import StepFlops
 from adept_ds.models.frozen_prefix import FrozenPrefix
-from adept_ds.ranks.collectives import local_size, max_over_ranks, sum_over_ranks, world_size
+from adept_ds.ranks.collectives import Ranks
 from adept_ds.ranks.stopping import StopRequest
-from adept_ds.training.checkpoint import Manifest, load_checkpoint, save_checkpoint, tag_of
+from adept_ds.training.checkpoint import CheckpointManifest, load_checkpoint, save_checkpoint
 from adept_ds.training.evaluation import EvalSet, evaluate
 from adept_ds.training.movement import UnitMovement
 from adept_ds.training.run_log import RunLog
-from adept_ds.training.step import lr_factor, take_step
+from adept_ds.training.step import accumulate_gradient, lr_factor
 from adept_ds.units.importance import OnlineImportance, estimate_importance
 from adept_ds.units.unit_lr import UnitLR
-from adept_ds.units.unit_sums import ProbeBatches
+from adept_ds.units.unit_sums import ImportanceBatches
+from adept_ds.zero.engine import Engine, set_learning_rate
 from adept_ds.zero.gathered import keep_frozen_gathered
 from adept_ds.zero.gradients import loss_scale
 from adept_ds.zero.outside_training import outside_training
@@ -41,34 +41,33 @@ class Trainer:
     """One training run on one engine. `run` does everything; the rest are its steps."""
 
     config: Config
-    engine: Any
-    optimizer: torch.optim.Optimizer
+    run_dir: RunDirectory
+    ranks: Ranks
+    engine: Engine
     unit_lr: UnitLR
     data: TrainingData
-    probe: ProbeBatches | None
+    importance_batches: ImportanceBatches | None
     """Text of refreshes; None if they need none, or if there are none."""
     prefix: FrozenPrefix | None
     online: OnlineImportance | None
     movement: UnitMovement
     eval_sets: list[EvalSet]
-    manifest_at: Callable[[int], Manifest]
+    manifest_at: Callable[[int], CheckpointManifest]
     flops: StepFlops
     matmul_rate: float
     """Operations per second of one rank's device."""
     terminal: Terminal
     stop: StopRequest
 
-    def __post_init__(self) -> None:
-        self._checkpoints = self.config.run_dir / "checkpoints"
-
     def run(self, first_step: int, initial_importance: list[float] | None, config_text: str) -> None:
         """Train from `first_step` (0: from the start) to the end.
 
         Raises:
             StopRequestedError: a signal came; a checkpoint was written.
+            InputError: the loss is no number any more; the step that it belongs to was not taken.
         """
         train = self.config.train
-        log = RunLog(self.config.run_dir, first_step, config_text)
+        log = RunLog(self.run_dir, first_step, config_text, active=self.ranks.is_main)
         with self.terminal.progress("training") as bar:
             if first_step:
                 self._resume(first_step)
@@ -92,7 +91,7 @@ class Trainer:
     def _start(self, log: RunLog, importance: list[float] | None) -> None:
         """Multipliers and losses before the first step."""
         if importance is not None:
-            multipliers = self.unit_lr.refresh(importance)
+            multipliers = self._refresh(importance, 0)
             log.refresh(0, self.unit_lr.registry.units, importance, multipliers, 0.0)
         self._evaluate(0, log)
 
@@ -100,25 +99,26 @@ class Trainer:
         state = {"movement_since": self.movement.since, "online": self.online and self.online.state_dict()}
         save_checkpoint(
             self.engine,
-            self._checkpoints,
+            self.run_dir.checkpoints,
             self.manifest_at(step),
+            self.ranks,
             self.config.train.keep_checkpoints,
             state,
             lambda directory: self.movement.save(directory, step),
         )
 
     def _resume(self, step: int) -> None:
-        state = load_checkpoint(self.engine, self._checkpoints, self.manifest_at(step))
+        state = load_checkpoint(self.engine, self.run_dir.checkpoints, self.manifest_at(step), self.ranks)
         self.unit_lr.check_ranks_agree()
-        self.movement.load(self._checkpoints / tag_of(step), step, state["movement_since"])
+        self.movement.load(self.run_dir.checkpoints / checkpoint_tag(step), step, state["movement_since"])
         if self.online:
             self.online.load_state_dict(state["online"])
 
     def _keep_frozen_gathered(self) -> None:
         """Use the memory that the first step left over; after it, because a step's peak is known then."""
         budget = self.config.train.keep_gathered_gib
-        mine = free_memory_bytes(local_size()) / 2 if budget == "auto" else budget * 2**30
-        (agreed,) = max_over_ranks(-mine)
+        mine = free_memory_bytes(self.ranks.local_size) / 2 if budget == "auto" else budget * 2**30
+        (agreed,) = self.ranks.max(-mine)
         kept, frozen = keep_frozen_gathered(self.engine, int(-agreed))
         if kept:
             self.terminal.stage("", f"{kept / 2**30:.2f} of {frozen / 2**30:.2f} GiB of frozen weights stay gathered")
@@ -128,10 +128,16 @@ class Trainer:
         train = self.config.train
         start = time.perf_counter()
         lr = train.lr * lr_factor(step, train)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        domain, replay = take_step(self.engine, self.data, step, train, self.online)
-        domain, replay, stops = sum_over_ranks([domain, replay, float(self.stop.requested)]).tolist()
+        set_learning_rate(self.engine, lr)
+        domain, replay = accumulate_gradient(self.engine, self.data, step, train, self.ranks, self.online)
+        domain, replay, stops = self.ranks.sum([domain, replay, float(self.stop.requested)]).tolist()
+        if not math.isfinite(domain + replay):
+            raise InputError(
+                f"train.lr: with {train.lr:g} the loss of step {step + 1} is {domain + replay}, before any weight "
+                "changed; lower it in another run_dir, and look at the texts if that does not help"
+            )
+        self.engine.step()
+        grad_norm = _finite(self.engine.get_global_grad_norm())
         seconds = time.perf_counter() - start
         size, replayed = train.global_batch_size, self.data.replayed
         tokens = size * self.data.domain.seq_len
@@ -140,25 +146,23 @@ class Trainer:
             "step": step + 1,
             "loss": loss,
             "lr": lr,
-            "grad_norm": _finite(self.engine.get_global_grad_norm()),
+            "grad_norm": grad_norm,
             "tokens": (step + 1) * tokens,
             "seconds": seconds,
             "tokens_per_second": tokens / seconds,
-            "mfu": self.flops.total * tokens / seconds / (self.matmul_rate * world_size()),
+            "mfu": self.flops.total * tokens / seconds / (self.matmul_rate * self.ranks.world_size),
             "peak_memory_bytes": peak_memory_bytes(),
         }
         if replayed:
             record |= {"domain_loss": domain / (size - replayed), "replay_loss": replay / replayed}
         if train.precision == "fp16":
             record |= {"loss_scale": loss_scale(self.engine)}
-        if not math.isfinite(loss):
-            raise FloatingPointError(f"the training loss is {loss} at step {step + 1}; lower train.lr")
         return record, stops > 0
 
     def _after_step(self, step: int, log: RunLog) -> None:
         config, units = self.config, self.unit_lr.registry.units
         is_last = step == config.train.steps
-        refreshes = (self.probe or self.online) and step % config.importance.every == 0 and not is_last
+        refreshes = (self.importance_batches or self.online) and step % config.importance.every == 0 and not is_last
         if refreshes or is_last:
             since, multipliers = self.movement.since, self.unit_lr.multipliers
             log.movement(step, since, units, multipliers, *self.movement.measure(step))
@@ -166,16 +170,25 @@ class Trainer:
             start = time.perf_counter()
             importance = self._importance()
             if importance is not None:
-                multipliers = self.unit_lr.refresh(importance)
+                multipliers = self._refresh(importance, step)
                 log.refresh(step, units, importance, multipliers, time.perf_counter() - start)
         if step % config.train.eval_every == 0 or is_last:
             self._evaluate(step, log)
 
+    def _refresh(self, importance: list[float], step: int) -> list[float]:
+        try:
+            return self.unit_lr.refresh(importance)
+        except ValueError as error:
+            raise InputError(
+                f"train.lr: with {self.config.train.lr:g}, after step {step}, {error}; lower it in another run_dir"
+            ) from None
+
     def _importance(self) -> list[float] | None:
         if self.online:
             return self.online.take()
-        assert self.probe is not None
-        return estimate_importance(self.engine, self.unit_lr.registry, self.probe, prefix=self.prefix)
+        assert self.importance_batches is not None
+        registry = self.unit_lr.registry
+        return estimate_importance(self.engine, registry, self.importance_batches, self.ranks, prefix=self.prefix)
 
     def _evaluate(self, step: int, log: RunLog) -> None:
         if not self.eval_sets:
@@ -184,6 +197,7 @@ class Trainer:
             results = evaluate(
                 self.engine,
                 self.eval_sets,
+                self.ranks,
                 batch_size=self.config.train.micro_batch_size,
                 device=self.engine.device,
                 progress=bar,

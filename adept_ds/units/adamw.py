@@ -1,11 +1,7 @@
-"""Learning-rate multipliers per unit, under any partitioning: on AdamW at next to no cost, on any optimizer at some.
+"""AdamW that steps views of DeepSpeed's flat partitions, each with its unit's multiplier.
 
-DeepSpeed hands the optimizer flat tensors: this rank's slices of many parameters, back to back. Which elements belong
-to which unit is bound to such a tensor once. `UnitAdamW` then steps views of it: units that are whole runs of elements
-in one fused call per distinct multiplier, without copying anything; units that are rows or columns (heads, neurons)
-in chunks that stay in the cache. Nothing is communicated, and the moments stay the flat tensors that DeepSpeed's
-checkpoints know. A parameter group per unit would do the same arithmetic, but DeepSpeed turns every group into a
-partition with its own norm all-reduce, and a group cannot hold a part of a parameter.
+Units that are whole runs of elements are stepped in one fused call per distinct multiplier, without copying anything;
+units that are rows or columns (heads, neurons) in chunks that stay in the cache.
 """
 
 from __future__ import annotations
@@ -15,7 +11,7 @@ from typing import Any
 
 import torch
 
-from adept_ds.units.multipliers import UnitMultipliers, _with_gradient
+from adept_ds.units.multipliers import UnitMultipliers, with_gradient
 from adept_ds.units.placement import Tile
 
 _CPU_CHUNK = 1 << 16
@@ -50,7 +46,7 @@ class UnitAdamW(torch.optim.AdamW):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for parameter in _with_gradient(self):
+        for parameter in with_gradient(self):
             self._step_tensor(parameter)
         return loss
 
@@ -62,16 +58,18 @@ class UnitAdamW(torch.optim.AdamW):
         slices = self.multipliers.slices_of(parameter)
         exact, factors = self.multipliers.by_index(parameter.device)
         runs_of_factor: dict[float, list[tuple[int, int]]] = {}
-        for piece in slices:
-            if piece.is_uniform:
-                runs_of_factor.setdefault(exact[piece.placement.first], []).append((piece.start, piece.stop))
+        for unit_slice in slices:
+            if unit_slice.is_uniform:
+                runs_of_factor.setdefault(exact[unit_slice.placement.first], []).append(
+                    (unit_slice.start, unit_slice.stop)
+                )
         for factor, runs in runs_of_factor.items():
             views = [[tensor[start:stop] for start, stop in _merge_neighbours(runs)] for tensor in flat]
             self._fused_step(views, state["step"], factor)
-        for piece in slices:
-            if not piece.is_uniform:
-                for tile in piece.tiles:
-                    views = [[tile.view(tensor[piece.start : piece.stop])] for tensor in flat]
+        for unit_slice in slices:
+            if not unit_slice.is_uniform:
+                for tile in unit_slice.tiles:
+                    views = [[tile.view(tensor[unit_slice.start : unit_slice.stop])] for tensor in flat]
                     self._step_tile(views, state["step"], tile, 1.0 - tile.spread(factors))
 
     def _step_tile(

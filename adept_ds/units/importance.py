@@ -1,10 +1,7 @@
 """Unit importance (paper, equation 5): mean over a unit's elements of |w * dL/dw| on general text.
 
-The gradient inside the absolute value is that of the mean token loss over one *global* probe batch, so importances
-do not depend on the number of ranks. Every rank sums its own slices; one all-reduce of n_units float64 numbers is all
-that is communicated beyond the backward pass itself.
-
-General text comes from a probe corpus, in passes of its own, or from the sequences that a training batch replays.
+One all-reduce of n_units float64 numbers is all that is communicated beyond the backward passes (see `unit_sums`).
+General text comes from a corpus of its own, in passes of its own, or from the sequences that a training batch replays.
 """
 
 from __future__ import annotations
@@ -15,35 +12,37 @@ import torch
 
 from adept_ds.base.progress import ProgressCallback
 from adept_ds.models.frozen_prefix import FrozenPrefix
-from adept_ds.ranks.collectives import sum_over_ranks
+from adept_ds.ranks.collectives import Ranks
 from adept_ds.units.registry import UnitRegistry
-from adept_ds.units.unit_sums import ProbeBatches, _has_overflowed, batch_sums, local_sums, parameters_of
-from adept_ds.zero.gradients import probing_gradients
+from adept_ds.units.unit_sums import ImportanceBatches, UnitSums
+from adept_ds.zero.engine import Engine
+from adept_ds.zero.gradients import gradients_outside_training
 
 
 def estimate_importance(
-    engine: Any,
+    engine: Engine,
     registry: UnitRegistry,
-    probe: ProbeBatches,
+    batches: ImportanceBatches,
+    ranks: Ranks,
     progress: ProgressCallback | None = None,
     prefix: FrozenPrefix | None = None,
 ) -> list[float]:
     """Importance of every unit, in registry order; the same on every rank.
 
-    Leaves no trace in training (see `zero.probing_gradients`).
+    Leaves no trace in training (see `gradients_outside_training`).
 
     Args:
-        prefix: kept from one estimate to the next with the same `probe`, it saves the frozen layers' forward passes.
+        prefix: kept from one estimate to the next with the same `batches`, it saves the frozen layers' forward passes.
     """
-    parameters = parameters_of(engine, registry)
-    sums = torch.zeros(len(registry), dtype=torch.float64)
-    batches = probe.global_batches()
-    with probing_gradients(engine):
-        for number in range(len(batches)):
+    unit_sums = UnitSums(engine, registry, ranks)
+    total = torch.zeros(len(registry), dtype=torch.float64)
+    count = len(batches.global_batches())
+    with gradients_outside_training(engine):
+        for number in range(count):
             if progress:
-                progress(number / len(batches), f"probe batch {number + 1} of {len(batches)}")
-            sums += batch_sums(engine, registry, parameters, probe, number, prefix)[0]
-    return (sum_over_ranks(sums) / (registry.sizes * len(batches))).tolist()
+                progress(number / count, f"batch {number + 1} of {count}")
+            total += unit_sums.of_batch(batches, number, prefix)[0]
+    return _means(total, count, registry, ranks)
 
 
 class OnlineImportance:
@@ -53,36 +52,43 @@ class OnlineImportance:
     of its own slices; only `take` communicates.
     """
 
-    def __init__(self, engine: Any, registry: UnitRegistry) -> None:
-        self._engine, self._registry = engine, registry
-        self._parameters = parameters_of(engine, registry)
-        self._sums, self._count = torch.zeros(len(registry), dtype=torch.float64), 0
+    def __init__(self, engine: Engine, registry: UnitRegistry, ranks: Ranks) -> None:
+        self._registry, self._ranks = registry, ranks
+        self._unit_sums = UnitSums(engine, registry, ranks)
+        self._total, self._count = torch.zeros(len(registry), dtype=torch.float64), 0
 
     def observe(self, share: float) -> None:
         """Take in the gradient of a training batch's replayed sequences.
 
-        To be called at their end (see `zero.end_segment`), when nothing else of the batch has had its backward pass.
+        To be called at their end (see `zero.gradients.end_segment`), when nothing else of the batch has had its
+        backward pass.
 
         Args:
             share: of the batch, that is replayed: the loss of a training step is a mean over the whole batch.
         """
-        sums = local_sums(self._engine, self._registry, self._parameters)
-        if _has_overflowed(self._engine, sums):
+        sums = self._unit_sums.local()
+        if self._unit_sums.have_overflowed(sums):
             return  # the step will be skipped for the same reason
-        self._sums += sums / share
+        self._total += sums / share
         self._count += 1
 
     def take(self) -> list[float] | None:
         """Importance of every unit, in registry order, and begin anew; None if nothing was observed."""
         if not self._count:
             return None
-        mean: list[float] = (sum_over_ranks(self._sums) / (self._registry.sizes * self._count)).tolist()
-        self._sums, self._count = torch.zeros_like(self._sums), 0
+        mean = _means(self._total, self._count, self._registry, self._ranks)
+        self._total, self._count = torch.zeros_like(self._total), 0
         return mean
 
     def state_dict(self) -> dict[str, Any]:
         """Of this rank."""
-        return {"sums": self._sums.tolist(), "count": self._count}
+        return {"sums": self._total.tolist(), "count": self._count}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._sums, self._count = torch.tensor(state["sums"], dtype=torch.float64), state["count"]
+        self._total, self._count = torch.tensor(state["sums"], dtype=torch.float64), state["count"]
+
+
+def _means(total: torch.Tensor, count: int, registry: UnitRegistry, ranks: Ranks) -> list[float]:
+    """From this rank's sums over `count` batches to means over elements and batches."""
+    means: list[float] = (ranks.sum(total) / (registry.sizes * count)).tolist()
+    return means

@@ -1,4 +1,10 @@
-"""TODO units.multipliers."""
+"""Learning-rate multipliers per unit, under any partitioning: nearly free in `UnitAdamW`, at a cost on any optimizer.
+
+DeepSpeed hands the optimizer flat tensors: this rank's slices of many parameters, back to back. Which elements belong
+to which unit is bound to such a tensor once. Nothing is communicated, and the moments stay the flat tensors that
+DeepSpeed's checkpoints know. A parameter group per unit would do the same arithmetic, but DeepSpeed turns every group
+into a partition with its own norm all-reduce, and a group cannot hold a part of a parameter.
+"""
 
 from __future__ import annotations
 
@@ -86,14 +92,16 @@ class UnitMultipliers:
             ValueError: slices overlap, leave the tensor or mention a unit that was not declared.
         """
         names, end = list(self._held), 0
-        for piece in slices:
-            last = piece.placement.first + piece.placement.count - 1
+        for unit_slice in slices:
+            last = unit_slice.placement.first + unit_slice.placement.count - 1
             if last >= len(names):
                 raise ValueError(f"unit number {last} was not declared; there are {len(names)}")
-            if not end <= piece.start < piece.stop <= tensor.numel():
-                unit = names[piece.placement.first]
-                raise ValueError(f"elements {piece.start}:{piece.stop} of unit '{unit}' overlap or do not exist")
-            end = piece.stop
+            if not end <= unit_slice.start < unit_slice.stop <= tensor.numel():
+                unit = names[unit_slice.placement.first]
+                raise ValueError(
+                    f"elements {unit_slice.start}:{unit_slice.stop} of unit '{unit}' overlap or do not exist"
+                )
+            end = unit_slice.stop
         self._slices[id(tensor)] = list(slices)
 
     def slices_of(self, tensor: torch.Tensor) -> list[UnitSlice]:
@@ -113,7 +121,7 @@ class UnitMultipliers:
     @property
     def map_bytes(self) -> int:
         """Memory of the map from elements to units."""
-        tiles = [tile for slices in self._slices.values() for piece in slices for tile in piece.tiles]
+        tiles = [tile for slices in self._slices.values() for unit_slice in slices for tile in unit_slice.tiles]
         return sum(tile.units.numel() * tile.units.element_size() for tile in tiles)
 
     @property
@@ -134,16 +142,19 @@ def attach_multipliers(optimizer: torch.optim.Optimizer) -> UnitMultipliers:
     before: dict[torch.Tensor, torch.Tensor] = {}
 
     def remember(stepping: torch.optim.Optimizer, *_: Any) -> None:
-        for tensor in _with_gradient(stepping):
+        for tensor in with_gradient(stepping):
             before[tensor] = tensor.detach().clone()
 
     @torch.no_grad()
     def take_share(stepping: torch.optim.Optimizer, *_: Any) -> None:
         for tensor, old in before.items():
             flat, factors = tensor.detach().view(-1), multipliers.by_index(tensor.device)[1]
-            for piece in multipliers.slices_of(tensor):
-                new, previous = flat[piece.start : piece.stop], old.view(-1)[piece.start : piece.stop]
-                for tile in piece.tiles:
+            for unit_slice in multipliers.slices_of(tensor):
+                new, previous = (
+                    flat[unit_slice.start : unit_slice.stop],
+                    old.view(-1)[unit_slice.start : unit_slice.stop],
+                )
+                for tile in unit_slice.tiles:
                     tile.view(new).lerp_(tile.view(previous), 1.0 - tile.spread(factors).to(new.dtype))
         before.clear()
 
@@ -152,6 +163,7 @@ def attach_multipliers(optimizer: torch.optim.Optimizer) -> UnitMultipliers:
     return multipliers
 
 
-def _with_gradient(optimizer: torch.optim.Optimizer) -> Iterator[torch.Tensor]:
+def with_gradient(optimizer: torch.optim.Optimizer) -> Iterator[torch.Tensor]:
+    """The tensors that its next step moves."""
     for group in optimizer.param_groups:
         yield from (parameter for parameter in group["params"] if parameter.grad is not None)

@@ -1,4 +1,8 @@
-"""TODO units.placement."""
+"""Which units the elements of a parameter belong to, by a few numbers and never by one per element.
+
+A head owns rows of q_proj and columns of o_proj, a neuron rows of gate_proj and up_proj and a column of down_proj, so
+units are scattered over a flattened parameter.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +45,7 @@ class Placement:
     """Index of the unit of element 0."""
     axis: int | None = None
     """Dimension along which one unit follows the other; None: all elements are one unit."""
-    block: int = 1
+    span: int = 1
     """Rows or columns of a unit that lie together."""
     period: int | None = None
     """After so many units the first one comes again; None: each comes once."""
@@ -51,7 +55,7 @@ class Placement:
         """How many units there are."""
         if self.axis is None:
             return 1
-        return self.period or self.shape[self.axis] // self.block
+        return self.period or self.shape[self.axis] // self.span
 
     @property
     def numel(self) -> int:
@@ -63,7 +67,7 @@ class Placement:
             return [Tile(0, 1, stop - start, torch.tensor([self.first]), 0)]
         row = math.prod(self.shape[1:])
         if self.axis == 0:
-            period = row * self.block
+            period = row * self.span
             return [
                 Tile(begin - start, rows, columns, self._unit(begin // period + torch.arange(rows)), 0)
                 for begin, rows, columns in _whole_rows(start, stop, period)
@@ -73,7 +77,7 @@ class Placement:
                 begin - start,
                 rows,
                 columns,
-                self._unit(torch.arange(begin % row, begin % row + columns) // self.block),
+                self._unit(torch.arange(begin % row, begin % row + columns) // self.span),
                 1,
             )
             for begin, rows, columns in _whole_rows(start, stop, row)

@@ -1,4 +1,4 @@
-"""Units: the semantic pieces of expanded layers that have a learning rate of their own (paper, section 3.2).
+"""Units: the semantic parts of expanded layers that have a learning rate of their own (paper, section 3.2).
 
 Granularity `matrix`: a projection (weight and bias together) or a norm. `module`: all projections of the attention, or
 of the MLP, or a norm. `fine`: an attention head, a key-value head, an MLP neuron, or a norm. A head owns rows of
@@ -27,7 +27,7 @@ Granularity = Literal["matrix", "module", "fine"]
 
 @dataclass(frozen=True)
 class Unit:
-    """One piece of an expanded layer."""
+    """One part of an expanded layer."""
 
     name: str
     """For people and files: 'layers.12.self_attn.q_proj', with the layer's index in the expanded model."""
@@ -117,7 +117,7 @@ def build_registry(
     for name, layer, inner in copied_parameters(family, list(shapes), layers):
         path = module_path(inner)
         if path not in order:
-            raise ValueError(f"parameter '{name}' belongs to no unit: add '{path}' to its family in families.py")
+            raise ValueError(f"parameter '{name}' belongs to no unit: add '{path}' to its family (family_table.py)")
         members.setdefault(layer, []).append((order[path], path, name))
     index: dict[str, int] = {}
     units: list[tuple[str, UnitKind, int, str]] = []
@@ -132,7 +132,7 @@ def build_registry(
                         index[unit] = len(units)
                         units.append((unit, band.kind, layer, part))
                 period = len(names) if band.axis is not None else None
-                placements[name].append(Placement(band.shape, index[names[0]], band.axis, band.block, period))
+                placements[name].append(Placement(band.shape, index[names[0]], band.axis, band.span, period))
     sizes = [0] * len(units)
     for placement in (part for parts in placements.values() for part in parts):
         for position in range(placement.first, placement.first + placement.count):
@@ -149,7 +149,7 @@ class _Band:
     units: Sequence[tuple[str, str]]
     """Part and number of each; beyond the last one the first one comes again."""
     axis: int | None = None
-    block: int = 1
+    span: int = 1
 
 
 def _bands(family: Family, path: str, shape: tuple[int, ...], granularity: Granularity, config: Any) -> Iterator[_Band]:
@@ -185,27 +185,27 @@ def _projection_bands(
     counts = [1 if part.count_key is None else int(getattr(config, part.count_key)) for part in parts]
     if lines % sum(counts):
         raise ValueError(f"{path}: {lines} rows or columns do not divide into {sum(counts)} units")
-    block = lines // sum(counts)
+    span = lines // sum(counts)
     matrices = [(part.name or path, expert) for part in parts]
     groups = [
-        _numbered(part.fine, expert, count if part.count_key else block)
+        _numbered(part.fine, expert, count if part.count_key else span)
         for part, count in zip(parts, counts, strict=True)
     ]
     kind: UnitKind = "matrix" if not fine else "head" if parts[0].count_key else "neuron"
     if projection.by_head and fine:
-        yield _Band(shape, kind, groups[0], axis, block * len(parts))
+        yield _Band(shape, kind, groups[0], axis, span * len(parts))
     elif projection.by_head:
-        yield _Band(shape, kind, matrices, axis, block)
+        yield _Band(shape, kind, matrices, axis, span)
     elif axis == 1 and fine:
         # Columns of all parts lie beside each other in every row; their units are the same.
-        yield _Band(shape, kind, groups[0], axis, block if parts[0].count_key else 1)
+        yield _Band(shape, kind, groups[0], axis, span if parts[0].count_key else 1)
     elif axis == 1:
         yield _Band(shape, kind, matrices, axis, lines // len(parts))
     else:
         for matrix, group, count in zip(matrices, groups, counts, strict=True):
-            part_shape = (count * block, *shape[1:])
+            part_shape = (count * span, *shape[1:])
             if fine:
-                yield _Band(part_shape, kind, group, 0, count * block // len(group))
+                yield _Band(part_shape, kind, group, 0, count * span // len(group))
             else:
                 yield _Band(part_shape, kind, [matrix])
 

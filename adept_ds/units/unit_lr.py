@@ -11,18 +11,18 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 from adept_ds.base.errors import InputError, UnitMismatchError
 from adept_ds.config.deepspeed import unsupported_feature
 from adept_ds.config.schema import LrPolicySection
-from adept_ds.ranks.collectives import all_ranks_equal, gather_objects
+from adept_ds.ranks.collectives import Ranks
+from adept_ds.ranks.groups import joined
 from adept_ds.units.adamw import UnitAdamW
 from adept_ds.units.lr_policy import multipliers_from_importance, smooth
 from adept_ds.units.multipliers import UnitSlice, attach_multipliers
 from adept_ds.units.registry import UnitRegistry
-from adept_ds.zero.engine import client_optimizer, ds_config, parameter_shapes
-from adept_ds.zero.layout import Piece, partition_layout
+from adept_ds.zero.engine import Engine, client_optimizer, ds_config, parameter_shapes
+from adept_ds.zero.layout import Fragment, partition_layout
 
 OTHERS = "others"
 """The unit of trainable parameters that a mapping leaves out: their multiplier is 1 unless it is set."""
@@ -36,6 +36,7 @@ class UnitLR:
             next to nothing; on any other they cost a transient copy of what is stepped.
         units: a registry, or {full name of a parameter: unit}.
         policy: how `refresh` maps importances to multipliers.
+        ranks: of the run; None for those of the process group that there is.
 
     Raises:
         InputError: the engine uses a feature of DeepSpeed under which multipliers would not hold.
@@ -44,18 +45,23 @@ class UnitLR:
     """
 
     def __init__(
-        self, engine: Any, units: UnitRegistry | Mapping[str, str], policy: LrPolicySection | None = None
+        self,
+        engine: Engine,
+        units: UnitRegistry | Mapping[str, str],
+        policy: LrPolicySection | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         refusal = unsupported_feature(ds_config(engine))
         if refusal:
             raise InputError(f"deepspeed: {refusal}")
         self.registry = units if isinstance(units, UnitRegistry) else _registry_of(engine, units)
         self._policy = policy or LrPolicySection()
+        self._ranks = ranks or joined()
         client = client_optimizer(engine)
         self._multipliers = client.multipliers if isinstance(client, UnitAdamW) else attach_multipliers(client)
         self._multipliers.name_units(self.registry.names)
         for partition in partition_layout(engine):
-            slices = [unit_slice for piece in partition.pieces for unit_slice in self._slices_of(piece)]
+            slices = [unit_slice for fragment in partition.fragments for unit_slice in self._slices_of(fragment)]
             self._multipliers.bind(partition.tensor, slices)
 
     @property
@@ -92,9 +98,9 @@ class UnitLR:
 
         A digest travels; the multipliers themselves only to say who disagrees.
         """
-        if all_ranks_equal(_digest(self.multipliers)):
+        if self._ranks.all_equal(_digest(self.multipliers)):
             return
-        held = gather_objects(self.multipliers)
+        held = self._ranks.gather(self.multipliers)
         for rank, multipliers in enumerate(held):
             for unit, value, expected in zip(self.registry.names, multipliers, held[0], strict=True):
                 if value != expected:
@@ -103,14 +109,14 @@ class UnitLR:
                         "every rank must compute or set the same"
                     )
 
-    def _slices_of(self, piece: Piece) -> Iterator[UnitSlice]:
-        end = piece.param_start + piece.numel
-        for part, first, last, offset in self.registry.parts(piece.parameter, piece.param_start, end):
-            start = piece.flat_start + offset
+    def _slices_of(self, fragment: Fragment) -> Iterator[UnitSlice]:
+        end = fragment.param_start + fragment.numel
+        for part, first, last, offset in self.registry.parts(fragment.parameter, fragment.param_start, end):
+            start = fragment.flat_start + offset
             yield UnitSlice(start, start + last - first, part, first)
 
 
-def _registry_of(engine: Any, unit_of: Mapping[str, str]) -> UnitRegistry:
+def _registry_of(engine: Engine, unit_of: Mapping[str, str]) -> UnitRegistry:
     shapes = parameter_shapes(engine.module)
     trainable = {name: OTHERS for name, parameter in engine.module.named_parameters() if parameter.requires_grad}
     return UnitRegistry.from_mapping(trainable | dict(unit_of), shapes)

@@ -8,13 +8,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Literal, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import AfterValidator, ValidationError, model_validator
 
 from adept_ds.base.errors import InputError
-from adept_ds.base.files import write_json, write_text
+from adept_ds.base.files import write_text
+from adept_ds.base.records import Record, first_mistake
 from adept_ds.weights.tensor_files import StoredTensor, read_header
 
-FILE_NAME = "base_files.json"
+BASE_FILES_NAME = "base_files.json"
 
 
 BaseText = Literal["config.json", "model.safetensors.index.json", "expansion.json", "base_files.json"]
@@ -29,10 +30,8 @@ def _inside(name: str) -> str:
     return name
 
 
-class BaseFiles(BaseModel):
+class BaseFiles(Record):
     """The record that stands in an expanded checkpoint (base_files.json)."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     format: Literal[1] = 1
     texts: dict[BaseText, str]
@@ -56,20 +55,19 @@ class BaseFiles(BaseModel):
             raise InputError(f"model: '{base}' is no directory that could be given back: {reason}") from None
 
     @classmethod
-    def load(cls, directory: Path) -> BaseFiles:
+    def read(cls, directory: Path) -> BaseFiles:
         """Raises `InputError` when `directory` has no such record, or one that was tampered with."""
-        path = directory / FILE_NAME
+        path = directory / BASE_FILES_NAME
         if not path.is_file():
             raise InputError(
-                f"'{directory}' has no {FILE_NAME}, which says what its base was; `adept delta pack` it with --base"
+                f"'{directory}' has no {BASE_FILES_NAME}, which says what its base was; "
+                "`adept delta pack` it with --base"
             )
-        try:
-            return cls.model_validate_json(path.read_bytes())
-        except ValidationError as error:
-            raise InputError(f"'{path}' is damaged ({first_mistake(error)}); copy the model again") from None
+        return cls.load(path)
 
-    def save(self, directory: Path) -> None:
-        write_json(directory / FILE_NAME, self.model_dump())
+    @classmethod
+    def remedy(cls) -> str:
+        return "copy the model again"
 
     def restore_texts(self, directory: Path) -> None:
         for name, text in self.texts.items():
@@ -84,7 +82,7 @@ class BaseFiles(BaseModel):
         try:
             return {file: dict(_entries(header)) for file, header in self.headers.items()}
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            raise InputError(f"{FILE_NAME}: a header cannot be read ({error!r}); copy the model again") from None
+            raise InputError(f"{BASE_FILES_NAME}: a header cannot be read ({error!r}); copy the model again") from None
 
     def restore_weights(self, name: str, destination: Path, tensors: Mapping[str, StoredTensor]) -> Iterator[int]:
         """Write one of the base's weight files; yields the number of bytes of each chunk.
@@ -105,16 +103,8 @@ class BaseFiles(BaseModel):
             read_header(destination)
         except InputError:
             raise InputError(
-                f"{FILE_NAME}: the header of '{name}' does not fit its tensors; copy the model again"
+                f"{BASE_FILES_NAME}: the header of '{name}' does not fit its tensors; copy the model again"
             ) from None
-
-
-def first_mistake(error: ValidationError) -> str:
-    """What is wrong with a record, in a few words on one line."""
-    mistake = error.errors()[0]
-    place = ".".join(map(str, mistake["loc"])) or "the file"
-    message = mistake["msg"].removeprefix("Value error, ")[:200].replace("\n", " ")
-    return f"{place[:100]!r}: {message}"
 
 
 def _entries(header: str) -> Iterator[tuple[str, tuple[str, tuple[int, ...]]]]:

@@ -17,7 +17,8 @@ from safetensors.torch import save_file
 from adept_ds.base.errors import InputError
 from adept_ds.base.files import new_directory, read_json, write_json
 from adept_ds.base.progress import ProgressCallback
-from adept_ds.models.directory import family_of
+from adept_ds.base.run_dir import EXPANSION_NAME
+from adept_ds.models.directory import ModelDirectory
 from adept_ds.weights.hf_directory import INDEX_NAME, copy_companions, stored_tensors, weight_files
 
 _DTYPES = {"source": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -86,14 +87,14 @@ def export_checkpoint(
         if (expanded / INDEX_NAME).is_file():
             write_json(folder / INDEX_NAME, read_json(expanded / INDEX_NAME))
         copy_companions(expanded, folder)
-        (folder / "expansion.json").write_bytes((expanded / "expansion.json").read_bytes())
+        (folder / EXPANSION_NAME).write_bytes((expanded / EXPANSION_NAME).read_bytes())
         _write_config(expanded, folder, dtype)
     return len(trained)
 
 
 def _as_stored(parameters: dict[str, torch.Tensor], expanded: Path, checkpoint: Path) -> dict[str, torch.Tensor]:
     """A model's parameters under the names that they have in the files of `expanded`: stacks of experts come apart."""
-    family, stored = family_of(expanded), stored_tensors(expanded)
+    family, stored = ModelDirectory.read(expanded).family, stored_tensors(expanded)
     tensors: dict[str, torch.Tensor] = {}
     for name, parameter in parameters.items():
         try:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt
+from pydantic import Field, NonNegativeInt
 
-from adept_ds.base.progress import ProgressCallback
+from adept_ds.base.records import Record
 from adept_ds.weights.tensor_files import StoredTensor
 
 _NOT_OF_THE_FUNCTION = {"_name_or_path", "transformers_version"}
@@ -19,39 +19,12 @@ _NOT_OF_THE_FUNCTION = {"_name_or_path", "transformers_version"}
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
-class TensorRecord(BaseModel):
+class TensorRecord(Record):
     """A tensor without its bytes."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     sha256: Digest
     dtype: str
     shape: tuple[NonNegativeInt, ...]
-
-
-class Meter:
-    """Turns bytes of several pieces of work into one progress."""
-
-    def __init__(self, tensors: Iterable[StoredTensor], progress: ProgressCallback | None) -> None:
-        """Args: tensors: all that will be read or written, once for each time."""
-        self._total = max(1, sum(tensor.num_bytes for tensor in tensors))
-        self._done = 0
-        self._progress = progress
-
-    def advance(self, num_bytes: int, text: str = "") -> None:
-        self._done += num_bytes
-        if self._progress:
-            self._progress(min(1.0, self._done / self._total), text)
-
-    def rest(self) -> ProgressCallback:
-        """For work that counts in shares of its own: from here to the end."""
-        start, progress = min(1.0, self._done / self._total), self._progress
-
-        def advance(share: float, text: str) -> None:
-            if progress:
-                progress(start + share * (1 - start), text)
-
-        return advance
 
 
 def hash_tensors(

@@ -1,4 +1,4 @@
-"""TODO weights.hf_directory."""
+"""The files of a Hugging Face directory: which hold weights, which tensors lie in them, and what else there is."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 from adept_ds.base.errors import InputError
 from adept_ds.base.files import read_json
+from adept_ds.base.run_dir import EXPANSION_NAME
 from adept_ds.weights.tensor_files import StoredTensor, read_header
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -37,6 +38,6 @@ def copy_companions(source: Path, destination: Path) -> None:
     """Copy what makes a checkpoint complete besides weights and config: tokenizer, generation config, licence."""
     for file in source.iterdir():
         is_weight = file.suffix in {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack"}
-        is_ours = file.name in {"config.json", "expansion.json", INDEX_NAME}
+        is_ours = file.name in {"config.json", EXPANSION_NAME, INDEX_NAME}
         if file.is_file() and not is_weight and not is_ours and not file.name.endswith(".index.json"):
             shutil.copy2(file, destination / file.name)

@@ -1,4 +1,4 @@
-"""safetensors files put together from pieces of others, without ever holding a tensor in memory.
+"""safetensors files put together from tensors of others, without ever holding a tensor in memory.
 
 The safetensors library reads single tensors, but writes a file only from a dictionary of all of them. Here bytes go
 from file to file, whatever their dtype. The format: 8 bytes (little-endian length), a JSON header, the data.
@@ -22,6 +22,8 @@ from typing import Any, TypeVar
 from adept_ds.base.errors import InputError
 
 _CHUNK = 1 << 23
+_SYNC_BYTES = 1 << 27
+"""So many are written before the disk is asked for them."""
 
 
 _NOT_IN_KERNEL = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, None}
@@ -96,7 +98,7 @@ class StoredTensor:
 
 
 @dataclass(frozen=True)
-class Constant:
+class ConstantTensor:
     """A tensor of the dtype and shape of another, with one value in every element.
 
     Raises:
@@ -143,16 +145,17 @@ class Constant:
         return struct.pack(_FLOAT_FORMATS[self.dtype], self.value)
 
 
-Piece = StoredTensor | Constant
+TensorContent = StoredTensor | ConstantTensor
+"""What a tensor of a new file consists of."""
 
 
-P = TypeVar("P", bound=Piece)
+C = TypeVar("C", bound=TensorContent)
 
 
-def in_library_order(pieces: Mapping[str, P]) -> dict[str, P]:
+def in_library_order(contents: Mapping[str, C]) -> dict[str, C]:
     """As safetensors orders the tensors of a file, by dtype and name: the same tensors give the same file."""
     ranks = {dtype: rank for rank, dtype in enumerate(_LIBRARY_ORDER)}
-    return dict(sorted(pieces.items(), key=lambda item: (ranks.get(item[1].dtype, len(ranks)), item[0])))
+    return dict(sorted(contents.items(), key=lambda item: (ranks.get(item[1].dtype, len(ranks)), item[0])))
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
@@ -194,39 +197,46 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
 
 
 def write_tensors(
-    path: Path, pieces: Mapping[str, Piece], on_bytes: Callable[[int], None] | None = None
+    path: Path, contents: Mapping[str, TensorContent], on_bytes: Callable[[int], None] | None = None
 ) -> dict[str, str]:
     """Write a safetensors file; returns the SHA-256 of each tensor's bytes.
 
     Args:
-        pieces: by name, in the order in which they shall lie in the file.
+        contents: by name, in the order in which they shall lie in the file.
         on_bytes: called with the number of bytes of each chunk that was written.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     position = 0
-    for name, piece in pieces.items():
-        end = position + piece.num_bytes
-        header[name] = {"dtype": piece.dtype, "shape": list(piece.shape), "data_offsets": [position, end]}
+    for name, content in contents.items():
+        end = position + content.num_bytes
+        header[name] = {"dtype": content.dtype, "shape": list(content.shape), "data_offsets": [position, end]}
         position = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("wb", buffering=0) as file, ThreadPoolExecutor(max_workers=1) as pool:
-        # Hashing takes longer than copying, which the kernel does without showing us the bytes.
-        digests = pool.submit(_sha256, pieces)
+    with path.open("wb", buffering=0) as file, ThreadPoolExecutor(max_workers=2) as pool:
+        # Hashing takes longer than copying, which the kernel does without showing us the bytes. Meanwhile they go to
+        # the disk, so that little is left to wait for at the end.
+        digests = pool.submit(_sha256, contents)
         file.write(struct.pack("<Q", len(text)) + text)
-        for piece in pieces.values():
-            for num_bytes in piece.copy_to(file):
+        unsynced, syncing = 0, pool.submit(os.fsync, file.fileno())
+        for content in contents.values():
+            for num_bytes in content.copy_to(file):
+                unsynced += num_bytes
+                if unsynced >= _SYNC_BYTES and syncing.done():
+                    syncing.result()
+                    unsynced, syncing = 0, pool.submit(os.fsync, file.fileno())
                 if on_bytes:
                     on_bytes(num_bytes)
+        syncing.result()
         return digests.result()
 
 
-def _sha256(pieces: Mapping[str, Piece]) -> dict[str, str]:
-    known: dict[Piece, str] = {}  # a layer and its copy are the same bytes
-    for piece in pieces.values():
-        if piece not in known:
+def _sha256(contents: Mapping[str, TensorContent]) -> dict[str, str]:
+    known: dict[TensorContent, str] = {}  # a layer and its copy are the same bytes
+    for content in contents.values():
+        if content not in known:
             digest = hashlib.sha256()
-            for chunk in piece.chunks():
+            for chunk in content.chunks():
                 digest.update(chunk)
-            known[piece] = digest.hexdigest()
-    return {name: known[piece] for name, piece in pieces.items()}
+            known[content] = digest.hexdigest()
+    return {name: known[content] for name, content in contents.items()}

@@ -11,6 +11,7 @@ from typing import Any
 from adept_ds.base.errors import InputError
 from adept_ds.base.files import read_json
 from adept_ds.base.progress import ProgressCallback
+from adept_ds.base.run_dir import EXPANSION_NAME
 from adept_ds.weights.expansion import Expansion, plan_expansion
 from adept_ds.weights.hf_directory import stored_tensors
 
@@ -42,25 +43,25 @@ def verify_expansion(
     Raises:
         InputError: naming the first difference.
     """
-    expansion = Expansion.load(expanded)
+    expansion = Expansion.read(expanded)
     plan = plan_expansion(source, expansion.source_indices)
     if plan.expansion.copies != expansion.copies:
         raise InputError(
-            f"'{expanded}/expansion.json' has a copy that is not above its source; expand '{source}' again"
+            f"'{expanded / EXPANSION_NAME}' has a copy that is not above its source; expand '{source}' again"
         )
     _compare_config(expanded, plan.config)
-    wanted = {name: piece for pieces in plan.files.values() for name, piece in pieces.items()}
+    wanted = {name: content for contents in plan.files.values() for name, content in contents.items()}
     stored = stored_tensors(expanded)
     odd = sorted(wanted.keys() ^ stored.keys())
     if odd:
         raise InputError(f"'{odd[0]}' is only in one of '{source}' and '{expanded}'; expand '{source}' again")
     done = 0
-    for name, piece in wanted.items():
+    for name, content in wanted.items():
         found = stored[name]
-        same_kind = (piece.dtype, piece.shape, piece.num_bytes) == (found.dtype, found.shape, found.num_bytes)
-        if not same_kind or any(a != b for a, b in zip(piece.chunks(), found.chunks(), strict=True)):
+        same_kind = (content.dtype, content.shape, content.num_bytes) == (found.dtype, found.shape, found.num_bytes)
+        if not same_kind or any(a != b for a, b in zip(content.chunks(), found.chunks(), strict=True)):
             raise InputError(f"'{name}' of '{expanded}' is not what '{source}' says; expand it again")
-        done += piece.num_bytes
+        done += content.num_bytes
         if progress:
             progress(done / plan.num_bytes, name)
     if logits is None:

@@ -1,4 +1,7 @@
-"""TODO zero.gathered."""
+"""What of a model stays gathered under ZeRO-3, and what is gathered together.
+
+Written against DeepSpeed 0.19.8 (runtime/zero/partition_parameters.py, parameter_offload.py, stage3.py).
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,8 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.utils import set_z3_leaf_modules
 
 from adept_ds.base.errors import LayoutError
-from adept_ds.zero.engine import zero_stage
-from adept_ds.zero.layout import _complaint
+from adept_ds.zero.engine import Engine, zero_stage
+from adept_ds.zero.layout import layout_complaint
 
 
 def gather_layers_whole(model: torch.nn.Module, layers: Sequence[torch.nn.Module]) -> None:
@@ -23,7 +26,7 @@ def gather_layers_whole(model: torch.nn.Module, layers: Sequence[torch.nn.Module
     set_z3_leaf_modules(model, list({type(layer) for layer in layers}))
 
 
-def keep_frozen_gathered(engine: Any, max_bytes: int) -> tuple[int, int]:
+def keep_frozen_gathered(engine: Engine, max_bytes: int) -> tuple[int, int]:
     """Let frozen parameters stay whole on every rank from now on, as many as `max_bytes` hold; (kept, all) bytes.
 
     ZeRO-3 gathers a parameter before each use and drops it after. A frozen one is the same every time, so where
@@ -33,7 +36,7 @@ def keep_frozen_gathered(engine: Any, max_bytes: int) -> tuple[int, int]:
     To be called between optimizer steps. Does nothing at other stages, where parameters are whole anyway, and under
     `offload_param`, which was asked for to save this memory.
     """
-    frozen = [parameter for parameter in engine.module.parameters() if not parameter.requires_grad]
+    frozen: list[Any] = [parameter for parameter in engine.module.parameters() if not parameter.requires_grad]
     offload_param = engine.zero_offload_param()
     if zero_stage(engine) != 3 or (offload_param is not None and offload_param.device != "none"):
         return 0, 0
@@ -51,7 +54,7 @@ def keep_frozen_gathered(engine: Any, max_bytes: int) -> tuple[int, int]:
             parameter.partition = lambda *_, **__: None
         _hide_when_all_are_partitioned(engine.optimizer, kept)
     except AttributeError as error:
-        raise LayoutError(_complaint(str(error))) from error
+        raise LayoutError(layout_complaint(str(error))) from error
     return kept_bytes, sum(parameter.ds_numel * parameter.element_size() for parameter in frozen)
 
 

@@ -1,8 +1,6 @@
-"""The only place that knows how DeepSpeed lays out partitions and guards its hidden state.
+"""Gradients of this rank's partitions: read, forgotten, set aside; backward passes beside training without a trace.
 
-Written against DeepSpeed 0.19.8 (runtime/zero/stage3.py, stage_1_and_2.py, partitioned_param_coordinator.py). None of
-what is read here is documented interface, so `partition_layout` checks every assumption at start and refuses with a
-`LayoutError` rather than multiply a wrong element.
+Written against DeepSpeed 0.19.8 (runtime/zero/stage3.py, stage_1_and_2.py).
 """
 
 from __future__ import annotations
@@ -14,11 +12,11 @@ from typing import Any
 import torch
 from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_grad
 
-from adept_ds.zero.engine import zero_stage
+from adept_ds.zero.engine import Engine, zero_stage
 from adept_ds.zero.outside_training import outside_training
 
 
-def local_weight_and_grad(engine: Any, parameter: Any) -> tuple[torch.Tensor, torch.Tensor, int] | None:
+def local_weight_and_grad(engine: Engine, parameter: Any) -> tuple[torch.Tensor, torch.Tensor, int] | None:
     """This rank's elements of a parameter's fp32 weight and of its gradient, and where in the flattened parameter they
     begin; without padding; None if it has none.
 
@@ -39,22 +37,22 @@ def local_weight_and_grad(engine: Any, parameter: Any) -> tuple[torch.Tensor, to
     return mapping.hp_fragment.flatten(), _unscaled(engine, grad.flatten()), mapping.lp_fragment_address.start
 
 
-def loss_scale(engine: Any) -> float:
+def loss_scale(engine: Engine) -> float:
     """What losses are multiplied by before the backward pass: 1 unless training in fp16."""
     return float(engine.optimizer.loss_scale)
 
 
-def set_loss_scale(engine: Any, scale: float) -> None:
+def set_loss_scale(engine: Engine, scale: float) -> None:
     engine.optimizer.loss_scale = scale
 
 
-def _unscaled(engine: Any, grad: torch.Tensor) -> torch.Tensor:
+def _unscaled(engine: Engine, grad: torch.Tensor) -> torch.Tensor:
     scale = loss_scale(engine)
     return grad if scale == 1 else grad.float() / scale
 
 
 @contextmanager
-def probing_gradients(engine: Any) -> Iterator[None]:
+def gradients_outside_training(engine: Engine) -> Iterator[None]:
     """Run backward passes beside training without leaving a trace in it: see `outside_training`.
 
     Also in the middle of accumulation: what was accumulated is set aside, at stage 3 in a copy, and goes on after it.
@@ -65,13 +63,13 @@ def probing_gradients(engine: Any) -> Iterator[None]:
         with outside_training(engine):
             yield
     finally:
-        clear_probe_gradients(engine)
+        clear_gradients(engine)
         restore_gradients()
         set_loss_scale(engine, scale)
         _set_boundary(engine, boundary)
 
 
-def clear_probe_gradients(engine: Any) -> None:
+def clear_gradients(engine: Engine) -> None:
     """Forget all gradients, so that the next backward pass starts from nothing.
 
     The optimizer's own zero_grad, not the engine's, which leaves ZeRO-3's accumulation counter where it was. Stages 1
@@ -85,7 +83,7 @@ def clear_probe_gradients(engine: Any) -> None:
                 gradients[group] = None
 
 
-def end_segment(engine: Any, backward: Callable[[], None], read: Callable[[], None]) -> Callable[[], None]:
+def end_segment(engine: Engine, backward: Callable[[], None], read: Callable[[], None]) -> Callable[[], None]:
     """In the middle of accumulation, reduce what was accumulated so far, and read it.
 
     Args:
@@ -113,7 +111,7 @@ def end_segment(engine: Any, backward: Callable[[], None], read: Callable[[], No
     return add_segment
 
 
-def _set_gradients_aside(engine: Any) -> Callable[[], None]:
+def _set_gradients_aside(engine: Engine) -> Callable[[], None]:
     """Let the engine look as between two steps; the returned function takes that back."""
     optimizer = engine.optimizer
     epilogue_ran = optimizer._epilogue_ran_this_backward
@@ -133,7 +131,7 @@ def _set_gradients_aside(engine: Any) -> Callable[[], None]:
     reduced_saved = [dict(gradients) for gradients in reduced]
     parameters = [parameter for group in optimizer.bit16_groups for parameter in group]
     own_saved = [(parameter.grad, getattr(parameter, "grad_accum", None)) for parameter in parameters]
-    clear_probe_gradients(engine)
+    clear_gradients(engine)
     optimizer._epilogue_ran_this_backward = False
 
     def restore_references() -> None:
@@ -146,7 +144,7 @@ def _set_gradients_aside(engine: Any) -> Callable[[], None]:
     return restore_references
 
 
-def _set_boundary(engine: Any, boundary: bool | None) -> None:
+def _set_boundary(engine: Engine, boundary: bool | None) -> None:
     """Whether the next backward pass ends an accumulation; None: as the engine counts. There is no public reset."""
     engine._is_gradient_accumulation_boundary = boundary
     engine.optimizer.set_gradient_accumulation_boundary(engine.is_gradient_accumulation_boundary())

@@ -1,20 +1,24 @@
-"""TODO zero.layout."""
+"""Where parameters lie in DeepSpeed's flat partitions.
+
+Written against DeepSpeed 0.19.8 (runtime/zero/stage3.py, stage_1_and_2.py). None of what is read here is documented
+interface, so `partition_layout` checks every assumption at start and refuses with a `LayoutError` rather than multiply
+a wrong element.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from adept_ds.base.errors import LayoutError
-from adept_ds.zero.engine import zero_stage
+from adept_ds.zero.engine import Engine, zero_stage
 
 WRITTEN_AGAINST = "0.19.8"
 
 
 @dataclass(frozen=True)
-class Piece:
+class Fragment:
     """A run of one parameter's elements that lies contiguously in this rank's flat partition."""
 
     parameter: str
@@ -30,11 +34,11 @@ class FlatPartition:
     """One tensor that DeepSpeed hands to the optimizer: this rank's part of many parameters, back to back."""
 
     tensor: torch.Tensor
-    pieces: tuple[Piece, ...]
+    fragments: tuple[Fragment, ...]
 
 
-def partition_layout(engine: Any) -> list[FlatPartition]:
-    """Where each trainable parameter lies in this rank's flat fp32 partitions; padding belongs to no piece.
+def partition_layout(engine: Engine) -> list[FlatPartition]:
+    """Where each trainable parameter lies in this rank's flat fp32 partitions; padding belongs to no fragment.
 
     Raises:
         LayoutError: DeepSpeed lays partitions out in another way than this module was written for.
@@ -43,54 +47,59 @@ def partition_layout(engine: Any) -> list[FlatPartition]:
     try:
         layout = _layout_stage3(engine, names) if zero_stage(engine) == 3 else _layout_stage12(engine, names)
     except (AttributeError, KeyError, TypeError) as error:
-        raise LayoutError(_complaint(f"{type(error).__name__}: {error}")) from error
+        raise LayoutError(layout_complaint(f"{type(error).__name__}: {error}")) from error
     for partition in layout:
         end = 0
-        for piece in partition.pieces:
-            if piece.flat_start < end or piece.flat_start + piece.numel > partition.tensor.numel():
-                raise LayoutError(_complaint(f"'{piece.parameter}' overlaps its neighbour or the end of its partition"))
-            end = piece.flat_start + piece.numel
+        for fragment in partition.fragments:
+            if fragment.flat_start < end or fragment.flat_start + fragment.numel > partition.tensor.numel():
+                raise LayoutError(
+                    layout_complaint(f"'{fragment.parameter}' overlaps its neighbour or the end of its partition")
+                )
+            end = fragment.flat_start + fragment.numel
     return layout
 
 
-def _layout_stage3(engine: Any, names: dict[int, str]) -> list[FlatPartition]:
+def _layout_stage3(engine: Engine, names: dict[int, str]) -> list[FlatPartition]:
     """Stage 3 cuts each parameter separately; the last rank's part of it ends in padding."""
     import deepspeed.comm as dist
 
     zero = engine.optimizer
     layout = []
     for index, group in enumerate(zero.fp16_groups):
-        flat, pieces, total = zero.fp32_partitioned_groups_flat[index], [], 0
+        flat, fragments, total = zero.fp32_partitioned_groups_flat[index], [], 0
         for parameter in group:
             _, offset, padded = zero.grad_position[zero.get_param_id(parameter)]
             start = dist.get_rank(group=parameter.ds_process_group) * padded
             real = max(0, min(padded, parameter.ds_numel - start))
             total += padded
             if real:
-                pieces.append(Piece(names[id(parameter)], offset, start, real))
+                fragments.append(Fragment(names[id(parameter)], offset, start, real))
         if total != flat.numel():
-            raise LayoutError(_complaint(f"sub-group {index} has {flat.numel()} elements, its parameters {total}"))
-        layout.append(FlatPartition(flat, tuple(pieces)))
+            raise LayoutError(
+                layout_complaint(f"sub-group {index} has {flat.numel()} elements, its parameters {total}")
+            )
+        layout.append(FlatPartition(flat, tuple(fragments)))
     return layout
 
 
-def _layout_stage12(engine: Any, names: dict[int, str]) -> list[FlatPartition]:
+def _layout_stage12(engine: Engine, names: dict[int, str]) -> list[FlatPartition]:
     """Stages 1 and 2 cut the concatenation of all parameters, so a boundary falls inside at most one per rank."""
     zero = engine.optimizer
     layout = []
     for index, group in enumerate(zero.bit16_groups):
-        pieces = []
+        fragments = []
         for parameter in group:
             mapping = parameter._hp_mapping
             if mapping is not None:
                 flat, part = mapping.hp_fragment_address, mapping.lp_fragment_address
-                pieces.append(Piece(names[id(parameter)], flat.start, part.start, part.numel))
+                fragments.append(Fragment(names[id(parameter)], flat.start, part.start, part.numel))
         flat_tensor = zero.single_partition_of_fp32_groups[index]
-        layout.append(FlatPartition(flat_tensor, tuple(sorted(pieces, key=lambda piece: piece.flat_start))))
+        layout.append(FlatPartition(flat_tensor, tuple(sorted(fragments, key=lambda fragment: fragment.flat_start))))
     return layout
 
 
-def _complaint(detail: str) -> str:
+def layout_complaint(detail: str) -> str:
+    """Of a `LayoutError`."""
     import deepspeed
 
     return (

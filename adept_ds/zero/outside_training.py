@@ -1,18 +1,21 @@
-"""TODO zero.outside_training."""
+"""Forward passes beside training that leave no trace in it.
+
+Written against DeepSpeed 0.19.8 (runtime/zero/partitioned_param_coordinator.py).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 
-from adept_ds.zero.engine import zero_stage
+from adept_ds.models.device import device_rng_state, set_device_rng_state
+from adept_ds.zero.engine import Engine, zero_stage
 
 
 @contextmanager
-def outside_training(engine: Any) -> Iterator[None]:
+def outside_training(engine: Engine) -> Iterator[None]:
     """Run forward passes beside training without leaving a trace in it.
 
     Evaluation mode, the state of the random number generators, and ZeRO-3's recorded order of modules are as before
@@ -20,7 +23,7 @@ def outside_training(engine: Any) -> Iterator[None]:
     twice, so the record is dropped before; the next training step makes a new one.)
     """
     _forget_module_order(engine)
-    cpu_rng, device_rng = torch.get_rng_state(), _device_rng_state()
+    cpu_rng, device_rng = torch.get_rng_state(), device_rng_state()
     was_training = engine.module.training
     engine.module.eval()
     try:
@@ -28,12 +31,11 @@ def outside_training(engine: Any) -> Iterator[None]:
     finally:
         engine.module.train(was_training)
         torch.set_rng_state(cpu_rng)
-        if device_rng is not None:
-            torch.cuda.set_rng_state(device_rng)
+        set_device_rng_state(device_rng)
         _forget_module_order(engine)
 
 
-def _forget_module_order(engine: Any) -> None:
+def _forget_module_order(engine: Engine) -> None:
     if zero_stage(engine) != 3:
         return
     optimizer = engine.optimizer
@@ -41,7 +43,3 @@ def _forget_module_order(engine: Any) -> None:
     coordinator = offload.get_param_coordinator()
     if not coordinator.is_invalid_trace():
         coordinator._invalidate_trace()
-
-
-def _device_rng_state() -> torch.Tensor | None:
-    return torch.cuda.get_rng_state() if torch.cuda.is_available() else None

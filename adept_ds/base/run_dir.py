@@ -1,0 +1,114 @@
+"""The names of everything that a run writes: the only place that knows them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+EXPANSION_NAME = "expansion.json"
+"""Stands in every model directory with copies: what was expanded, and how."""
+
+_STEP, _MANIFEST = "step_", "manifest.json"
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """A run's directory; every property is the path of something in it, there or not."""
+
+    root: Path
+
+    @property
+    def config(self) -> Path:
+        """The resolved configuration."""
+        return self.root / "config.yaml"
+
+    @property
+    def ledger(self) -> Path:
+        """Which stage was made from which inputs."""
+        return self.root / "stages.json"
+
+    @property
+    def blocks(self) -> Path:
+        """Packed corpora."""
+        return self.root / "cache" / "blocks"
+
+    @property
+    def layer_importance(self) -> Path:
+        return self.root / "layer_importance.json"
+
+    @property
+    def layer_methods(self) -> Path:
+        """Estimators side by side."""
+        return self.root / "layer_methods.json"
+
+    def layer_scores(self, variant: str = "") -> Path:
+        """What a probe found out, by sequence; `variant`: on the corpus, or of the model, that it is compared with."""
+        return self.root / f"layer_scores{variant and '_'}{variant}.safetensors"
+
+    @property
+    def expanded(self) -> Path:
+        return self.root / "expanded"
+
+    @property
+    def expansion(self) -> Path:
+        return self.expanded / EXPANSION_NAME
+
+    @property
+    def unit_importance(self) -> Path:
+        """A line per refresh."""
+        return self.root / "unit_importance.jsonl"
+
+    @property
+    def unit_movement(self) -> Path:
+        """A line per refresh, and one at the end."""
+        return self.root / "unit_movement.jsonl"
+
+    @property
+    def metrics(self) -> Path:
+        """A line per step, refresh and evaluation."""
+        return self.root / "metrics.jsonl"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.root / "tensorboard"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.root / "checkpoints"
+
+    @property
+    def export(self) -> Path:
+        return self.root / "export"
+
+    @property
+    def evaluation(self) -> Path:
+        """Held-out losses of base and adapted model."""
+        return self.root / "evaluation.json"
+
+    @property
+    def summary(self) -> Path:
+        return self.root / "summary.json"
+
+    @property
+    def report(self) -> Path:
+        return self.root / "report.html"
+
+    def log(self, rank: int) -> Path:
+        """All that libraries print on that rank."""
+        return self.root / "logs" / f"rank_{rank}.log"
+
+
+def checkpoint_tag(step: int) -> str:
+    """Name of a checkpoint's directory."""
+    return f"{_STEP}{step}"
+
+
+def manifest_of(checkpoint: Path) -> Path:
+    """Written last: a directory without it is no checkpoint."""
+    return checkpoint / _MANIFEST
+
+
+def checkpoint_steps(checkpoints: Path) -> list[int]:
+    """Steps of all complete checkpoints, ascending."""
+    tags = [path.parent.name.removeprefix(_STEP) for path in checkpoints.glob(f"{_STEP}*/{_MANIFEST}")]
+    return sorted(int(tag) for tag in tags if tag.isdigit())

@@ -1,0 +1,158 @@
+"""The commands on plain directories: a model, an expanded model, a checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from adept_ds.base.errors import InputError
+from adept_ds.base.terminal import Terminal
+from adept_ds.cli.forms import JsonOption, OutArg
+from adept_ds.cli.options import MethodOption, ResultOption
+from adept_ds.cli.probe import probe_and_show
+from adept_ds.cli.session import passing_session, quiet_session, show
+from adept_ds.cli.summary import print_expansion, print_losses
+from adept_ds.config.checks import check_files, check_layers
+from adept_ds.config.loading import parse_config
+from adept_ds.config.resolved import resolve
+from adept_ds.config.schema import Config
+from adept_ds.models.directory import ModelDirectory, check_model_dir
+from adept_ds.ranks.launchers import rank_from_environment
+
+WorkDirOption = Annotated[
+    Path | None,
+    typer.Option(help="where packed text lies meanwhile; all hosts must see it (with MODEL)"),
+]
+
+
+def probe(
+    model: Path,
+    corpus: Annotated[list[Path] | None, typer.Option(help="general-competence corpus (with MODEL)")] = None,
+    k: Annotated[str, typer.Option("-k", help="layers to choose, or auto (with MODEL)")] = "4",
+    method: MethodOption = None,
+    sequences: Annotated[int, typer.Option(help="sequences to probe (with MODEL)")] = 32,
+    seq_len: Annotated[int, typer.Option(help="tokens of each (with MODEL)")] = 256,
+    out: ResultOption = None,
+    work_dir: WorkDirOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    section = {"corpus": [str(path) for path in corpus or []], "sequences": sequences, "seq_len": seq_len}
+    if method not in (None, "all"):
+        section["method"] = method
+    config = _config(model, probe=section, expand={"k": k if k == "auto" else _parse_number("-k", k)})
+    check_files("--corpus", corpus or [])
+    launched = rank_from_environment(os.environ)
+    settings = resolve(config, "probe", launched.world_size)
+    with passing_session(settings, launched, work_dir or (out and out.parent), as_json=as_json) as session:
+        probe_and_show(session, method, out, as_json)
+
+
+def expand(
+    model: Path,
+    out: OutArg,
+    layers: Annotated[str | None, typer.Option(help="source layers to copy, for example 12,17 (with MODEL)")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would be written (with MODEL)")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    selected = _parse_layers(layers)
+    check_layers(selected, ModelDirectory.resolve("MODEL", str(model)))
+    with quiet_session(as_json) as terminal:
+        from adept_ds.weights.expansion import describe_expansion, expand_checkpoint
+
+        if dry_run:
+            facts = describe_expansion(model, out, selected)
+            show(terminal, as_json, facts, lambda: print_expansion(facts, terminal))
+            return
+        with terminal.progress("expanding") as bar:
+            expansion = expand_checkpoint(model, out, selected, bar)
+        show(terminal, as_json, expansion.to_json(), lambda: terminal.say(f"expanded model in {out}"))
+
+
+def verify(
+    source: Annotated[Path, typer.Argument(metavar="MODEL", help="the model that was expanded")],
+    expanded: Annotated[Path, typer.Argument(metavar="EXPANDED", help="what was made from it")],
+    logits: Annotated[
+        bool | None, typer.Option("--logits/--no-logits", help="compare logits too; by default, where memory allows")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Prove that an expanded model is its source: tensor by tensor, and by logits on random tokens."""
+    for name, directory in (("MODEL", source), ("EXPANDED", expanded)):
+        check_model_dir(name, directory)
+    with quiet_session(as_json) as terminal:
+        from adept_ds.weights.verification import verify_expansion
+
+        with terminal.progress("comparing") as bar:
+            found = verify_expansion(source, expanded, bar, logits=logits)
+        how = "logits equal bit for bit" if found.logits else "logits not compared"
+        text = f"{found.tensors} tensors are what they must be ({found.num_bytes / 2**30:.2f} GiB), {how}"
+        show(terminal, as_json, dataclasses.asdict(found), lambda: terminal.say(text))
+
+
+def evaluate(
+    model: Path,
+    text: Annotated[list[Path] | None, typer.Option(help="held-out text (with MODEL)")] = None,
+    seq_len: Annotated[int, typer.Option(help="tokens per sequence (with MODEL)")] = 1024,
+    work_dir: WorkDirOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    config = _config(model, data={"domain_eval": [str(path) for path in text or []], "seq_len": seq_len})
+    check_files("--text", text or [])
+    launched = rank_from_environment(os.environ)
+    settings = resolve(config, "eval", launched.world_size)
+    with passing_session(settings, launched, work_dir, as_json=as_json) as session:
+        from adept_ds.run.evaluate import evaluate_model
+
+        losses = evaluate_model(session, settings.model, "evaluating")
+        results = {"model": {"text": losses["domain"]}}
+        show(session.terminal, as_json, results, lambda: print_losses(results, session.terminal))
+
+
+def export(
+    checkpoint: Path,
+    out: OutArg,
+    base: Annotated[Path | None, typer.Option(help="expanded model it was trained from (with CHECKPOINT)")] = None,
+    dtype: Annotated[str, typer.Option(help="source, float32 or bfloat16 (with CHECKPOINT)")] = "source",
+) -> None:
+    if base is None:
+        raise InputError("--base is missing; give the expanded model that the checkpoint was trained from")
+    if dtype not in ("source", "float32", "bfloat16"):
+        raise InputError(f"--dtype: '{dtype}' is not possible; use source, float32 or bfloat16")
+    check_model_dir("--base", base)
+    with quiet_session() as terminal:
+        from adept_ds.weights.export import export_checkpoint
+
+        with terminal.progress("exporting") as bar:
+            trained = export_checkpoint(base, checkpoint, out, dtype, bar)
+        terminal.say(f"{trained} trained tensors; model in {out}")
+
+
+def report(run_dir: Path) -> None:
+    from adept_ds.report.page import write_report
+
+    Terminal(sys.stdout).say(str(write_report(run_dir)))
+
+
+def _config(model: Path, **sections: Any) -> Config:
+    """What the options say, as a configuration; its run directory is never used (see `passing_session`)."""
+    return parse_config(sections | {"model": str(model), "run_dir": os.devnull}, "options")
+
+
+def _parse_number(option: str, text: str) -> int:
+    """Typer's own complaint about a number would not repeat what was given."""
+    try:
+        return int(text)
+    except ValueError:
+        raise InputError(f"{option}: '{text}' is no whole number; write for example {option} 4 (see --help)") from None
+
+
+def _parse_layers(text: str | None) -> list[int]:
+    try:
+        return sorted({int(part) for part in (text or "").split(",")})
+    except ValueError:
+        raise InputError(f"--layers: '{text or ''}' is no list of layers; write for example --layers 12,17") from None

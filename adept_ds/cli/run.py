@@ -1,0 +1,98 @@
+"""The commands on a configuration: one stage each, or all of them."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from adept_ds.base.terminal import Terminal
+from adept_ds.cli.forms import JsonOption
+from adept_ds.cli.options import MethodOption, ResultOption, with_method
+from adept_ds.cli.probe import probe_and_show
+from adept_ds.cli.session import run_session, show
+from adept_ds.cli.summary import (
+    describe_plan,
+    print_losses,
+    print_summary,
+)
+from adept_ds.config.loading import dump_config
+from adept_ds.config.resolved import Purpose, ResolvedConfig, resolve
+from adept_ds.config.schema import Config
+from adept_ds.ranks.launchers import LaunchedRank, rank_from_environment
+
+
+def run(config: Config) -> None:
+    """Everything: probe, expand, train, export, evaluate, report. Run it again to resume."""
+    with run_session(*_resolved(config, "run")) as session:
+        from adept_ds.run.pipeline import run_all
+
+        run_all(session)
+        if session.ranks.is_main:
+            print_summary(session.run_dir, session.terminal)
+
+
+def probe(config: Config, method: MethodOption = None, out: ResultOption = None, as_json: JsonOption = False) -> None:
+    """Which layers does general competence hardly need?"""
+    with run_session(*_resolved(with_method(config, method), "probe"), as_json=as_json) as session:
+        from adept_ds.run.pipeline import report_stage
+
+        if probe_and_show(session, method, out, as_json):
+            report_stage(session)  # with the plot
+
+
+def expand(config: Config, as_json: JsonOption = False) -> None:
+    """Insert identity copies of layers: the expanded model computes exactly the same function."""
+    with run_session(*_resolved(config, "expand"), as_json=as_json) as session:
+        from adept_ds.run.expand import expand_stage
+
+        show(session.terminal, as_json, expand_stage(session).to_json())
+
+
+def train(config: Config) -> None:
+    """Train the copies of an expanded model, from the newest checkpoint if there is one."""
+    with run_session(*_resolved(config, "train")) as session:
+        from adept_ds.run.train import train_stage
+
+        train_stage(session)
+
+
+def evaluate(config: Config, as_json: JsonOption = False) -> None:
+    """Held-out loss: of the base and the adapted model of a run, or of one model directory."""
+    with run_session(*_resolved(config, "eval"), as_json=as_json) as session:
+        from adept_ds.run.evaluate import eval_stage
+
+        results = eval_stage(session)
+        show(session.terminal, as_json, results, lambda: print_losses(results, session.terminal))
+
+
+def export(
+    config: Config, step: Annotated[int | None, typer.Option(help="which checkpoint (with CONFIG; the newest)")] = None
+) -> None:
+    """Turn a training checkpoint into a Hugging Face directory."""
+    with run_session(*_resolved(config, "export")) as session:
+        from adept_ds.run.export import export_stage
+
+        export_stage(session, step)
+
+
+def report(config: Config) -> None:
+    """Write report.html from what a run has written so far."""
+    from adept_ds.report.page import write_report
+
+    Terminal(sys.stdout).say(str(write_report(config.run_dir)))
+
+
+def show_plan(config: Config, as_json: JsonOption = False) -> None:
+    """The resolved configuration, and what `adept run` would do."""
+    settings, _ = _resolved(config, "run")
+    plan, terminal = describe_plan(settings), Terminal(sys.stdout)
+    facts = {"config": config.model_dump(mode="json"), "plan": plan}
+    show(terminal, as_json, facts, lambda: terminal.say(dump_config(config) + "\n".join(plan)))
+
+
+def _resolved(config: Config, purpose: Purpose) -> tuple[ResolvedConfig, LaunchedRank]:
+    launched = rank_from_environment(os.environ)
+    return resolve(config, purpose, launched.world_size), launched

@@ -1,0 +1,66 @@
+"""Passes over a sample: every rank its share, every rank the whole table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from adept_ds.base.progress import ProgressCallback
+from adept_ds.data.mixture import Sample
+from adept_ds.data.order import FILLER, rank_batches
+from adept_ds.ranks.collectives import Ranks
+
+
+class PassProgress:
+    """A bar for passes over batches of sequences.
+
+    Args:
+        check: moves the bar; called between batches by every rank, it may communicate and end the work.
+        move: moves the bar only; for within a batch.
+    """
+
+    def __init__(self, num_layers: int, check: ProgressCallback, move: ProgressCallback) -> None:
+        self._num_layers, self._check, self._move = num_layers, check, move
+        self._number, self._count = 0, 1
+
+    def batch(self, number: int, count: int) -> None:
+        """Batch `number` of `count` begins."""
+        self._number, self._count = number, count
+        self._check(number / count, f"batch {number + 1} of {count}")
+
+    def layer(self, position: int) -> None:
+        """The stack of a sweep has passed a layer; each layer takes one variant more than the one below."""
+        share = (position + 1) * (position + 2) / (self._num_layers * (self._num_layers + 1))
+        self._move(
+            (self._number + share) / self._count,
+            f"batch {self._number + 1} of {self._count}, layer {position + 1} of {self._num_layers}",
+        )
+
+
+def table_by_sequence(
+    forward: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    sample: Sample,
+    width: int,
+    ranks: Ranks,
+    *,
+    batch_size: int,
+    device: torch.device | str,
+    progress: PassProgress | None = None,
+) -> torch.Tensor:
+    """What `forward(input_ids, labels)` says about each row, [rows, width], for every sequence of the sample.
+
+    Every rank takes its share of the sequences and gets the whole table, [sequences, width] float64. Each entry comes
+    from one rank, so sums over the table do not depend on who computed what.
+    """
+    table = torch.zeros(len(sample), width, dtype=torch.float64)
+    batches = rank_batches(range(len(sample)), ranks.rank, ranks.world_size, batch_size)
+    for number, positions in enumerate(batches):
+        if progress:
+            progress.batch(number, len(batches))
+        input_ids, labels = (tensor.to(device) for tensor in sample.batch(positions))
+        rows = forward(input_ids, labels).double().cpu()
+        for row, position in zip(rows, positions, strict=True):
+            if position != FILLER:
+                table[position] = row
+    return ranks.sum(table)

@@ -1,0 +1,51 @@
+"""All stages, in order. A stage reads files and writes files; it is not run again while its inputs are the same.
+
+probe -> layer_importance.json -> expand -> expanded/ -> train -> checkpoints/ -> export -> export/
+-> eval -> evaluation.json -> report -> report.html
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from adept_ds.base.files import write_text
+from adept_ds.config.loading import dump_config
+from adept_ds.run.context import Context
+from adept_ds.run.evaluate import eval_stage
+from adept_ds.run.expand import expand_stage
+from adept_ds.run.export import export_stage
+from adept_ds.run.probe import probe_stage
+from adept_ds.run.train import train_stage
+
+
+def run_all(run: Context) -> None:
+    """probe -> expand -> train -> export -> eval -> report; inputs are packed first, where most mistakes show."""
+    _ = run.precision  # refuses what the device cannot, before anything takes time
+    run.ranks.on_main(lambda: write_text(run.run_dir.config, dump_config(run.settings.config)))
+    prepare_data(run)
+    if run.settings.config.expand.needs_probe:
+        probe_stage(run)
+    expand_stage(run)
+    train_stage(run)
+    export_stage(run)
+    eval_stage(run)
+    report_stage(run)
+
+
+def prepare_data(run: Context) -> None:
+    """Tokenise and pack every corpus of the run."""
+    corpora = run.corpora
+    counts = {"domain": len(corpora.domain)} | ({"replay": len(corpora.replay)} if corpora.replay else {})
+    counts |= {eval_set.name + " held out": len(eval_set.indices) for eval_set in corpora.held_out}
+    if run.settings.config.probe.corpus:
+        counts["general probe"] = len(corpora.general.blocks)
+    run.terminal.stage("data", ", ".join(f"{name} {count}" for name, count in counts.items()) + " blocks")
+
+
+def report_stage(run: Context) -> Path:
+    """The page about what the run has written so far."""
+    from adept_ds.report.page import write_report  # matplotlib takes a second, on rank 0 alone
+
+    path = run.ranks.on_main(lambda: write_report(run.run_dir.root))
+    run.terminal.stage("report", str(path))
+    return path

@@ -1,0 +1,229 @@
+"""Stage two: train the copies (checkpoints/, and what a run writes about itself)."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from adept_ds.base.files import read_json, read_json_lines, remove_abandoned, write_json
+from adept_ds.base.run_dir import RunDirectory, checkpoint_steps
+from adept_ds.base.version import __version__
+from adept_ds.config.loading import dump_config
+from adept_ds.config.schema import Config
+from adept_ds.models.device import peak_memory_bytes
+from adept_ds.models.directory import ModelDirectory
+from adept_ds.models.flops import count_step_flops, measure_matmul_rate
+from adept_ds.models.frozen_prefix import FrozenPrefix
+from adept_ds.run.context import Context
+from adept_ds.run.expand import current_expansion
+from adept_ds.run.ledger import plain, stamp_corpus, stamp_mixture
+from adept_ds.training.checkpoint import CheckpointManifest, check_resumable
+from adept_ds.training.movement import UnitMovement
+from adept_ds.training.trainer import Trainer
+from adept_ds.units.adamw import UnitAdamW
+from adept_ds.units.importance import OnlineImportance, estimate_importance
+from adept_ds.units.registry import UnitRegistry, build_registry
+from adept_ds.units.unit_lr import UnitLR
+from adept_ds.units.unit_sums import ImportanceBatches
+from adept_ds.weights.expansion import Expansion
+from adept_ds.zero.build import StepShape, build_training_engine
+from adept_ds.zero.engine import Engine, count_parameters, parameter_shapes, release
+
+_NOT_PART_OF_TRAINING = {
+    "micro_batch_size",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "eval_every",
+    "activation_checkpointing",
+    "keep_gathered_gib",
+}
+"""Keys of the train section that change how a run is done, but not what comes out."""
+
+
+def train_stage(run: Context) -> None:
+    """Train the copies, from the newest checkpoint if there is one."""
+    config, run_dir = run.settings.config, run.run_dir
+    expansion = current_expansion(run)
+    settings = run.ranks.on_main(lambda: training_settings(config))
+
+    def manifest_at(step: int) -> CheckpointManifest:
+        return CheckpointManifest(
+            step=step,
+            world_size=run.ranks.world_size,
+            zero_stage=run.settings.zero_stage,
+            fingerprint=expansion.fingerprint,
+            settings=settings,
+        )
+
+    def newest_checkpoint() -> int:
+        newest = max(checkpoint_steps(run_dir.checkpoints), default=0)
+        if newest:
+            check_resumable(run_dir.checkpoints, manifest_at(newest))
+        return newest
+
+    run.ranks.on_main(lambda: remove_abandoned(run_dir.checkpoints))
+    first_step = run.ranks.on_main(newest_checkpoint)
+    if first_step == config.train.steps:
+        run.ranks.on_main(lambda: _complete_summary(run_dir))
+        run.terminal.stage("train", "[dim]finished before, not run again[/]")
+        return
+    if first_step:
+        run.terminal.stage("train", f"resuming after step {first_step}")
+    importance = _initial_importance(run, expansion) if first_step == 0 else None
+    _train(run, expansion, manifest_at, first_step, importance)
+
+
+def training_settings(config: Config) -> dict[str, Any]:
+    """Everything that determines the course of training, by dotted key: a resumed run must have the same."""
+    sections = {
+        "train": config.train.model_dump(mode="json", exclude=_NOT_PART_OF_TRAINING),
+        "importance": config.importance.model_dump(mode="json", exclude={"prefix_cache_mib"}),
+        "lr_policy": config.lr_policy.model_dump(mode="json"),
+    }
+    settings = {f"{section}.{key}": value for section, values in sections.items() for key, value in values.items()}
+    settings["data.seq_len"] = config.data.seq_len
+    settings["data.domain"] = stamp_corpus(config.data.domain)
+    settings["data.replay"] = stamp_corpus(config.data.replay)
+    settings["data.replay_share"] = config.data.replay_share if config.data.replay else None
+    settings["data.question_template"] = config.data.question_template
+    settings["probe.corpus"] = stamp_mixture(config.probe.corpus)
+    return dict(plain(settings))
+
+
+def _initial_importance(run: Context, expansion: Expansion) -> list[float] | None:
+    """Importance of each copy's *source* layer: in a fresh copy the silent factors hide everything behind them.
+
+    The source model computes the same function as the expanded one, so the same estimate runs on it, with the
+    source layers unfrozen and nothing trained.
+    """
+    config, model = run.settings.config, run.settings.model
+    if config.lr_policy.map == "constant" or config.importance.initial == "ones":
+        return None
+    run.terminal.stage("train", "importance of the source layers' units")
+    engine = build_training_engine(
+        run.engines,
+        model,
+        expansion.source_indices,
+        seed=config.train.seed,
+        recompute_activations=config.train.activation_checkpointing,
+    )
+    registry = _registry(config, engine, model, expansion.source_indices)
+    with run.progress.together("estimating importance") as bar:
+        importance = estimate_importance(engine, registry, _importance_batches(run), run.ranks, bar)
+    release(engine)
+    return importance
+
+
+def _train(
+    run: Context,
+    expansion: Expansion,
+    manifest_at: Callable[[int], CheckpointManifest],
+    first_step: int,
+    importance: list[float] | None,
+) -> None:
+    config, run_dir, ranks = run.settings.config, run.run_dir, run.ranks
+    expanded = ranks.on_main(lambda: ModelDirectory.read(run_dir.expanded))
+    engine = _training_engine(run, expanded, expansion)
+    registry = _registry(config, engine, expanded, expansion.copy_indices)
+    trainable, total = count_parameters(engine.module)
+    run.terminal.stage("train", f"{trainable / 1e6:.1f} M of {total / 1e6:.1f} M parameters, {len(registry)} units")
+    refreshed, online = config.lr_policy.map != "constant", config.importance.source == "online"
+    batches = _importance_batches(run) if refreshed and not online else None
+    trainer = Trainer(
+        config=config,
+        run_dir=run_dir,
+        ranks=ranks,
+        engine=engine,
+        unit_lr=UnitLR(engine, registry, config.lr_policy, ranks),
+        data=run.corpora.training_data,
+        importance_batches=batches,
+        prefix=_frozen_prefix(run, engine, batches, min(expansion.copy_indices)) if batches else None,
+        online=OnlineImportance(engine, registry, ranks) if refreshed and online else None,
+        movement=UnitMovement(engine, registry, expanded, run.precision, ranks),
+        eval_sets=run.corpora.held_out,
+        manifest_at=manifest_at,
+        flops=count_step_flops(engine.module, expanded.family, config.data.seq_len),
+        matmul_rate=measure_matmul_rate(engine.device, run.precision),
+        terminal=run.terminal,
+        stop=run.progress.stop,
+    )
+    facts = {
+        "trainable_parameters": trainable,
+        "total_parameters": total,
+        "units": len(registry),
+        "world_size": ranks.world_size,
+        "zero_stage": run.settings.zero_stage,
+        "precision": str(run.precision).removeprefix("torch."),
+        "adept_ds": __version__,
+    }
+    ranks.on_main(lambda: write_json(run_dir.summary, facts))
+    trainer.run(first_step, importance, dump_config(config))
+    peaks = ranks.gather(peak_memory_bytes())
+    ranks.on_main(lambda: _complete_summary(run_dir, peak_memory_bytes=peaks))
+    release(engine)
+
+
+def _training_engine(run: Context, expanded: ModelDirectory, expansion: Expansion) -> Engine:
+    train, accumulation = run.settings.config.train, run.settings.accumulation_steps
+    assert accumulation is not None
+
+    def optimizer(parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+        return UnitAdamW(parameters, lr=train.lr, betas=train.betas, eps=train.eps, weight_decay=train.weight_decay)
+
+    return build_training_engine(
+        run.engines,
+        expanded,
+        expansion.copy_indices,
+        optimizer,
+        StepShape(train.global_batch_size, train.micro_batch_size, accumulation, train.clip_grad_norm),
+        seed=train.seed,
+        recompute_activations=train.activation_checkpointing,
+    )
+
+
+def _registry(config: Config, engine: Engine, model: ModelDirectory, layers: list[int]) -> UnitRegistry:
+    shapes = parameter_shapes(engine.module)
+    return build_registry(model.family, shapes, layers, config.importance.granularity, engine.module.config)
+
+
+def _importance_batches(run: Context) -> ImportanceBatches:
+    section, corpus = run.settings.config.importance, run.corpora.for_importance
+    return ImportanceBatches(
+        corpus.blocks,
+        corpus.sample(section.sequences, run.settings.config.train.seed).indices,
+        section.batch_sequences,
+        run.settings.config.train.micro_batch_size,
+    )
+
+
+def _frozen_prefix(run: Context, engine: Engine, batches: ImportanceBatches, lowest: int) -> FrozenPrefix:
+    hidden_size: Any = engine.module.config.hidden_size  # type: ignore[union-attr]
+    room = run.settings.config.importance.prefix_cache_mib << 20
+    layers = run.settings.model.family.layer_modules(engine.module)
+    return FrozenPrefix(layers, lowest, batches.batches_within(room, hidden_size * run.precision.itemsize))
+
+
+def _complete_summary(run_dir: RunDirectory, **facts: Any) -> None:
+    """Add what is known only at the end to what was written at the start of training."""
+    summary = read_json(run_dir.summary) if run_dir.summary.is_file() else {}
+    write_json(run_dir.summary, summary | facts | _totals(run_dir))
+
+
+def _totals(run_dir: RunDirectory) -> dict[str, Any]:
+    """Sums over the whole run, interruptions included, from what it wrote about itself."""
+    records = read_json_lines(run_dir.metrics)
+    steps = [record for record in records if "loss" in record]
+    refreshes = [record["refresh_seconds"] for record in records if record.get("refresh_seconds")]
+    return {
+        "steps": len(steps),
+        "tokens": steps[-1]["tokens"],
+        "seconds": sum(record["seconds"] for record in steps),
+        "step_seconds": statistics.median(record["seconds"] for record in steps),
+        "tokens_per_second": statistics.median(record["tokens_per_second"] for record in steps),
+        "mfu": statistics.median(record["mfu"] for record in steps),
+        "refreshes": len(refreshes),
+        "refresh_seconds": statistics.median(refreshes) if refreshes else None,
+    }

@@ -1,0 +1,101 @@
+"""A configuration with everything looked up: what must be there, for what."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from harness.workspace import Workspace
+
+from adept_ds.base.errors import InputError
+from adept_ds.config.loading import parse_config
+from adept_ds.config.resolved import Purpose, resolve
+
+
+def test_files_of_sources_must_exist(workspace: Workspace, tmp_path: Path) -> None:
+    general, missing = str(workspace.root / "general.jsonl"), {"files": [str(tmp_path / "no.jsonl")], "name": "x"}
+    for key, section in {
+        "probe.corpus": {"corpus": [general, missing]},
+        "probe.stability.corpus": {"corpus": [general], "stability": {"corpus": [missing]}},
+    }.items():
+        config = parse_config(workspace.tree(tmp_path / "run", probe=section))
+        with pytest.raises(InputError, match=rf"^{key}: '.*no\.jsonl' does not exist; give"):
+            resolve(config, "probe")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("model_type", "mistral"), ("num_hidden_layers", 6), ("vocab_size", 300)], ids=str
+)
+def test_another_model_must_have_the_same_architecture(
+    workspace: Workspace, tmp_path: Path, key: str, value: Any
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(workspace.model, other)
+    config = parse_config(workspace.tree(tmp_path / "run", probe={"stability": {"model": str(other)}}))
+    resolve(config, "probe")
+    record = json.loads((other / "config.json").read_text()) | {key: value}
+    (other / "config.json").write_text(json.dumps(record))
+    with pytest.raises(InputError, match=rf"^probe\.stability\.model: .* has {key} .*{value}.*; give another"):
+        resolve(config, "probe")
+
+
+NEEDS: dict[Purpose, set[str]] = {
+    "run": {"data.domain", "probe.corpus", "deepspeed"},
+    "train": {"data.domain", "probe.corpus", "deepspeed"},
+    "probe": {"probe.corpus", "deepspeed"},
+    "eval": {"data.domain_eval", "deepspeed"},
+    "expand": set(),
+    "export": set(),
+}
+
+
+@pytest.mark.parametrize("purpose", list(NEEDS))
+def test_each_purpose_asks_for_what_it_needs_and_for_nothing_else(
+    workspace: Workspace, tmp_path: Path, purpose: Purpose
+) -> None:
+    """Everything else is missing; then each thing that is needed is taken away in turn."""
+    deepspeed = tmp_path / "ds.json"
+    deepspeed.write_text(json.dumps({"zero_optimization": {"stage": 2}}))
+    text = str(workspace.root / "general.jsonl")
+    given = {
+        "data": {"domain": [text], "general_eval": [], "domain_eval": [text]},
+        "probe": {"corpus": [text]},
+        "deepspeed": str(deepspeed),
+    }
+    absent = {
+        "data": {"domain": [], "general_eval": [], "domain_eval": []},
+        "probe": {"corpus": []},
+        "deepspeed": str(tmp_path / "missing.json"),
+    }
+
+    def tree(needed: set[str]) -> Any:
+        sections: dict[str, Any] = {"data": {}, "probe": {}}
+        for key in ("data.domain", "data.domain_eval", "data.general_eval", "probe.corpus"):
+            section, leaf = key.split(".")
+            sections[section][leaf] = (given if key in needed else absent)[section][leaf]  # type: ignore[index]
+        sections["deepspeed"] = (given if "deepspeed" in needed else absent)["deepspeed"]
+        return parse_config(workspace.tree(tmp_path / "run", **sections))
+
+    resolved = resolve(tree(NEEDS[purpose]), purpose, num_ranks=2)
+    assert (resolved.deepspeed is None) == (purpose in ("expand", "export"))
+    assert (resolved.accumulation_steps is None) == (purpose not in ("run", "train"))
+    for key in NEEDS[purpose]:
+        with pytest.raises(InputError, match=rf"^{key}: "):
+            resolve(tree(NEEDS[purpose] - {key}), purpose)
+
+
+def test_everything_is_looked_up_once(workspace: Workspace, tmp_path: Path) -> None:
+    """What a stage gets does not change when files do."""
+    deepspeed = tmp_path / "ds.json"
+    deepspeed.write_text(json.dumps({"zero_optimization": {"stage": 1}}))
+    tree = workspace.tree(tmp_path / "run", deepspeed=str(deepspeed), train={"global_batch_size": 12})
+    resolved = resolve(parse_config(tree), "run", num_ranks=3)
+    deepspeed.unlink()
+    assert resolved.zero_stage == 1
+    assert resolved.accumulation_steps == 2  # twelve sequences on three ranks, two at a time
+    assert resolved.model.num_layers == 5
+    assert resolved.reference_model is None
+    assert resolved.run_dir.root == tmp_path / "run"

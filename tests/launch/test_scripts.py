@@ -1,0 +1,355 @@
+"""What the launch scripts promise: arguments, environment, signals and exit codes of local, pdsh and Slurm runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from harness.launching import ROOT
+
+SCRIPTS = sorted((ROOT / "launch").iterdir())
+
+
+def write_program(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    path.chmod(0o755)
+    return path
+
+
+def clean_environment(tmp_path: Path, **variables: str) -> dict[str, str]:
+    """Fake programs first on PATH, and nothing that a launcher or a user of this machine has set."""
+    python = write_program(tmp_path / "bin" / "python", f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    return {
+        "PATH": f"{python.parent}:/usr/bin:/bin",
+        "HOME": str(tmp_path),
+        "TMPDIR": str(tmp_path),
+        "VIRTUAL_ENV": str(tmp_path),
+        "PYTHONPATH": str(ROOT),
+        **variables,
+    }
+
+
+def run_script(name: str, *arguments: str, env: dict[str, str], cwd: Path) -> subprocess.CompletedProcess[str]:
+    command = ["bash", str(ROOT / "launch" / name), *arguments]
+    return subprocess.run(command, env=env, cwd=cwd, capture_output=True, text=True, timeout=60)
+
+
+def wait_until_exists(path: Path) -> None:
+    deadline = time.monotonic() + 20
+    while not path.exists():
+        assert time.monotonic() < deadline, f"{path.name} did not appear"
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_scripts_parse_and_stop_at_the_first_error(script: Path) -> None:
+    subprocess.run(["bash", "-n", str(script)], check=True)
+    assert "set -euo pipefail" in script.read_text()
+
+
+@pytest.mark.parametrize("name", ["local.sh", "multinode.sh", "slurm.sbatch"])
+def test_help_shows_usage_and_an_example(name: str, tmp_path: Path) -> None:
+    done = run_script(name, "--help", env=clean_environment(tmp_path), cwd=tmp_path)
+    assert done.returncode == 0
+    assert f"launch/{name}" in done.stdout
+    assert "config.yaml" in done.stdout
+    assert not any(line.startswith(("#", "set ")) for line in done.stdout.splitlines())
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "expected"),
+    [
+        ("local.sh", [], "usage"),
+        ("local.sh", ["config.yaml", "run"], "NUM_RANKS='config.yaml'"),
+        ("local.sh", ["0", "run"], "NUM_RANKS='0'"),
+        ("multinode.sh", [], "usage"),
+        ("multinode.sh", ["missing", "run"], "hostfile 'missing' does not exist"),
+        ("slurm.sbatch", [], "usage"),
+        ("slurm.sbatch", ["config.yaml"], "not in a Slurm job"),
+        ("common.sh", [], "start one of these"),
+    ],
+)
+def test_bad_arguments_are_one_clear_line_and_exit_code_2(
+    name: str, arguments: list[str], expected: str, tmp_path: Path
+) -> None:
+    done = run_script(name, *arguments, env=clean_environment(tmp_path), cwd=tmp_path)
+    assert done.returncode == 2
+    assert expected in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+FAKE_DEEPSPEED = f"""#!{sys.executable}
+import json, os, pathlib, sys
+file = os.environ.get("DS_ENV_FILE")
+exports = pathlib.Path(file).read_text() if file else None
+record = {{"arguments": sys.argv[1:], "env": dict(os.environ), "exports": exports}}
+pathlib.Path(os.environ["RECORD"]).write_text(json.dumps(record))
+sys.exit(int(os.environ.get("FAKE_CODE", "0")))
+"""
+
+
+def launch_with_fake_deepspeed(
+    name: str, *arguments: str, tmp_path: Path, **variables: str
+) -> tuple[subprocess.CompletedProcess[str], dict[str, Any]]:
+    write_program(tmp_path / "bin" / "deepspeed", FAKE_DEEPSPEED)
+    record = tmp_path / "record.json"
+    env = clean_environment(tmp_path, RECORD=str(record), **variables)
+    done = run_script(name, *arguments, env=env, cwd=tmp_path)
+    return done, json.loads(record.read_text()) if record.exists() else {}
+
+
+def test_local_starts_the_module_on_this_host_only_with_arguments_untouched(tmp_path: Path) -> None:
+    done, record = launch_with_fake_deepspeed(
+        "local.sh",
+        "2",
+        "run",
+        "my config.yaml",
+        "data.domain=[a,b]",
+        "x=$HOME*",
+        tmp_path=tmp_path,
+        MASTER_PORT="12345",
+    )
+    assert done.returncode == 0, done.stderr
+    options, module, arguments = record["arguments"][:-5], record["arguments"][-5], record["arguments"][-4:]
+    assert options == [
+        *("--hostfile", "/dev/null", "--num_gpus", "2", "--master_port", "12345"),
+        *("--log_level", "critical", "--no_local_rank", "--module"),
+    ]
+    assert module == "adept_ds"
+    assert arguments == ["run", "my config.yaml", "data.domain=[a,b]", "x=$HOME*"]
+
+
+def test_local_divides_the_cores_and_builds_extensions_in_a_private_place(tmp_path: Path) -> None:
+    _, record = launch_with_fake_deepspeed("local.sh", "1000", "run", "c.yaml", tmp_path=tmp_path, RANK="7")
+    env = record["env"]
+    assert env["OMP_NUM_THREADS"] == "1"
+    assert env["TORCH_EXTENSIONS_DIR"].startswith(str(tmp_path / ".cache/adept_ds/torch_extensions/"))
+    assert "RANK" not in env
+    assert 1024 <= int(record["arguments"][record["arguments"].index("--master_port") + 1]) <= 65535
+
+
+def test_local_keeps_what_the_user_has_set(tmp_path: Path) -> None:
+    chosen = {"OMP_NUM_THREADS": "3", "DS_ACCELERATOR": "cpu", "TORCH_EXTENSIONS_DIR": str(tmp_path / "ext")}
+    _, record = launch_with_fake_deepspeed("local.sh", "2", "run", "c.yaml", tmp_path=tmp_path, **chosen)
+    assert {key: record["env"][key] for key in chosen} == chosen
+
+
+def test_local_uses_the_devices_that_the_user_offers(tmp_path: Path) -> None:
+    offered = {"DS_ACCELERATOR": "cuda", "CUDA_VISIBLE_DEVICES": "2,5,7"}
+    _, record = launch_with_fake_deepspeed("local.sh", "2", "run", "c.yaml", tmp_path=tmp_path, **offered)
+    assert record["arguments"][2:4] == ["--include", "localhost:2,5"]
+    done, _ = launch_with_fake_deepspeed("local.sh", "4", "run", "c.yaml", tmp_path=tmp_path, **offered)
+    assert done.returncode == 2
+    assert "CUDA_VISIBLE_DEVICES='2,5,7'" in done.stderr
+
+
+@pytest.mark.parametrize("code", [2, 3, 137])
+def test_local_passes_the_exit_code_on(code: int, tmp_path: Path) -> None:
+    done, _ = launch_with_fake_deepspeed("local.sh", "2", "run", "c.yaml", tmp_path=tmp_path, FAKE_CODE=str(code))
+    assert done.returncode == code
+
+
+def test_a_stale_lock_of_a_killed_build_is_removed_and_a_fresh_one_kept(tmp_path: Path) -> None:
+    extensions = tmp_path / "ext"
+    stale, fresh = extensions / "cpu_adam" / "lock", extensions / "shm_comm" / "lock"
+    for lock in (stale, fresh):
+        lock.parent.mkdir(parents=True)
+        lock.touch()
+    an_hour_ago = time.time() - 3600
+    os.utime(stale, (an_hour_ago, an_hour_ago))
+    done, _ = launch_with_fake_deepspeed(
+        "local.sh", "2", "run", "c.yaml", tmp_path=tmp_path, TORCH_EXTENSIONS_DIR=str(extensions)
+    )
+    assert (stale.exists(), fresh.exists()) == (False, True)
+    assert str(stale) in done.stderr
+
+
+# Like deepspeed: a launcher that has two ranks as children, and passes no signal on.
+FAKE_LAUNCHER = """#!/usr/bin/env bash
+rank='trap "exit 3" USR1 TERM; touch ready$RANK; while :; do sleep 0.05; done'
+RANK=0 bash -c "$rank" & first=$!
+RANK=1 bash -c "$rank" & second=$!
+code=0
+wait $first || code=$?
+wait $second || code=$?
+exit $code
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_local_reaches_the_ranks_and_their_code_comes_back(number: signal.Signals, tmp_path: Path) -> None:
+    write_program(tmp_path / "bin" / "deepspeed", FAKE_LAUNCHER)
+    command = ["bash", str(ROOT / "launch/local.sh"), "2", "run", "c.yaml"]
+    with subprocess.Popen(command, env=clean_environment(tmp_path), cwd=tmp_path, stderr=subprocess.PIPE) as process:
+        wait_until_exists(tmp_path / "ready0")
+        wait_until_exists(tmp_path / "ready1")
+        process.send_signal(number)
+        assert process.wait(20) == 3
+
+
+def test_multinode_passes_on_what_ranks_need_and_leaves_no_file(tmp_path: Path) -> None:
+    write_program(tmp_path / "bin" / "pdsh", "#!/bin/sh\n")
+    (tmp_path / "hosts").write_text("# two hosts\nnode1 slots=2\n\nnode2 slots=2 # the second\n")
+    (tmp_path / ".deepspeed_env").write_text("# the cluster's\n\nNCCL_DEBUG=WARN\nMY_OWN=1\n")
+    done, record = launch_with_fake_deepspeed(
+        *("multinode.sh", "hosts", "run", "c.yaml", "a=[1,2]", "b=x $y"),
+        tmp_path=tmp_path,
+        MASTER_ADDR="10.0.0.1",
+        MASTER_PORT="29511",
+        GLOO_SOCKET_IFNAME="eth0",
+        HF_TOKEN="secret",
+        EXTRA="yes",
+        ADEPT_EXPORT="EXTRA",
+    )
+    assert done.returncode == 0, done.stderr
+    arguments = record["arguments"]
+    assert arguments[: arguments.index("--log_level")] == [
+        *("--hostfile", "hosts", "--launcher", "pdsh", "--force_multi"),
+        *("--master_port", "29511", "--master_addr", "10.0.0.1"),
+    ]
+    assert arguments[-5:] == ["adept_ds", "run", "c.yaml", r"a=\[1\,2\]", r"b=x \$y"]
+    exports = record["exports"].splitlines()
+    assert {"GLOO_SOCKET_IFNAME=eth0", "NCCL_DEBUG=WARN", "MY_OWN=1", "EXTRA=yes"} <= set(exports)
+    assert any(line.startswith("ADEPT_LAUNCH_ID=") for line in exports)
+    assert all("=" in line and "TOKEN" not in line and not line.startswith("#") for line in exports)
+    assert not list(tmp_path.glob("adept_ds_env.*"))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("node1\n", "hosts:1: 'node1' is not"),
+        ("node1 slots=2\nnode2 slots=0\n", "hosts:2: 'node2 slots=0'"),
+        ("node1 slots=2\nnode1 slots=2\n", "twice"),
+        ("# nothing\n", "names no host"),
+    ],
+)
+def test_a_bad_hostfile_is_named_by_line(text: str, expected: str, tmp_path: Path) -> None:
+    (tmp_path / "hosts").write_text(text)
+    done, record = launch_with_fake_deepspeed("multinode.sh", "hosts", "run", tmp_path=tmp_path)
+    assert (done.returncode, record) == (2, {})
+    assert expected in done.stderr
+
+
+# --- Slurm ---------------------------------------------------------------------------------------------------------
+
+# Starts two tasks as a Slurm step does, and hands signals on to them as srun does.
+FAKE_SRUN = """#!/usr/bin/env bash
+printf '%s\\n' "$@" >srun_arguments
+while [[ "$1" == --* ]]; do shift; done
+pids=()
+for task in 0 1; do
+  SLURM_PROCID=$task SLURM_STEP_NUM_TASKS=2 SLURM_LOCALID=$task SLURM_NTASKS_PER_NODE=2 "$@" & pids+=($!)
+done
+trap 'touch srun_got_USR1; kill -USR1 "${pids[@]}"' USR1
+trap 'kill -TERM "${pids[@]}"' TERM
+highest=0
+for pid in "${pids[@]}"; do
+  while kill -0 "$pid" 2>/dev/null; do wait "$pid"; done
+  wait "$pid"; code=$?
+  ((code > highest)) && highest=$code
+done
+exit $highest
+"""
+
+FAKE_SCONTROL = """#!/usr/bin/env bash
+echo "$*" >>scontrol_calls
+if [[ "$1 $2" == "show hostnames" ]]; then printf 'gpu03\\ngpu04\\n'; fi
+"""
+
+# Stands for `python -u -m adept_ds run ...`.
+FAKE_RANK = f"""#!{sys.executable}
+import json, os, pathlib, signal, sys, time
+from dataclasses import asdict
+from adept_ds.ranks.launchers import rank_from_environment
+ranks = rank_from_environment(os.environ)
+record = asdict(ranks) | {{"arguments": sys.argv[1:], "omp": os.environ["OMP_NUM_THREADS"]}}
+if "FAKE_CODE" not in os.environ:
+    for number in (signal.SIGUSR1, signal.SIGTERM):
+        signal.signal(number, lambda *_: sys.exit(int(os.environ.get("CODE_WHEN_STOPPED", "3"))))
+partial = pathlib.Path(f"rank{{ranks.rank}}.part")
+partial.write_text(json.dumps(record))
+partial.rename(f"rank{{ranks.rank}}.json")
+if "FAKE_CODE" in os.environ:
+    sys.exit(int(os.environ["FAKE_CODE"]))
+time.sleep(30)
+"""
+
+
+def start_slurm_job(tmp_path: Path, **variables: str) -> subprocess.Popen[bytes]:
+    write_program(tmp_path / "bin" / "srun", FAKE_SRUN)
+    write_program(tmp_path / "bin" / "scontrol", FAKE_SCONTROL)
+    rank = write_program(tmp_path / "fake_rank", FAKE_RANK)
+    (tmp_path / "config.yaml").touch()
+    # Slurm starts a copy of the script from its spool directory, in the directory of submission.
+    copy = tmp_path / "spool" / "slurm_script"
+    copy.parent.mkdir()
+    copy.write_text((ROOT / "launch/slurm.sbatch").read_text())
+    env = clean_environment(
+        tmp_path,
+        ADEPT_PYTHON=str(rank),
+        SLURM_JOB_ID="123456",
+        SLURM_JOB_NODELIST="gpu[03-04]",
+        SLURM_CPUS_PER_TASK="4",
+        SLURM_PROCID="0",
+        **variables,
+    )
+    return subprocess.Popen(["bash", str(copy), "config.yaml", "train.lr=1e-4"], env=env, cwd=tmp_path)
+
+
+def requeues(tmp_path: Path) -> list[str]:
+    return [line for line in (tmp_path / "scontrol_calls").read_text().splitlines() if "requeue" in line]
+
+
+def test_slurm_ranks_know_each_other_and_the_master(tmp_path: Path) -> None:
+    assert start_slurm_job(tmp_path, FAKE_CODE="0").wait(30) == 0
+    records = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+    for rank, record in enumerate(records):
+        assert (record["rank"], record["world_size"], record["local_rank"], record["local_size"]) == (rank, 2, rank, 2)
+        assert (record["master_addr"], record["master_port"]) == ("gpu03", 20000 + 123456 % 10000)
+        assert record["launcher"] == "slurm"
+        assert record["arguments"] == ["-u", "-m", "adept_ds", "run", "config.yaml", "train.lr=1e-4"]
+        assert record["omp"] == "4"
+    assert requeues(tmp_path) == []
+
+
+def test_slurm_job_that_is_warned_stops_with_a_checkpoint_and_requeues_itself(tmp_path: Path) -> None:
+    job = start_slurm_job(tmp_path)
+    for rank in (0, 1):
+        wait_until_exists(tmp_path / f"rank{rank}.json")
+    job.send_signal(signal.SIGUSR1)
+    assert job.wait(30) == 3
+    assert (tmp_path / "srun_got_USR1").exists()
+    assert requeues(tmp_path) == ["requeue 123456"]
+
+
+def test_slurm_job_that_is_cancelled_stops_with_a_checkpoint_for_good(tmp_path: Path) -> None:
+    job = start_slurm_job(tmp_path)
+    for rank in (0, 1):
+        wait_until_exists(tmp_path / f"rank{rank}.json")
+    job.send_signal(signal.SIGTERM)
+    assert job.wait(30) == 3
+    assert requeues(tmp_path) == []
+
+
+def test_slurm_job_that_fails_after_the_warning_is_not_requeued(tmp_path: Path) -> None:
+    job = start_slurm_job(tmp_path, CODE_WHEN_STOPPED="2")
+    for rank in (0, 1):
+        wait_until_exists(tmp_path / f"rank{rank}.json")
+    job.send_signal(signal.SIGUSR1)
+    assert job.wait(30) == 2
+    assert requeues(tmp_path) == []
+
+
+@pytest.mark.parametrize("code", [1, 2, 3])
+def test_slurm_job_that_ends_by_itself_passes_its_code_on_and_is_not_requeued(code: int, tmp_path: Path) -> None:
+    assert start_slurm_job(tmp_path, FAKE_CODE=str(code)).wait(30) == code
+    assert requeues(tmp_path) == []

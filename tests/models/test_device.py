@@ -1,0 +1,54 @@
+"""What is asked of the device: memory left over, precision."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from adept_ds.base.errors import InputError
+from adept_ds.models import device
+from adept_ds.models.device import free_in_cgroups, free_memory_bytes, resolve_precision
+
+
+def _group(folder: Path, limit: str, used: int) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "memory.max").write_text(limit + "\n")
+    (folder / "memory.current").write_text(f"{used}\n")
+
+
+def test_the_tightest_control_group_around_a_process_counts(tmp_path: Path) -> None:
+    """A Slurm step without a limit of its own, inside a job that has one."""
+    own = tmp_path / "cgroup"
+    own.write_text("0::/slurm/job_7/step_0\n")
+    _group(tmp_path / "fs/slurm/job_7/step_0", "max", 50)
+    _group(tmp_path / "fs/slurm/job_7", "1000", 400)
+    _group(tmp_path / "fs/slurm", "9000", 1000)
+    assert free_in_cgroups(tmp_path / "fs", own) == 600
+    _group(tmp_path / "fs/slurm/job_7", "1000", 1400)
+    assert free_in_cgroups(tmp_path / "fs", own) == 0
+
+
+def test_without_control_groups_nothing_is_limited(tmp_path: Path) -> None:
+    assert free_in_cgroups(tmp_path, tmp_path / "missing") == sys.maxsize
+
+
+def test_ranks_of_a_host_share_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device.psutil, "virtual_memory", lambda: SimpleNamespace(available=1200))
+    monkeypatch.setattr(device, "free_in_cgroups", lambda: 1000)
+    assert [free_memory_bytes(ranks) for ranks in (1, 2, 3)] == [1000, 500, 333]
+    monkeypatch.setattr(device, "free_in_cgroups", lambda: 5000)
+    assert free_memory_bytes(4) == 300
+
+
+def test_fp16_is_refused_where_deepspeed_does_not_train_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator = type(get_accelerator())
+    monkeypatch.setattr(accelerator, "is_fp16_supported", lambda _: False)
+    with pytest.raises(InputError, match=r"train\.precision: .*fp16.*use bf16 or fp32"):
+        resolve_precision("fp16")
+    monkeypatch.setattr(accelerator, "is_fp16_supported", lambda _: True)
+    assert str(resolve_precision("fp16")) == "torch.float16"

@@ -1,0 +1,52 @@
+"""Operations of a training step, against a hand count and against what PyTorch does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from harness.models import TINY, save_tiny_model
+
+from adept_ds.models.family_table import FAMILIES
+from adept_ds.models.flops import count_step_flops
+
+
+def test_the_operation_count_is_that_of_a_hand_count(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(save_tiny_model(tmp_path / "model"))
+    model.requires_grad_(False)
+    model.model.layers[2].requires_grad_(True)
+    seq_len, dim, mlp, vocab, layers, head_dim, heads, kv_heads = 16, 20, 37, 262, 5, 10, 2, 1
+    assert (TINY["hidden_size"], TINY["intermediate_size"], TINY["vocab_size"]) == (dim, mlp, vocab)
+    matrices = dim * head_dim * (heads + kv_heads + kv_heads + heads) + 3 * dim * mlp  # q, k, v, o; gate, up, down
+    norms = 2 * dim
+    layer = 2 * (matrices + norms)  # a multiplication and an addition per weight and token
+    scores = 4 * seq_len * dim / 2  # q @ k and probabilities @ v, half of them behind the causal mask
+    head = 2 * dim * vocab
+    flops = count_step_flops(model, FAMILIES["llama"], seq_len)
+    assert flops.forward == layers * (layer + scores) + head
+    # The gradient runs from the head down to layer 2: layers 2, 3 and 4. Attention's backward is twice its forward.
+    assert flops.backward_inputs == 3 * (layer + 2 * scores) + head
+    assert flops.backward_weights == layer
+    assert flops.total == flops.forward + flops.backward_inputs + flops.backward_weights
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "phi3", "mixtral", "qwen2_moe"])
+def test_counted_products_are_those_that_pytorch_does(model_type: str, tmp_path: Path) -> None:
+    """Weights only (seq_len 1 makes attention negligible), against PyTorch's own counter of a forward pass.
+
+    A token passes two of three experts.
+    """
+    from torch.utils.flop_counter import FlopCounterMode
+    from transformers import AutoModelForCausalLM
+
+    options = {"experts_implementation": "eager"} if "mi" in model_type or "moe" in model_type else {}
+    model = AutoModelForCausalLM.from_pretrained(save_tiny_model(tmp_path / "model", model_type), **options)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(input_ids=torch.zeros(1, 1, dtype=torch.int64), use_cache=False)
+    counted = count_step_flops(model, FAMILIES[model_type], 1).forward
+    # Norms and biases (2 * 40 of 6920 per layer in Llama, 2 * 257 of 6637 in GPT-2) and rounding of the half attention
+    # are in ours and not in PyTorch's.
+    assert counted == pytest.approx(counter.get_total_flops(), rel=0.07 if model_type == "gpt2" else 0.03)

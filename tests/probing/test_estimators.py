@@ -1,0 +1,188 @@
+"""Stage one: four estimators on real ranks, against their formulas in plain PyTorch.
+
+The ranks do everything in one process group per world size (harness/probe_worker.py), under ZeRO-3 with every parameter
+cut. Two sources of different weight, one of which ends in a padded block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import oracle
+import pytest
+import torch
+from harness.launching import ROOT, launch
+from harness.models import save_tiny_model
+from harness.probe_worker import open_run, probe_config
+from harness.workspace import Workspace, write_corpus
+from safetensors.numpy import load_file
+from scipy.stats import spearmanr
+
+from adept_ds.base.files import read_json
+from adept_ds.data.mixture import Sample
+from adept_ds.probing.estimators import ESTIMATORS
+
+WORLD_SIZES = [1, 2, 3]
+WEIGHTS = (1.0, 2.5)
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    root = tmp_path_factory.mktemp("probing")
+    save_tiny_model(root / "model")
+    write_corpus(root / "general.jsonl", 0)
+    write_corpus(root / "domain.jsonl", 1, documents=3)
+    return Workspace(root)
+
+
+@pytest.fixture(scope="module")
+def roots(workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """The directory of each world size's runs, one per method."""
+    found = {}
+    for world_size in WORLD_SIZES:
+        found[world_size] = tmp_path_factory.mktemp(f"ranks{world_size}")
+        result = launch(world_size, ["-m", "harness.probe_worker", str(workspace.root), str(found[world_size])])
+        assert result.returncode == 0, result.stderr
+    return found
+
+
+@pytest.fixture(scope="module")
+def sample(workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Sample:
+    config = probe_config(workspace, tmp_path_factory.mktemp("sample") / "run")
+    return open_run(config).corpora.general.sample(config.probe.sequences, config.train.seed)
+
+
+def batches_of(sample: Sample, source: int) -> list[oracle.Batch]:
+    return [sample.blocks.batch([i]) for i, of in zip(sample.indices, sample.sources, strict=True) if of == source]
+
+
+def mixed(value: Callable[[list[oracle.Batch]], Any], sample: Sample) -> Any:
+    """A mean loss, or a derivative of one, over the sources by their weights."""
+    parts = [weight * value(batches_of(sample, source)) for source, weight in enumerate(WEIGHTS)]
+    return sum(parts) / sum(WEIGHTS)
+
+
+def bypass_derivatives(model: Any, batches: Sequence[oracle.Batch]) -> np.ndarray:
+    """Of the loss by a gate per layer that leads from the layer's output (0) to its input (1), at 0."""
+    layers: Any = model.model.layers
+    gates = torch.zeros(len(layers), requires_grad=True)
+    for layer, gate in zip(layers, gates, strict=True):
+        layer.forward = lambda hidden, *args, forward=layer.forward, gate=gate, **kwargs: torch.lerp(
+            forward(hidden, *args, **kwargs), hidden, gate
+        )
+    (derivatives,) = torch.autograd.grad(oracle.mean_loss(model, batches), gates)
+    for layer in layers:
+        del layer.forward
+    return derivatives.double().numpy()
+
+
+def gradient_scores(model: Any, batches: Sequence[oracle.Batch], score: Callable[[Any, Any], Any]) -> np.ndarray:
+    """[batches, layers] from whole gradients of each global batch's mean token loss."""
+    num_layers, rows = len(model.model.layers), []
+    parameters = oracle.trainable(model, range(num_layers))
+    for batch in batches:
+        gradients = torch.autograd.grad(oracle.mean_loss(model, [batch]), list(parameters.values()))
+        row = np.zeros(num_layers)
+        for (name, parameter), gradient in zip(parameters.items(), gradients, strict=True):
+            row[int(name.split(".")[2])] += float(score(parameter.detach().double(), gradient.double()).sum())
+        rows.append(row)
+    return np.array(rows)
+
+
+@pytest.fixture(scope="module")
+def expected(workspace: Workspace, sample: Sample) -> dict[str, np.ndarray]:
+    """The deltas of every method by its formula."""
+    model = oracle.load(workspace.model)
+    chunks = [sample.indices[start : start + 5] for start in (0, 5, 10)]
+    batches = [sample.blocks.batch(chunk) for chunk in chunks]
+    mask = mixed(lambda part: np.array(oracle.layer_deltas(model, part)[1]), sample)
+    scores = {
+        "gradient": gradient_scores(model, batches, lambda weight, grad: (weight * grad).abs()),
+        "fisher": gradient_scores(model, batches, lambda weight, grad: grad**2),
+    }
+    taylor = mixed(lambda part: bypass_derivatives(model, part), sample)
+    return {"mask": mask, "taylor": taylor} | {name: rows.mean(0) for name, rows in scores.items()}
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+@pytest.mark.parametrize("method", list(ESTIMATORS))
+def test_every_method_is_its_formula_at_any_number_of_ranks(
+    roots: dict[int, Path], expected: dict[str, np.ndarray], method: str, world_size: int
+) -> None:
+    """float32 against float32: losses of 5.6 to rounding, twice; sums of thousands of products to 1e-5."""
+    record = read_json(roots[world_size] / method / "layer_importance.json")
+    deltas = [layer["delta"] for layer in record["layers"]]
+    assert record["method"] == method
+    if method in ("mask", "taylor"):
+        assert deltas == pytest.approx(expected[method], abs=4e-6)
+        assert [layer["loss"] for layer in record["layers"]] == pytest.approx(record["base_loss"] + np.array(deltas))
+    else:
+        assert deltas == pytest.approx(expected[method], rel=1e-5)
+        assert {layer["loss"] for layer in record["layers"]} == {None}
+    assert np.ptp(deltas) > 1e-2, "the layers must differ for this to mean anything"
+
+
+@pytest.mark.parametrize("method", list(ESTIMATORS))
+def test_everything_else_in_the_result_is_the_same_at_any_number_of_ranks(
+    roots: dict[int, Path], workspace: Workspace, sample: Sample, method: str
+) -> None:
+    base = mixed(lambda part: float(oracle.mean_loss(oracle.load(workspace.model), part).detach()), sample)
+    single = read_json(roots[1] / method / "layer_importance.json")
+    assert single["base_loss"] == pytest.approx(base, abs=2e-6)
+    assert single["tokens"] == sum(sample.tokens())
+    assert [(source["name"], source["weight"]) for source in single["sources"]] == [("general", 1.0), ("second", 2.5)]
+    assert sum(source["sequences"] for source in single["sources"]) == single["sequences"] == 12
+    for world_size in WORLD_SIZES[1:]:
+        other = read_json(roots[world_size] / method / "layer_importance.json")
+        for key in ("tokens", "sequences", "sources", "selected", "selection"):
+            assert other[key] == single[key], key
+        assert other["stability"]["selected"] == single["stability"]["selected"]
+        errors = [[layer["standard_error"] for layer in record["layers"]] for record in (single, other)]
+        assert errors[1] == pytest.approx(errors[0], rel=1e-4, abs=1e-6)  # float32 passes, spreads of 1e-2
+
+
+def test_scores_are_kept_by_sequence_and_add_up_to_the_deltas(roots: dict[int, Path], sample: Sample) -> None:
+    """Two ranks: each sequence's row stands at its place, whoever computed it."""
+    for method in ("mask", "taylor"):
+        files = [load_file(roots[world_size] / method / "layer_scores.safetensors") for world_size in (1, 2)]
+        for name in ("losses", "tokens", "sources", "weights", "scores"):
+            np.testing.assert_allclose(files[1][name], files[0][name], rtol=0, atol=2e-4, err_msg=name)  # sums of 130
+        assert files[1]["tokens"].tolist() == sample.tokens()
+        assert files[1]["sources"].tolist() == list(sample.sources)
+        assert np.ptp(files[1]["losses"]) > 1
+
+
+def test_the_sample_holds_a_padded_block(sample: Sample) -> None:
+    """Otherwise the tests above would not see a mean that is weighted wrongly."""
+    assert len(set(sample.tokens())) == 2
+    assert sorted(set(sample.sources)) == [0, 1]
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_ranks_report_progress_in_step(roots: dict[int, Path], world_size: int) -> None:
+    """Stopping communicates: a rank that asked more often than another would wait for ever."""
+    counts = read_json(roots[world_size] / "progress.json")
+    per_rank = {1: 6, 2: 3, 3: 2}[world_size]  # twelve sequences in twos
+    assert counts["mask"] == counts["taylor"] == [per_rank] * world_size
+    assert counts["gradient"] == counts["fisher"] == [3] * world_size
+
+
+def test_methods_are_compared_on_the_same_text(roots: dict[int, Path], expected: dict[str, np.ndarray]) -> None:
+    record = read_json(roots[2] / "mask" / "layer_methods.json")
+    assert list(record["methods"]) == list(ESTIMATORS)
+    for method, found in record["methods"].items():
+        assert found["deltas"] == pytest.approx(expected[method], rel=1e-5, abs=4e-6)
+        assert found["seconds"] > 0
+        assert len(found["selected"]) == 2
+        if method != "mask":
+            correlation = spearmanr(expected["mask"], expected[method]).statistic
+            assert record["spearman"][method] == pytest.approx(correlation)
+
+
+def test_documentation_names_every_method_and_key() -> None:
+    text = (ROOT / "docs" / "probing.md").read_text()
+    for word in (*ESTIMATORS, "batch_sequences", "question_template", "stability", "layer_scores.safetensors"):
+        assert word in text

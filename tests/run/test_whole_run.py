@@ -1,0 +1,289 @@
+"""One run, the same at every number of ranks, and the same as the method written down in plain PyTorch.
+
+`adept run` is started on 1, 2 and 3 real ranks under ZeRO-3, on a tiny model whose parameters divide evenly by
+neither 2 nor 3; the oracle repeats it in one process.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import oracle
+import pytest
+import torch
+from harness.launching import adept
+from harness.workspace import Workspace, packed
+from safetensors.torch import load_file
+
+from adept_ds.base.files import read_json, read_json_lines
+from adept_ds.config.loading import load_config
+from adept_ds.config.schema import corpus_files
+from adept_ds.data.order import block_order, global_batch
+from adept_ds.weights.expansion import Expansion
+
+WORLD_SIZES = [1, 2, 3]
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The directory of a finished run, and what is read from it."""
+
+    directory: Path
+
+    def losses(self) -> list[float]:
+        return [record["loss"] for record in read_json_lines(self.directory / "metrics.jsonl") if "loss" in record]
+
+    def evaluations(self) -> list[dict[str, Any]]:
+        return [record["eval"] for record in read_json_lines(self.directory / "metrics.jsonl") if "eval" in record]
+
+    def units(self, key: str) -> list[dict[str, float]]:
+        records = read_json_lines(self.directory / "unit_importance.jsonl")
+        return [{unit["unit"]: unit[key] for unit in record["units"]} for record in records]
+
+    def movement(self) -> list[dict[str, Any]]:
+        return read_json_lines(self.directory / "unit_movement.jsonl")
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        return load_file(self.directory / "export" / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def runs(workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Finished]:
+    root = tmp_path_factory.mktemp("ranks")
+    finished = {}
+    for world_size in WORLD_SIZES:
+        result = adept(world_size, "run", workspace.config(root / f"run{world_size}"))
+        assert result.returncode == 0, result.stderr
+        finished[world_size] = Finished(root / f"run{world_size}")
+    return finished
+
+
+@pytest.fixture(scope="module")
+def plain(workspace: Workspace, runs: dict[int, Finished]) -> dict[str, Any]:
+    """Everything that the oracle says about this run."""
+    directory = runs[1].directory
+    config = load_config(directory.with_suffix(".yaml"))
+    cache = directory / "oracle"
+    train, section = config.train, config.importance
+    general = corpus_files(config.probe.corpus)
+    probe = packed(general, workspace.model, config.probe.seq_len, cache, keep_tail=True)
+    domain = packed(config.data.domain, workspace.model, config.data.seq_len, cache)
+    sample = block_order(len(probe), train.seed)[: section.sequences]
+    probe_batches = [
+        probe.batch(sample[start : start + section.batch_sequences])
+        for start in range(0, section.sequences, section.batch_sequences)
+    ]
+    source = oracle.load(workspace.model)
+    base, deltas = oracle.layer_deltas(source, [probe.batch(sample)])
+    expansion = Expansion.read(directory / "expanded")
+    first = oracle.importance(source, expansion.source_indices, probe_batches)
+    renamed = {
+        unit.replace(f"layers.{copy.source}.", f"layers.{copy.index}.", 1): value
+        for unit, value in first.items()
+        for copy in expansion.copies
+        if unit.startswith(f"layers.{copy.source}.")
+    }
+    batches = [
+        domain.batch(global_batch(step, train.global_batch_size, len(domain), train.seed))
+        for step in range(train.steps)
+    ]
+    rates = [record["lr"] for record in read_json_lines(directory / "metrics.jsonl") if "lr" in record]
+    training = oracle.train(
+        oracle.load(directory / "expanded"),
+        expansion.copy_indices,
+        batches,
+        rates,
+        renamed,
+        probe_batches,
+        section.every,
+        {
+            "betas": train.betas,
+            "weight_decay": train.weight_decay,
+            "eps": train.eps,
+            "clip_grad_norm": train.clip_grad_norm,
+        },
+    )
+    return {"base": base, "deltas": deltas, "training": training}
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_one_sweep_probe_equals_one_forward_per_layer(
+    runs: dict[int, Finished], plain: dict[str, Any], world_size: int
+) -> None:
+    """Losses are about 5.6 and agree to float32 rounding of a forward pass (2e-6)."""
+    result = read_json(runs[world_size].directory / "layer_importance.json")
+    assert result["base_loss"] == pytest.approx(plain["base"], abs=2e-6)
+    assert [layer["delta"] for layer in result["layers"]] == pytest.approx(plain["deltas"], abs=4e-6)
+    lowest = sorted(range(len(plain["deltas"])), key=lambda layer: plain["deltas"][layer])[:2]
+    assert result["selected"] == sorted(lowest)
+    assert max(plain["deltas"]) - min(plain["deltas"]) > 1e-3, "the layers must differ for this to mean anything"
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_importances_do_not_depend_on_the_number_of_ranks(
+    runs: dict[int, Finished], plain: dict[str, Any], world_size: int
+) -> None:
+    """At the start, before any rounding of training steps: 1e-5 relative to the oracle's own sums."""
+    first = runs[world_size].units("importance")[0]
+    assert first == pytest.approx(plain["training"].importances[0], rel=1e-5)
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_training_equals_plain_adamw_with_a_learning_rate_per_parameter(
+    runs: dict[int, Finished], plain: dict[str, Any], world_size: int
+) -> None:
+    """Seven steps with three refreshes: same losses and same final weights to 1e-5 (fp32, weights of order 1)."""
+    expected: oracle.Training = plain["training"]
+    run = runs[world_size]
+    assert len(expected.multipliers) == 4
+    assert run.losses() == pytest.approx(expected.losses, abs=1e-5)
+    for actual, wanted in zip(run.units("multiplier"), expected.multipliers, strict=True):
+        assert actual == pytest.approx(wanted, abs=1e-3)
+    weights = run.weights()
+    for name, tensor in expected.weights.items():
+        assert float((weights[name] - tensor).abs().max()) <= 1e-5, name
+
+
+def test_training_moves_the_copies_and_nothing_else(runs: dict[int, Finished]) -> None:
+    run = runs[2]
+    expansion = Expansion.read(run.directory / "expanded")
+    before, after = load_file(run.directory / "expanded" / "model.safetensors"), run.weights()
+    copies = tuple(f"model.layers.{index}." for index in expansion.copy_indices)
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        assert torch.equal(tensor, after[name]) != name.startswith(copies), name
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_the_movement_of_a_unit_is_the_norm_of_what_its_weights_changed_by(
+    runs: dict[int, Finished], world_size: int
+) -> None:
+    """From start to end against the two checkpoints; four intervals of seven steps, each with its multipliers."""
+    run = runs[world_size]
+    before, after = load_file(run.directory / "expanded" / "model.safetensors"), run.weights()
+    squares: dict[str, float] = {}
+    for name, tensor in after.items():
+        unit = oracle.unit_of(name)
+        squares[unit] = squares.get(unit, 0.0) + float((tensor - before[name]).double().square().sum())
+    records = run.movement()
+    assert [(record["since"], record["step"]) for record in records] == [(0, 2), (2, 4), (4, 6), (6, 7)]
+    for unit in records[-1]["units"]:
+        assert unit["moved_since_start"] == pytest.approx(squares[unit["unit"]] ** 0.5, rel=1e-6)
+    for record, multipliers in zip(records, run.units("multiplier"), strict=True):
+        assert {unit["unit"]: unit["multiplier"] for unit in record["units"]} == multipliers
+    for unit in records[0]["units"]:
+        assert unit["moved"] == unit["moved_since_start"]
+        assert (unit["moved"] == 0) == (unit["multiplier"] == 0)
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES[1:])
+def test_evaluation_does_not_depend_on_the_number_of_ranks(runs: dict[int, Finished], world_size: int) -> None:
+    """Before training to rounding; afterwards as the weights agree."""
+    for single, many in zip(runs[1].evaluations(), runs[world_size].evaluations(), strict=True):
+        for corpus in ("general", "domain"):
+            assert many[corpus]["tokens"] == single[corpus]["tokens"]
+            assert many[corpus]["loss"] == pytest.approx(single[corpus]["loss"], abs=1e-5)
+
+
+def test_exported_model_scores_what_training_measured_last(runs: dict[int, Finished]) -> None:
+    for run in runs.values():
+        results = json.loads((run.directory / "evaluation.json").read_text())
+        for corpus in ("general", "domain"):
+            assert results["base"][corpus]["loss"] == pytest.approx(run.evaluations()[0][corpus]["loss"], abs=1e-6)
+            assert results["adapted"][corpus]["loss"] == pytest.approx(run.evaluations()[-1][corpus]["loss"], abs=1e-6)
+        assert results["adapted"]["domain"]["loss"] < results["base"]["domain"]["loss"]
+
+
+def test_finished_run_is_not_done_again(runs: dict[int, Finished]) -> None:
+    directory = runs[1].directory
+    before = {path: path.stat().st_mtime_ns for path in directory.glob("e*/*.safetensors")}
+    result = adept(1, "run", directory.with_suffix(".yaml"))
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("not run again") == 5, result.stdout
+    assert {path: path.stat().st_mtime_ns for path in directory.glob("e*/*.safetensors")} == before
+
+
+def test_a_resumed_run_ends_bit_for_bit_like_an_uninterrupted_one(
+    workspace: Workspace, runs: dict[int, Finished], tmp_path: Path
+) -> None:
+    """Two ranks; the run loses everything after its checkpoint at step 3, metrics of later steps excepted."""
+    import shutil
+
+    whole, cut = runs[2].directory, tmp_path / "cut"
+    shutil.copytree(whole, cut, ignore=shutil.ignore_patterns("step_6", "step_7", "export", "*.html", "summary.json"))
+    (cut / "checkpoints" / "latest").write_text("step_3")
+    config = workspace.config(cut)
+    result = adept(2, "run", config)
+    assert result.returncode == 0, result.stderr
+    assert "resuming after step 3" in result.stdout
+    assert Finished(cut).losses() == runs[2].losses()
+    assert Finished(cut).units("multiplier") == runs[2].units("multiplier")
+    assert Finished(cut).movement() == runs[2].movement()
+    expected = runs[2].weights()
+    for name, tensor in Finished(cut).weights().items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+def test_heads_and_neurons_with_smoothed_online_importances_resume_bit_for_bit_too(
+    workspace: Workspace, tmp_path: Path
+) -> None:
+    """What smoothing and the running mean remember is part of a checkpoint, here one between two refreshes.
+
+    Fine units, another map, every rank with its own cut rows; without a probe corpus.
+    """
+    import shutil
+
+    sections = {
+        "data": {"replay": [str(workspace.root / "general.jsonl")], "replay_share": 0.35},
+        "probe": {"corpus": []},
+        "importance": {"source": "online", "every": 2, "granularity": "fine"},
+        "lr_policy": {"map": "rank", "scope": "per_layer", "smoothing": 0.7, "min_multiplier": 0.1},
+        "expand": {"k": None, "layers": [1, 3]},
+    }
+    whole, cut = Finished(tmp_path / "whole"), Finished(tmp_path / "cut")
+    result = adept(2, "run", workspace.config(whole.directory, **sections))
+    assert result.returncode == 0, result.stderr
+    assert "84 units" in result.stdout  # two copies of 37 neurons, 2 heads, 1 key-value head and 2 norms
+    shutil.copytree(whole.directory, cut.directory, ignore=shutil.ignore_patterns("step_6", "step_7", "export"))
+    (cut.directory / "checkpoints" / "latest").write_text("step_3")
+    result = adept(2, "run", workspace.config(cut.directory, **sections))
+    assert result.returncode == 0, result.stderr
+    assert "resuming after step 3" in result.stdout
+    assert cut.units("importance") == whole.units("importance")
+    assert cut.units("multiplier") == whole.units("multiplier")
+    assert cut.movement() == whole.movement()
+    losses = [record for record in read_json_lines(whole.directory / "metrics.jsonl") if "loss" in record]
+    for record in losses:  # four replayed sequences of twelve
+        assert record["loss"] == pytest.approx((4 * record["replay_loss"] + 8 * record["domain_loss"]) / 12)
+    expected = whole.weights()
+    for name, tensor in cut.weights().items():
+        assert torch.equal(tensor, expected[name]), name
+    first, second = whole.units("multiplier")[1:3]
+    assert first != second
+    assert min(second.values()) == 0.1
+
+
+@pytest.mark.parametrize(
+    ("expand", "source"), [({"k": None, "layers": [2]}, 2), ({"k": 1, "choose": "uniform"}, 4)], ids=["list", "uniform"]
+)
+def test_plain_training_of_given_layers_needs_no_general_corpus(
+    workspace: Workspace, tmp_path: Path, expand: dict[str, Any], source: int
+) -> None:
+    """With `map: constant` nothing is ever probed."""
+    config = workspace.config(
+        tmp_path / "run",
+        probe={"corpus": []},
+        expand=expand,
+        lr_policy={"map": "constant"},
+        train={"steps": 2},
+    )
+    result = adept(1, "run", config)
+    assert result.returncode == 0, result.stderr
+    assert not (tmp_path / "run" / "unit_importance.jsonl").exists()
+    assert not (tmp_path / "run" / "layer_importance.json").exists()
+    assert Expansion.read(tmp_path / "run" / "expanded").source_indices == [source]
+    (record,) = Finished(tmp_path / "run").movement()
+    assert {unit["multiplier"] for unit in record["units"]} == {1.0}

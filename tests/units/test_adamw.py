@@ -1,0 +1,374 @@
+"""UnitAdamW against PyTorch's own AdamW with one parameter group per unit."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+
+from adept_ds.units.adamw import UnitAdamW, _merge_neighbours
+from adept_ds.units.multipliers import MULTIPLIERS_KEY, UnitSlice, attach_multipliers
+from adept_ds.units.placement import Placement
+
+SIZES = {"a": 7, "b": 13, "c": 1, "d": 20}
+MULTIPLIERS = {"a": 2.0, "b": 0.0, "c": 0.37, "d": 1.0}
+PADDING = 3
+OPTIONS: dict[str, Any] = {"lr": 0.05, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+STEPS = 6
+
+
+UNITS = list(SIZES)
+
+
+def run_of(start: int, stop: int, unit: str) -> UnitSlice:
+    """Elements that belong to one unit as a whole."""
+    return UnitSlice(start, stop, Placement((stop - start,), UNITS.index(unit) if unit in UNITS else 99))
+
+
+def slices_of(sizes: dict[str, int]) -> list[UnitSlice]:
+    slices, start = [], 0
+    for unit, size in sizes.items():
+        slices.append(run_of(start, start + size, unit))
+        start += size
+    return slices
+
+
+def unit_of(unit_slice: UnitSlice) -> str:
+    return UNITS[unit_slice.placement.first]
+
+
+SLICES = slices_of(SIZES)
+TOTAL = sum(SIZES.values())
+
+
+def flat_tensor(seed: int = 0) -> torch.Tensor:
+    weight = torch.randn(TOTAL + PADDING, generator=torch.Generator().manual_seed(seed))
+    return weight.requires_grad_(True)
+
+
+def gradient(step: int) -> torch.Tensor:
+    return torch.randn(TOTAL + PADDING, generator=torch.Generator().manual_seed(100 + step))
+
+
+def unit_adamw(flat: torch.Tensor, slices: Sequence[UnitSlice] = SLICES, **options: Any) -> UnitAdamW:
+    optimizer = UnitAdamW([flat], **(OPTIONS | options))
+    optimizer.multipliers.name_units(UNITS)
+    optimizer.multipliers.bind(flat, slices)
+    return optimizer
+
+
+def train(optimizer: UnitAdamW, flat: torch.Tensor, steps: range, lrs: Sequence[float] | None = None) -> None:
+    for step in steps:
+        flat.grad = gradient(step)
+        if lrs:
+            optimizer.param_groups[0]["lr"] = lrs[step]
+        optimizer.step()
+
+
+def reference(steps: int, lrs: Sequence[float] | None = None, **options: Any) -> tuple[torch.Tensor, list[Any]]:
+    """torch.optim.AdamW on separate tensors, one group per unit with the learning rate already multiplied."""
+    start = flat_tensor().detach()
+    options = OPTIONS | options
+    base_lr = options.pop("lr")
+    parts = {unit_of(s): start[s.start : s.stop].clone().requires_grad_(True) for s in SLICES}
+    groups = [{"params": [part], "lr": base_lr * MULTIPLIERS[unit]} for unit, part in parts.items()]
+    optimizer = torch.optim.AdamW(groups, lr=base_lr, fused=True, **options)
+    for step in range(steps):
+        whole = gradient(step)
+        for piece, group in zip(SLICES, optimizer.param_groups, strict=True):
+            group["lr"] = (lrs[step] if lrs else base_lr) * MULTIPLIERS[unit_of(piece)]
+            group["params"][0].grad = whole[piece.start : piece.stop].clone()
+        optimizer.step()
+    states = [optimizer.state[part] for part in parts.values()]
+    return torch.cat([part.detach() for part in parts.values()]), states
+
+
+# Bit-equality cannot be asked for: the fused kernel handles the elements that fill a vector register and the few left
+# over by different instructions, and which elements are left over depends on where a tensor begins. Both are correct
+# to rounding: a relative 1e-6 is a few units in the last place of float32 after several steps.
+ROUNDING: dict[str, Any] = {"rtol": 1e-6, "atol": 1e-7}
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_a_unit_moves_as_under_adamw_with_its_own_learning_rate(weight_decay: float) -> None:
+    flat = flat_tensor()
+    optimizer = unit_adamw(flat, weight_decay=weight_decay)
+    optimizer.multipliers.set(MULTIPLIERS)
+    lrs = [0.01, 0.05, 0.05, 0.04, 0.02, 0.001]  # a schedule rides below the multipliers
+    train(optimizer, flat, range(STEPS), lrs)
+    expected, states = reference(STEPS, lrs, weight_decay=weight_decay)
+    torch.testing.assert_close(flat.detach()[:TOTAL], expected, **ROUNDING)
+    for key in ("exp_avg", "exp_avg_sq"):
+        torch.testing.assert_close(
+            optimizer.state[flat][key][:TOTAL], torch.cat([state[key] for state in states]), **ROUNDING
+        )
+    assert float(optimizer.state[flat]["step"]) == STEPS == float(states[0]["step"])
+
+
+def test_with_multipliers_of_1_it_is_adamw_on_the_whole_tensor() -> None:
+    flat, plain = flat_tensor(), flat_tensor()
+    optimizer, stock = unit_adamw(flat), torch.optim.AdamW([plain], fused=True, **OPTIONS)
+    for step in range(STEPS):
+        flat.grad, plain.grad = gradient(step), gradient(step)
+        optimizer.step()
+        stock.step()
+    torch.testing.assert_close(flat[:TOTAL], plain[:TOTAL], **ROUNDING)
+
+
+def test_how_a_unit_is_cut_into_slices_does_not_matter() -> None:
+    """Bit-equal when the cuts fall on multiples of 64 bytes, where the kernel does the same arithmetic."""
+    results = []
+    for cuts in ([0, 16, 64], [0, 64], [0, 32, 48, 64]):
+        flat = torch.randn(64, generator=torch.Generator().manual_seed(0)).requires_grad_(True)
+        optimizer = UnitAdamW([flat], **OPTIONS)
+        optimizer.multipliers.name_units(UNITS)
+        # Units alternate in the list, so that touching slices are not merged away; both have the same multiplier.
+        pieces = [run_of(start, stop, "ab"[i % 2]) for i, (start, stop) in enumerate(pairwise(cuts))]
+        optimizer.multipliers.bind(flat, pieces)
+        optimizer.multipliers.set({"a": 0.7, "b": 0.7, "c": 1.0, "d": 1.0})
+        for step in range(3):
+            flat.grad = gradient(step).repeat(2)[:64]
+            optimizer.step()
+        results.append(flat.detach().clone())
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+def test_multiplier_0_moves_nothing_by_one_bit_while_the_moments_go_on() -> None:
+    flat = flat_tensor()
+    before = flat.detach().clone()
+    optimizer = unit_adamw(flat, weight_decay=0.5)
+    optimizer.multipliers.set(MULTIPLIERS)
+    train(optimizer, flat, range(STEPS))
+    still = slice(SLICES[1].start, SLICES[1].stop)
+    assert torch.equal(flat.detach()[still], before[still])
+    _, states = reference(STEPS)
+    for key in ("exp_avg", "exp_avg_sq"):
+        assert optimizer.state[flat][key][still].abs().min() > 0
+        torch.testing.assert_close(optimizer.state[flat][key][still], states[1][key], **ROUNDING)
+    moved = [piece for piece in SLICES if MULTIPLIERS[unit_of(piece)] > 0]
+    assert all((flat.detach()[p.start : p.stop] != before[p.start : p.stop]).all() for p in moved)
+
+
+def test_a_unit_that_stood_still_goes_on_with_its_moments() -> None:
+    """After a refresh, a unit's first step is the one AdamW would do with the moments collected so far."""
+    flat = flat_tensor()
+    optimizer = unit_adamw(flat, weight_decay=0.0)
+    optimizer.multipliers.set(dict.fromkeys(SIZES, 0.0))
+    train(optimizer, flat, range(3))
+    optimizer.multipliers.set(dict.fromkeys(SIZES, 1.0))
+    before = flat.detach().double().clone()
+    train(optimizer, flat, range(3, 4))
+    (beta1, beta2), first, second = OPTIONS["betas"], 0.0, 0.0
+    for step in range(4):
+        grad = gradient(step).double()
+        first, second = beta1 * first + (1 - beta1) * grad, beta2 * second + (1 - beta2) * grad**2
+    update = (first / (1 - beta1**4)) / ((second / (1 - beta2**4)).sqrt() + OPTIONS["eps"])
+    expected = before - OPTIONS["lr"] * update  # Adam's formula, in float64
+    # atol: one float32 rounding of weights of size 1 (6e-8) plus one of the update.
+    torch.testing.assert_close(flat.detach().double()[:TOTAL], expected[:TOTAL], rtol=1e-6, atol=2e-7)
+
+
+def test_padding_takes_part_in_nothing() -> None:
+    flat = flat_tensor()
+    before = flat.detach().clone()
+    optimizer = unit_adamw(flat, weight_decay=0.5)
+    train(optimizer, flat, range(STEPS))
+    assert torch.equal(flat.detach()[TOTAL:], before[TOTAL:])
+    for key in ("exp_avg", "exp_avg_sq"):
+        assert not optimizer.state[flat][key][TOTAL:].any()
+
+
+def test_a_tensor_without_gradient_is_left_alone() -> None:
+    flat = flat_tensor()
+    before = flat.detach().clone()
+    unit_adamw(flat).step()
+    assert torch.equal(flat.detach(), before)
+
+
+def test_state_dict_keeps_multipliers_and_continues_bit_for_bit() -> None:
+    straight = flat_tensor()
+    through = unit_adamw(straight)
+    through.multipliers.set(MULTIPLIERS)
+    train(through, straight, range(STEPS))
+
+    first = flat_tensor()
+    before = unit_adamw(first)
+    before.multipliers.set(MULTIPLIERS)
+    train(before, first, range(3))
+    saved = copy.deepcopy(before.state_dict())
+
+    second = first.detach().clone().requires_grad_(True)
+    after = unit_adamw(second)
+    assert after.multipliers.values == dict.fromkeys(SIZES, 1.0)
+    after.load_state_dict(saved)
+    assert after.multipliers.values == MULTIPLIERS
+    train(after, second, range(3, STEPS))
+    assert torch.equal(second, straight)
+    for key in ("step", "exp_avg", "exp_avg_sq"):
+        assert torch.equal(after.state[second][key], through.state[straight][key])
+
+
+def test_the_state_is_that_of_the_stock_optimizer() -> None:
+    """DeepSpeed's tools for universal checkpoints read these keys and shapes."""
+    flat, plain = flat_tensor(), flat_tensor()
+    optimizer, stock = unit_adamw(flat), torch.optim.AdamW([plain], **OPTIONS)
+    flat.grad, plain.grad = gradient(0), gradient(0)
+    optimizer.step()
+    stock.step()
+    ours, theirs = optimizer.state_dict(), stock.state_dict()
+    shape_of = {key: value.shape for key, value in theirs["state"][0].items()}
+    assert {key: value.shape for key, value in ours["state"][0].items()} == shape_of
+    assert set(ours["param_groups"][0]) - set(theirs["param_groups"][0]) == {MULTIPLIERS_KEY}
+
+
+def test_multipliers_are_handed_out_as_a_copy() -> None:
+    optimizer = unit_adamw(flat_tensor())
+    optimizer.multipliers.values["a"] = 5.0
+    assert optimizer.multipliers.values["a"] == 1.0
+
+
+def test_an_unbound_tensor_is_refused_and_not_moved() -> None:
+    flat = flat_tensor()
+    before = flat.detach().clone()
+    optimizer = UnitAdamW([flat], **OPTIONS)
+    flat.grad = gradient(0)
+    with pytest.raises(ValueError, match="never bound"):
+        optimizer.step()
+    assert torch.equal(flat.detach(), before)
+
+
+@pytest.mark.parametrize(
+    ("slices", "message"),
+    [
+        pytest.param([run_of(0, 8, "a"), run_of(7, 20, "b")], "7:20 of unit 'b'", id="overlapping"),
+        pytest.param([run_of(7, 20, "b"), run_of(0, 7, "a")], "0:7 of unit 'a'", id="out of order"),
+        pytest.param([run_of(0, TOTAL + PADDING + 1, "a")], "of unit 'a'", id="past the end"),
+        pytest.param([run_of(-1, 5, "a")], "-1:5 of unit 'a'", id="before the start"),
+        pytest.param([run_of(5, 5, "a")], "5:5 of unit 'a'", id="empty"),
+        pytest.param([run_of(0, 5, "zz")], "unit number 99 was not declared", id="unknown unit"),
+    ],
+)
+def test_impossible_slices_are_refused(slices: list[UnitSlice], message: str) -> None:
+    flat = flat_tensor()
+    with pytest.raises(ValueError, match=message):
+        unit_adamw(flat, slices)
+
+
+@pytest.mark.parametrize(
+    ("multipliers", "at_fault"),
+    [
+        pytest.param({"a": 1.0, "b": 1.0, "c": 1.0}, "d", id="one missing"),
+        pytest.param(dict.fromkeys([*SIZES, "zz"], 1.0), "zz", id="one too many"),
+    ],
+)
+def test_multipliers_must_name_every_unit(multipliers: dict[str, float], at_fault: str) -> None:
+    optimizer = unit_adamw(flat_tensor())
+    optimizer.multipliers.set(MULTIPLIERS)
+    with pytest.raises(ValueError, match=f"'{at_fault}'"):
+        optimizer.multipliers.set(multipliers)
+    assert optimizer.multipliers.values == MULTIPLIERS
+
+
+def test_several_parameter_groups_are_refused() -> None:
+    groups = [{"params": [torch.zeros(2, requires_grad=True)]}, {"params": [torch.zeros(2, requires_grad=True)]}]
+    with pytest.raises(ValueError, match="one parameter group"):
+        UnitAdamW(groups)
+
+
+def test_touching_runs_are_stepped_together() -> None:
+    assert _merge_neighbours([(0, 4), (4, 6), (6, 9), (11, 12)]) == [(0, 9), (11, 12)]
+
+
+# --- units inside a parameter: rows and columns ----------------------------------------------------------------------
+
+ROWS, COLUMNS = 6, 8
+PLACEMENTS = {
+    "rows": (Placement((ROWS, COLUMNS), 0, axis=0, span=1), 6),
+    "blocks of rows": (Placement((ROWS, COLUMNS), 1, axis=0, span=3), 3),
+    "columns": (Placement((ROWS, COLUMNS), 0, axis=1, span=1), 8),
+    "blocks of columns": (Placement((ROWS, COLUMNS), 2, axis=1, span=4), 4),
+}
+
+
+def unit_of_element(placement: Placement) -> list[int]:
+    """The definition, element by element."""
+    assert placement.axis is not None
+    index = [(row, column) for row in range(ROWS) for column in range(COLUMNS)]
+    return [placement.first + place[placement.axis] // placement.span for place in index]
+
+
+@pytest.mark.parametrize("chunk", [1, 1 << 16])
+@pytest.mark.parametrize("attached", [False, True], ids=["fused", "attached"])
+@pytest.mark.parametrize("name", PLACEMENTS)
+def test_rows_and_columns_move_as_under_adamw_with_their_own_learning_rate(
+    name: str, attached: bool, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """This rank holds elements 5 to 45 of a 6 x 8 parameter: both ends cut a row. One unit stands still."""
+    monkeypatch.setattr("adept_ds.units.adamw._CPU_CHUNK", chunk)
+    placement, count = PLACEMENTS[name]
+    first, last = 5, 45
+    values = {str(unit): [1.7, 0.0, 0.4, 1.0][unit % 4] for unit in range(count)}
+    flat = torch.randn(last - first, generator=torch.Generator().manual_seed(1)).requires_grad_(True)
+    start = flat.detach().clone()
+    if attached:
+        optimizer: torch.optim.Optimizer = torch.optim.AdamW([flat], foreach=True, **OPTIONS)
+        multipliers = attach_multipliers(optimizer)
+    else:
+        optimizer = UnitAdamW([flat], **OPTIONS)
+        multipliers = optimizer.multipliers
+    multipliers.name_units(list(values))
+    multipliers.bind(flat, [UnitSlice(0, last - first, placement, first)])
+    multipliers.set(values)
+    units = torch.tensor(unit_of_element(placement)[first:last])
+    parts = {unit: start[units == int(unit)].clone().requires_grad_(True) for unit in values}
+    groups = [{"params": [part], "lr": OPTIONS["lr"] * values[unit]} for unit, part in parts.items()]
+    oracle = torch.optim.AdamW(groups, **OPTIONS)
+    for step in range(STEPS):
+        whole = torch.randn(last - first, generator=torch.Generator().manual_seed(50 + step))
+        flat.grad = whole.clone()
+        for unit, part in parts.items():
+            part.grad = whole[units == int(unit)]
+        optimizer.step()
+        oracle.step()
+    for unit, part in parts.items():
+        moved = flat.detach()[units == int(unit)]
+        # 2e-6: `lerp` forms old + m * (new - old), with m up to 1.7, on weights of size 1, in each of six steps.
+        torch.testing.assert_close(moved, part.detach(), rtol=0, atol=2e-6)
+        if values[unit] == 0.0:
+            assert torch.equal(moved, start[units == int(unit)])
+
+
+def test_the_map_of_a_parameter_is_smaller_than_a_hundredth_of_its_state() -> None:
+    """A down projection of 64 x 4096: one number per column instead of one per element."""
+    flat = torch.zeros(64 * 4096, requires_grad=True)
+    optimizer = UnitAdamW([flat])
+    optimizer.multipliers.name_units([str(unit) for unit in range(4096)])
+    optimizer.multipliers.bind(flat, [UnitSlice(0, flat.numel(), Placement((64, 4096), 0, axis=1))])
+    assert 0 < optimizer.multipliers.map_bytes <= 0.02 * 2 * flat.numel() * flat.element_size()
+
+
+def test_multipliers_hold_while_groups_are_stepped_one_after_the_other() -> None:
+    """As DeepSpeed does at stages 1 and 2: it takes the other groups away meanwhile."""
+    first, second = flat_tensor(0), flat_tensor(1)
+    groups = [{"params": [first], "weight_decay": 0.1}, {"params": [second], "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=0.05)
+    multipliers = attach_multipliers(optimizer)
+    multipliers.name_units(UNITS)
+    for tensor in (first, second):
+        multipliers.bind(tensor, SLICES)
+        tensor.grad = gradient(0)
+    multipliers.set(MULTIPLIERS)
+    before, both = second.detach().clone(), optimizer.param_groups
+    for group in both:
+        optimizer.param_groups = [group]
+        optimizer.step()
+    optimizer.param_groups = both
+    steps = {unit_of(piece): (second.detach() - before)[piece.start : piece.stop].abs() for piece in SLICES}
+    for unit, factor in MULTIPLIERS.items():  # the first step of AdamW without decay is the learning rate
+        torch.testing.assert_close(steps[unit], torch.full_like(steps[unit], 0.05 * factor), rtol=1e-5, atol=1e-7)
+    assert multipliers.values == MULTIPLIERS

@@ -1,0 +1,140 @@
+"""Multipliers mean the same at every ZeRO stage, number of ranks and granularity: the table of what is supported.
+
+Every cell is a training of five steps with two refreshes on real ranks; its final weights and importances must be those
+of AdamW's formula written down element by element in one process. Run with `-s` to see the table.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import oracle
+import pytest
+import torch
+from harness.cells_worker import REFRESH_AFTER
+from harness.lab import STEPS
+from harness.launching import launch
+from harness.workspace import Workspace, packed
+
+from adept_ds.config.loading import parse_config
+from adept_ds.config.schema import corpus_files
+from adept_ds.data.blocks import Blocks
+from adept_ds.data.order import block_order, global_batch
+
+STAGES = ["zero1", "zero2", "zero3", "zero3_offload"]
+GRANULARITIES = ["matrix", "module", "fine"]
+CELLS = {
+    1: ["zero1/fine", "zero3/fine", "zero3/matrix/online"],
+    2: [f"{stage}/{granularity}" for stage in STAGES for granularity in GRANULARITIES]
+    + ["zero3/fine/recomputed", "zero2/fine/attached", "zero3_offload/fine/attached"]
+    + [f"{stage}/matrix/online" for stage in STAGES]
+    + ["zero3/fine/above_threshold", "zero3/fine/around_threshold", "zero3/fine/many_groups"]
+    + ["zero3/fine/params_offloaded", "zero2/fine/overlapping"],
+    3: [f"{stage}/fine" for stage in STAGES]
+    + ["zero2/matrix", "zero3/matrix", "zero2/matrix/online", "zero3/fine/above_threshold"],
+    4: ["zero2/fine", "zero3/fine"],
+}
+"""ds_configs file / granularity / variant, by number of ranks.
+
+All parameters of the tiny model are below ZeRO-3's default persistence threshold.
+"""
+
+
+@pytest.fixture(scope="module")
+def outcomes(workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Any]]:
+    found = {}
+    for world_size, cells in CELLS.items():
+        output = tmp_path_factory.mktemp("cells") / "outcomes.pt"
+        result = launch(
+            world_size, ["-m", "harness.cells_worker", str(workspace.root), str(output), *cells], timeout=600
+        )
+        assert result.returncode == 0, result.stderr
+        found[world_size] = dict(torch.load(output))
+    return found
+
+
+@pytest.fixture(scope="module")
+def plain(
+    workspace: Workspace, outcomes: dict[int, dict[str, Any]], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, oracle.Training]:
+    """The oracle's training at each granularity, and with importances taken from what a batch replays."""
+    config = parse_config(workspace.tree(tmp_path_factory.mktemp("plain") / "run"))
+    cache, train = config.run_dir / "blocks", config.train
+    texts = corpus_files(config.probe.corpus)
+    domain = packed(config.data.domain, workspace.model, 32, cache)
+    replay = packed(texts, workspace.model, 32, cache)
+    general = packed(texts, workspace.model, 24, cache, keep_tail=True)
+    sample = block_order(len(general), 0)[:7]
+    probe = [general.batch(sample[:5]), general.batch(sample[5:])]
+
+    def rows(blocks: Blocks, step: int, count: int) -> oracle.Batch:
+        return blocks.batch(global_batch(step, count, len(blocks), 0))
+
+    def training(granularity: str, replayed: int) -> oracle.Training:
+        parts = [(rows(replay, s, replayed), rows(domain, s, train.global_batch_size - replayed)) for s in range(STEPS)]
+        return oracle.train_by_unit(
+            oracle.load(Path(outcomes[1]["expanded"])),
+            outcomes[1]["layers"],
+            [(torch.cat([r[0], d[0]]), torch.cat([r[1], d[1]])) for r, d in parts],
+            3e-3,
+            granularity,
+            probe,
+            REFRESH_AFTER,
+            train.model_dump(include={"betas", "weight_decay", "eps", "clip_grad_norm"}),
+            replayed,
+        )
+
+    expected = {granularity: training(granularity, 0) for granularity in GRANULARITIES}
+    return expected | {"online": training("matrix", train.global_batch_size // 2)}
+
+
+@pytest.mark.parametrize(("world_size", "cell"), [(size, cell) for size, cells in CELLS.items() for cell in cells])
+def test_final_weights_are_those_of_the_formula_element_by_element(
+    outcomes: dict[int, dict[str, Any]], plain: dict[str, oracle.Training], world_size: int, cell: str
+) -> None:
+    """1e-5 in fp32 on weights of order 1; importances to 2e-3, after what steps have made of rounding."""
+    outcome, expected = outcomes[world_size]["cells"][cell], plain["online" if "online" in cell else cell.split("/")[1]]
+    assert outcome["trained"].keys() == expected.weights.keys()
+    difference = max(float((outcome["trained"][n] - w).abs().max()) for n, w in expected.weights.items())
+    print(f"{world_size} ranks  {cell:<28} largest difference of a weight {difference:.1e}")
+    for mine, wanted in zip(outcome["importances"], expected.importances, strict=True):
+        assert mine == pytest.approx(wanted, rel=2e-3, abs=1e-12)
+    assert difference <= 1e-5
+
+
+@pytest.mark.parametrize("granularity", ["matrix", "fine"])
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_importances_do_not_depend_on_the_number_of_ranks(
+    outcomes: dict[int, dict[str, Any]], world_size: int, granularity: str
+) -> None:
+    """1e-6 relative, the rounding of gradients that were summed in another order; of a fresh run, on the source."""
+    mine, alone = (outcomes[size]["source"][granularity] for size in (world_size, 1))
+    assert min(alone.values()) > 0
+    assert mine == pytest.approx(alone, rel=1e-6)
+
+
+def test_partitions_of_three_ranks_end_in_padding(plain: dict[str, oracle.Training]) -> None:
+    """Otherwise the table would prove little."""
+    assert any(weight.numel() % 3 for weight in plain["fine"].weights.values())
+
+
+def test_a_refresh_changed_what_units_may_do(plain: dict[str, oracle.Training]) -> None:
+    """Otherwise the table would prove little."""
+    for training in plain.values():
+        values = list(training.multipliers[-1].values())
+        assert max(values) - min(values) > 1.5
+        assert len(training.multipliers) == len(REFRESH_AFTER)
+
+
+@pytest.mark.slow
+def test_deepspeeds_own_optimizer_for_offload_takes_the_same_steps(
+    workspace: Workspace, plain: dict[str, oracle.Training], tmp_path: Path
+) -> None:
+    """Slow, because DeepSpeedCPUAdam is compiled at first use: minutes on two cores. Run it with `pytest -m slow`."""
+    cell, output = "zero3_offload/fine/cpu_adam", tmp_path / "outcomes.pt"
+    result = launch(2, ["-m", "harness.cells_worker", str(workspace.root), str(output), cell], timeout=900)
+    assert result.returncode == 0, result.stderr
+    trained = torch.load(output)["cells"][cell]["trained"]
+    for name, weight in plain["fine"].weights.items():
+        torch.testing.assert_close(trained[name], weight, rtol=0, atol=1e-5)
