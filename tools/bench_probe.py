@@ -86,7 +86,7 @@ def measure(arguments: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
 
     def sweep(indices: list[int]) -> list[float]:
         sample = Sample(blocks, tuple(indices), (0,) * len(indices), (1.0,), ("",))
-        losses = bypass_losses(sweep_model, model.num_layers, sample, ranks, batch_size=1, device=device)
+        losses = bypass_losses(sweep_model, model.num_layers, sample, ranks, micro_batch_size=1, device=device)
         totals = losses.sum(0).tolist()
         return [(total - totals[0]) / sum(sample.tokens()) for total in totals[1:]]
 

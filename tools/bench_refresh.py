@@ -39,7 +39,7 @@ from adept_ds.ranks.collectives import Ranks
 from adept_ds.ranks.groups import join, leave
 from adept_ds.ranks.launchers import rank_from_environment
 from adept_ds.units.registry import UnitRegistry, build_registry
-from adept_ds.units.unit_sums import ImportanceBatches, UnitSums, backward_global_batch
+from adept_ds.units.unit_sums import GradientBatches, UnitSums, backward_global_batch
 from adept_ds.zero.build import EngineSettings, build_training_engine
 from adept_ds.zero.engine import Engine, parameter_shapes
 from adept_ds.zero.gathered import keep_frozen_gathered
@@ -95,7 +95,7 @@ class Estimate:
 
     engine: Engine
     registry: UnitRegistry
-    batches: ImportanceBatches
+    batches: GradientBatches
     ranks: Ranks
 
     def refresh(self, *, gathering: bool = False, count: bool = False, prefix: FrozenPrefix | None = None) -> Refresh:
@@ -147,7 +147,7 @@ def run_rank(arguments: argparse.Namespace) -> None:
     settings = EngineSettings(check_deepspeed_file(None), resolve_precision("auto"), ranks)
     engine = build_training_engine(settings, model, layers)
     registry = build_registry(model.family, parameter_shapes(engine.module), layers, config=engine.module.config)
-    batches = ImportanceBatches(blocks, tuple(range(arguments.blocks)), arguments.blocks, MICRO_BATCH)
+    batches = GradientBatches(blocks, tuple(range(arguments.blocks)), arguments.blocks, MICRO_BATCH)
     estimate = Estimate(engine, registry, batches, ranks)
     ways = {"adept": False, "gathering": True}
     counted = {way: estimate.refresh(gathering=full, count=True) for way, full in ways.items()}

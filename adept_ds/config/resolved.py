@@ -57,7 +57,7 @@ def resolve(config: Config, purpose: Purpose, num_ranks: int = 1) -> ResolvedCon
     trains, reference = purpose in ("run", "train"), None
     if purpose == "probe" or (trains and config.expand.needs_probe):
         reference = _check_probe(config, model)
-    elif trains and config.lr_policy.map != "constant" and config.importance.source == "probe":
+    elif trains and config.lr_policy.map != "constant" and config.importance.source == "corpus":
         check_files("probe.corpus", config.probe.corpus)
     if trains:
         _check_corpora(config)

@@ -257,8 +257,8 @@ class ExpandSection(Section):
 class ImportanceSection(Section):
     """Stage two: how unit importance is estimated, and how often."""
 
-    source: Literal["probe", "online"] = Field(
-        "probe",
+    source: Literal["corpus", "online"] = Field(
+        "corpus",
         description="text that importance is estimated on: probe.corpus, in passes of its own; or the sequences of "
         "data.replay that each training batch holds, without further passes",
     )
@@ -426,7 +426,7 @@ class Config(Section):
     @model_validator(mode="after")
     def _refreshes_see_every_source(self) -> Config:
         count, sources = self.importance.sequences, len(self.probe.sources)
-        if self.importance.source == "probe" and sources > count:
+        if self.importance.source == "corpus" and sources > count:
             raise ValueError(
                 f"importance.sequences: {count} leaves none for some of the {sources} sources of probe.corpus: "
                 f"raise it to at least {sources}"

@@ -30,7 +30,7 @@ from adept_ds.probing.sweep import bypass_losses, install_layer_sweep
 from adept_ds.probing.taps import install_taps
 from adept_ds.ranks.collectives import Ranks
 from adept_ds.units.registry import UnitRegistry
-from adept_ds.units.unit_sums import ImportanceBatches, Score, UnitSums, grad_squared, weight_times_grad
+from adept_ds.units.unit_sums import GradientBatches, Score, UnitSums, grad_squared, weight_times_grad
 from adept_ds.zero.build import EngineSettings, build_forward_engine, build_training_engine
 from adept_ds.zero.engine import parameter_shapes, release
 from adept_ds.zero.gathered import gather_layers_whole
@@ -53,10 +53,10 @@ class Probe:
         return self.engines.ranks
 
     @property
-    def batches(self) -> ImportanceBatches:
+    def batches(self) -> GradientBatches:
         """Global batches, for estimators that need gradients of weights."""
         section, sample = self.section, self.sample
-        return ImportanceBatches(sample.blocks, sample.indices, section.batch_sequences, section.micro_batch_size)
+        return GradientBatches(sample.blocks, sample.indices, section.batch_sequences, section.micro_batch_size)
 
 
 Passes = tuple[torch.Tensor, torch.Tensor, float]
@@ -114,7 +114,7 @@ class Mask(Estimator):
             probe.model.num_layers,
             probe.sample,
             probe.ranks,
-            batch_size=section.micro_batch_size,
+            micro_batch_size=section.micro_batch_size,
             device=device,
             progress=progress,
         )
@@ -152,7 +152,7 @@ class Taylor(Estimator):
             probe.sample,
             num_layers + 1,
             probe.ranks,
-            batch_size=probe.section.micro_batch_size,
+            micro_batch_size=probe.section.micro_batch_size,
             device=device,
             progress=progress,
         )

@@ -44,7 +44,7 @@ def table_by_sequence(
     width: int,
     ranks: Ranks,
     *,
-    batch_size: int,
+    micro_batch_size: int,
     device: torch.device | str,
     progress: PassProgress | None = None,
 ) -> torch.Tensor:
@@ -54,7 +54,7 @@ def table_by_sequence(
     from one rank, so sums over the table do not depend on who computed what.
     """
     table = torch.zeros(len(sample), width, dtype=torch.float64)
-    batches = rank_batches(range(len(sample)), ranks.rank, ranks.world_size, batch_size)
+    batches = rank_batches(range(len(sample)), ranks.rank, ranks.world_size, micro_batch_size)
     for number, positions in enumerate(batches):
         if progress:
             progress.batch(number, len(batches))

@@ -28,7 +28,7 @@ def bypass_losses(
     sample: Sample,
     ranks: Ranks,
     *,
-    batch_size: int,
+    micro_batch_size: int,
     device: torch.device | str,
     progress: PassProgress | None = None,
 ) -> torch.Tensor:
@@ -36,7 +36,7 @@ def bypass_losses(
 
     Args:
         model: returns the loss sums of the whole stack, [(num_layers + 1) * rows] (see `install_layer_sweep`).
-        batch_size: sequences per rank that are swept together.
+        micro_batch_size: sequences per rank that are swept together.
     """
 
     def forward(input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -44,7 +44,7 @@ def bypass_losses(
 
     with torch.no_grad():
         return table_by_sequence(
-            forward, sample, num_layers + 1, ranks, batch_size=batch_size, device=device, progress=progress
+            forward, sample, num_layers + 1, ranks, micro_batch_size=micro_batch_size, device=device, progress=progress
         )
 
 

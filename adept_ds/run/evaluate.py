@@ -42,9 +42,11 @@ def eval_stage(run: Context) -> dict[str, Any]:
 def evaluate_model(run: Context, model_dir: ModelDirectory, title: str) -> dict[str, Any]:
     """Loss and number of tokens of each held-out corpus."""
     model, device = build_forward_engine(run.engines, model_dir)
-    batch_size = run.settings.config.train.micro_batch_size
+    micro_batch_size = run.settings.config.train.micro_batch_size
     with run.progress.together(title) as bar:
-        results = evaluate(model, run.corpora.held_out, run.ranks, batch_size=batch_size, device=device, progress=bar)
+        results = evaluate(
+            model, run.corpora.held_out, run.ranks, micro_batch_size=micro_batch_size, device=device, progress=bar
+        )
     release(model)
     return results
 

@@ -27,7 +27,7 @@ from adept_ds.units.adamw import UnitAdamW
 from adept_ds.units.importance import OnlineImportance, estimate_importance
 from adept_ds.units.registry import UnitRegistry, build_registry
 from adept_ds.units.unit_lr import UnitLR
-from adept_ds.units.unit_sums import ImportanceBatches
+from adept_ds.units.unit_sums import GradientBatches
 from adept_ds.weights.expansion import Expansion
 from adept_ds.zero.build import StepShape, build_training_engine
 from adept_ds.zero.engine import Engine, count_parameters, parameter_shapes, release
@@ -112,7 +112,7 @@ def _initial_importance(run: Context, expansion: Expansion) -> list[float] | Non
     )
     registry = _registry(config, engine, model, expansion.source_indices)
     with run.progress.together("estimating importance") as bar:
-        importance = estimate_importance(engine, registry, _importance_batches(run), run.ranks, bar)
+        importance = estimate_importance(engine, registry, _gradient_batches(run), run.ranks, bar)
     release(engine)
     return importance
 
@@ -131,7 +131,7 @@ def _train(
     trainable, total = count_parameters(engine.module)
     run.terminal.stage("train", f"{trainable / 1e6:.1f} M of {total / 1e6:.1f} M parameters, {len(registry)} units")
     refreshed, online = config.lr_policy.map != "constant", config.importance.source == "online"
-    batches = _importance_batches(run) if refreshed and not online else None
+    batches = _gradient_batches(run) if refreshed and not online else None
     trainer = Trainer(
         config=config,
         run_dir=run_dir,
@@ -139,7 +139,7 @@ def _train(
         engine=engine,
         unit_lr=UnitLR(engine, registry, config.lr_policy, ranks),
         data=run.corpora.training_data,
-        importance_batches=batches,
+        gradient_batches=batches,
         prefix=_frozen_prefix(run, engine, batches, min(expansion.copy_indices)) if batches else None,
         online=OnlineImportance(engine, registry, ranks) if refreshed and online else None,
         movement=UnitMovement(engine, registry, expanded, run.precision, ranks),
@@ -189,9 +189,9 @@ def _registry(config: Config, engine: Engine, model: ModelDirectory, layers: lis
     return build_registry(model.family, shapes, layers, config.importance.granularity, engine.module.config)
 
 
-def _importance_batches(run: Context) -> ImportanceBatches:
+def _gradient_batches(run: Context) -> GradientBatches:
     section, corpus = run.settings.config.importance, run.corpora.for_importance
-    return ImportanceBatches(
+    return GradientBatches(
         corpus.blocks,
         corpus.sample(section.sequences, run.settings.config.train.seed).indices,
         section.batch_sequences,
@@ -199,7 +199,7 @@ def _importance_batches(run: Context) -> ImportanceBatches:
     )
 
 
-def _frozen_prefix(run: Context, engine: Engine, batches: ImportanceBatches, lowest: int) -> FrozenPrefix:
+def _frozen_prefix(run: Context, engine: Engine, batches: GradientBatches, lowest: int) -> FrozenPrefix:
     hidden_size: Any = engine.module.config.hidden_size  # type: ignore[union-attr]
     room = run.settings.config.importance.prefix_cache_mib << 20
     layers = run.settings.model.family.layer_modules(engine.module)

@@ -32,7 +32,7 @@ def evaluate(
     eval_sets: list[EvalSet],
     ranks: Ranks,
     *,
-    batch_size: int,
+    micro_batch_size: int,
     device: torch.device | str,
     progress: ProgressCallback | None = None,
 ) -> dict[str, dict[str, Any]]:
@@ -43,7 +43,7 @@ def evaluate(
     schedule = [
         (eval_set, batch)
         for eval_set in eval_sets
-        for batch in rank_batches(eval_set.indices, ranks.rank, ranks.world_size, batch_size)
+        for batch in rank_batches(eval_set.indices, ranks.rank, ranks.world_size, micro_batch_size)
     ]
     sums = {s.name: torch.zeros(2, dtype=torch.float64) for s in eval_sets}
     with torch.no_grad():

@@ -29,7 +29,7 @@ from adept_ds.training.run_log import RunLog
 from adept_ds.training.step import accumulate_gradient, lr_factor
 from adept_ds.units.importance import OnlineImportance, estimate_importance
 from adept_ds.units.unit_lr import UnitLR
-from adept_ds.units.unit_sums import ImportanceBatches
+from adept_ds.units.unit_sums import GradientBatches
 from adept_ds.zero.engine import Engine, set_learning_rate
 from adept_ds.zero.gathered import keep_frozen_gathered
 from adept_ds.zero.gradients import loss_scale
@@ -46,7 +46,7 @@ class Trainer:
     engine: Engine
     unit_lr: UnitLR
     data: TrainingData
-    importance_batches: ImportanceBatches | None
+    gradient_batches: GradientBatches | None
     """Text of refreshes; None if they need none, or if there are none."""
     prefix: FrozenPrefix | None
     online: OnlineImportance | None
@@ -162,7 +162,7 @@ class Trainer:
     def _after_step(self, step: int, log: RunLog) -> None:
         config, units = self.config, self.unit_lr.registry.units
         is_last = step == config.train.steps
-        refreshes = (self.importance_batches or self.online) and step % config.importance.every == 0 and not is_last
+        refreshes = (self.gradient_batches or self.online) and step % config.importance.every == 0 and not is_last
         if refreshes or is_last:
             since, multipliers = self.movement.since, self.unit_lr.multipliers
             log.movement(step, since, units, multipliers, *self.movement.measure(step))
@@ -186,9 +186,9 @@ class Trainer:
     def _importance(self) -> list[float] | None:
         if self.online:
             return self.online.take()
-        assert self.importance_batches is not None
+        assert self.gradient_batches is not None
         registry = self.unit_lr.registry
-        return estimate_importance(self.engine, registry, self.importance_batches, self.ranks, prefix=self.prefix)
+        return estimate_importance(self.engine, registry, self.gradient_batches, self.ranks, prefix=self.prefix)
 
     def _evaluate(self, step: int, log: RunLog) -> None:
         if not self.eval_sets:
@@ -198,7 +198,7 @@ class Trainer:
                 self.engine,
                 self.eval_sets,
                 self.ranks,
-                batch_size=self.config.train.micro_batch_size,
+                micro_batch_size=self.config.train.micro_batch_size,
                 device=self.engine.device,
                 progress=bar,
             )

@@ -14,7 +14,7 @@ from adept_ds.base.progress import ProgressCallback
 from adept_ds.models.frozen_prefix import FrozenPrefix
 from adept_ds.ranks.collectives import Ranks
 from adept_ds.units.registry import UnitRegistry
-from adept_ds.units.unit_sums import ImportanceBatches, UnitSums
+from adept_ds.units.unit_sums import GradientBatches, UnitSums
 from adept_ds.zero.engine import Engine
 from adept_ds.zero.gradients import gradients_outside_training
 
@@ -22,7 +22,7 @@ from adept_ds.zero.gradients import gradients_outside_training
 def estimate_importance(
     engine: Engine,
     registry: UnitRegistry,
-    batches: ImportanceBatches,
+    batches: GradientBatches,
     ranks: Ranks,
     progress: ProgressCallback | None = None,
     prefix: FrozenPrefix | None = None,

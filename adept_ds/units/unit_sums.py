@@ -36,8 +36,8 @@ def grad_squared(weight: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
-class ImportanceBatches:
-    """The general text that importance is estimated on: fixed for the whole run."""
+class GradientBatches:
+    """General text in global batches, for gradients that are taken outside training; the same for a whole run."""
 
     blocks: Blocks
     indices: tuple[int, ...]
@@ -80,7 +80,7 @@ class UnitSums:
         return sums
 
     def of_batch(
-        self, batches: ImportanceBatches, number: int, prefix: FrozenPrefix | None = None
+        self, batches: GradientBatches, number: int, prefix: FrozenPrefix | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The sums for one global batch, and the summed loss of each of its rows on this rank.
 
@@ -103,7 +103,7 @@ class UnitSums:
 
 
 def backward_global_batch(
-    engine: Engine, batches: ImportanceBatches, number: int, ranks: Ranks, prefix: FrozenPrefix | None = None
+    engine: Engine, batches: GradientBatches, number: int, ranks: Ranks, prefix: FrozenPrefix | None = None
 ) -> torch.Tensor:
     """Gradient of the mean token loss over global batch `number`, which is spread over the ranks.
 

@@ -2,14 +2,108 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import signal
+import stat
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from harness.launching import ROOT
 
-from adept_ds.base.files import new_directory, read_json_lines, stamp_files, write_json, write_text
+from adept_ds.base.errors import InputError
+from adept_ds.base.files import (
+    NewDirectory,
+    new_directory,
+    read_json_lines,
+    remove_abandoned,
+    stamp_files,
+    write_bytes,
+    write_json,
+    write_text,
+)
+
+ANOTHER_PROCESS = """
+import os, sys
+from pathlib import Path
+from adept_ds.base import files
+
+os.getpid = lambda: 1  # as the first process of every container
+kind, path, text = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
+
+def wait(temporary):
+    print(temporary, flush=True)
+    sys.stdin.readline()
+
+if kind == "file":
+    replace = Path.replace
+    Path.replace = lambda self, target: (wait(self), replace(self, target))[1]
+    files.write_text(path, text)
+else:
+    with files.new_directory(path) as folder:
+        (folder / "half").write_text(text)
+        wait(folder)
+        (folder / "whole").write_text(text)
+"""
+
+
+class Writer:
+    """Another process, which writes a file or fills a directory and waits just before that takes its name."""
+
+    def __init__(self, kind: str, path: Path, text: str) -> None:
+        command = [sys.executable, "-c", ANOTHER_PROCESS, kind, str(path), text]
+        self._process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert self._process.stdout is not None
+        self.temporary = Path(self._process.stdout.readline().strip())
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+    def finish(self) -> None:
+        self._process.communicate("\n", timeout=60)
+        assert self._process.returncode == 0
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.communicate(timeout=60)
+        assert self._process.returncode == -signal.SIGKILL
+
+
+@pytest.fixture
+def disk(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """What the program asks of the disk, in its order: ("sync" or "rename", inode of the file or directory)."""
+    events: list[tuple[str, int]] = []
+    fsync, replace, rename = os.fsync, Path.replace, Path.rename
+
+    def watched_fsync(descriptor: int) -> None:
+        events.append(("sync", os.fstat(descriptor).st_ino))
+        fsync(descriptor)
+
+    def watched_replace(self: Path, target: Any) -> Path:
+        events.append(("rename", self.stat().st_ino))
+        return replace(self, target)
+
+    def watched_rename(self: Path, target: Any) -> Path:
+        events.append(("rename", self.stat().st_ino))
+        return rename(self, target)
+
+    monkeypatch.setattr(os, "fsync", watched_fsync)
+    monkeypatch.setattr(Path, "replace", watched_replace)
+    monkeypatch.setattr(Path, "rename", watched_rename)
+    return events
+
+
+def inode(path: Path) -> int:
+    return path.stat().st_ino
 
 
 def names(directory: Path) -> list[str]:
@@ -37,7 +131,12 @@ def test_a_text_is_complete_on_disk_before_it_takes_its_name(tmp_path: Path, mon
         return real_replace(self, target)
 
     monkeypatch.setattr(Path, "replace", watch_replace)
-    monkeypatch.setattr(os, "fsync", lambda descriptor: (synced.append(descriptor), real_fsync(descriptor))[1])
+
+    def watch_fsync(descriptor: int) -> None:
+        synced.append(descriptor)
+        real_fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", watch_fsync)
     write_text(path, "new")
     assert seen == ["new", "old", str(tmp_path)]
     assert path.read_text() == "new"
@@ -115,6 +214,186 @@ def test_what_a_killed_process_left_behind_does_not_leak_into_a_new_directory(tm
         (folder / "a").write_text("1")
     assert names(tmp_path / "out") == ["a"]
     assert names(tmp_path) == ["out"]
+
+
+# --- several processes ---------------------------------------------------------------------------------------------
+
+
+def test_two_processes_write_one_file_under_different_names(tmp_path: Path) -> None:
+    """Both have the same number, as on two hosts or in two containers; each file is whole all the time."""
+    path = tmp_path / "note.txt"
+    with Writer("file", path, "first") as first, Writer("file", path, "second") as second:
+        assert first.temporary != second.temporary
+        assert (first.temporary.read_text(), second.temporary.read_text()) == ("first", "second")
+        second.finish()
+        assert path.read_text() == "second"
+        first.finish()
+    assert path.read_text() == "first"
+    assert names(tmp_path) == ["note.txt"]
+
+
+def test_two_processes_fill_one_directory_under_different_names(tmp_path: Path) -> None:
+    path = tmp_path / "out"
+    with Writer("directory", path, "first") as first, Writer("directory", path, "second") as second:
+        assert first.temporary != second.temporary
+        second.finish()
+        assert (path / "half").read_text() == "second"
+        first.finish()
+    assert {file.name: file.read_text() for file in path.iterdir()} == {"half": "first", "whole": "first"}
+    assert names(tmp_path) == ["out"]
+
+
+def test_what_a_killed_process_left_behind_is_removed_and_what_a_living_one_fills_is_not(tmp_path: Path) -> None:
+    path = tmp_path / "out[1]*"  # no pattern of names
+    with Writer("directory", path, "killed") as killed, Writer("directory", path, "living") as living:
+        for _ in range(2):
+            with new_directory(path) as folder:
+                (folder / "mine").write_text("1")
+            assert (killed.temporary / "half").read_text() == "killed", "it was still at work"
+        killed.kill()
+        assert (killed.temporary / "half").exists(), "a killed process cannot remove anything"
+        with new_directory(path):
+            assert not killed.temporary.exists()
+        assert (living.temporary / "half").read_text() == "living"
+        living.finish()
+    assert names(tmp_path) == [path.name], "not even a lock is left"
+    assert names(path) == ["half", "whole"]
+
+
+def test_what_was_meant_for_another_name_is_left_alone_unless_all_is_to_be_removed(tmp_path: Path) -> None:
+    with (
+        Writer("directory", tmp_path / "other", "") as killed,
+        Writer("directory", tmp_path / "other", "") as living,
+        Writer("directory", tmp_path / "out.other", "") as suffix,
+    ):
+        killed.kill()
+        suffix.kill()
+        with new_directory(tmp_path / "out"):
+            assert killed.temporary.is_dir() and suffix.temporary.is_dir()
+        remove_abandoned(tmp_path)
+        assert not killed.temporary.exists() and not suffix.temporary.exists()
+        assert living.temporary.is_dir()
+        living.finish()
+    assert names(tmp_path) == ["other", "out"]
+
+
+def test_only_directories_with_a_temporary_name_are_taken_for_abandoned(tmp_path: Path) -> None:
+    digits = "0123456789abcdef" * 2
+    theirs = [tmp_path / name for name in (".out.tmp", f".out.{digits}", f"out.{digits}.tmp", f".out.{digits[1:]}.tmp")]
+    for path in theirs:
+        path.mkdir()
+    (tmp_path / f".out.{digits}.tmp").symlink_to(theirs[0])
+    before = names(tmp_path)
+    remove_abandoned(tmp_path)
+    assert names(tmp_path) == before
+
+
+# --- what is on the disk when ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("existed", [False, True])
+def test_a_file_is_synced_before_it_takes_its_name_and_its_directory_after(
+    tmp_path: Path, disk: list[tuple[str, int]], existed: bool
+) -> None:
+    path = tmp_path / "note"
+    if existed:
+        path.write_bytes(b"old")
+    write_bytes(path, b"new")
+    assert disk == [("sync", inode(path)), ("rename", inode(path)), ("sync", inode(tmp_path))]
+
+
+@pytest.mark.parametrize("existed", [False, True])
+def test_a_whole_tree_is_synced_before_it_takes_its_name_and_the_directory_above_after(
+    tmp_path: Path, disk: list[tuple[str, int]], existed: bool
+) -> None:
+    path = tmp_path / "out"
+    if existed:
+        path.mkdir()
+    before = inode(path) if existed else None
+    with new_directory(path) as folder:
+        (folder / "deep" / "er").mkdir(parents=True)
+        for place in ("a", "deep/b", "deep/er/c"):
+            (folder / place).write_text(place)
+        assert disk == []
+    renamed = disk.index(("rename", inode(path)))
+    everything = {inode(path), *(inode(place) for place in path.rglob("*"))}
+    assert len(everything) == 6
+    synced = [number for event, number in disk[:renamed] if event == "sync"]
+    assert set(synced) == everything
+    assert [number for event, number in disk[:renamed] if event == "rename"] == ([before] if existed else [])
+    assert disk[renamed + 1 :] == [("sync", inode(tmp_path))]
+
+
+@pytest.mark.parametrize(
+    "complaint", [errno.EINVAL, errno.ENOTSUP, errno.EBADF], ids=lambda number: errno.errorcode[number]
+)
+def test_a_file_system_that_cannot_sync_directories_is_put_up_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, complaint: int
+) -> None:
+    def fsync(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(complaint, os.strerror(complaint))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    write_text(tmp_path / "note", "1")
+    with new_directory(tmp_path / "out") as folder:
+        (folder / "a").write_text("1")
+    assert names(tmp_path) == ["note", "out"]
+
+
+@pytest.mark.parametrize("is_failing", [stat.S_ISDIR, stat.S_ISREG], ids=["directories", "files"])
+def test_a_disk_that_fails_below_a_new_directory_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_failing: Callable[[int], bool]
+) -> None:
+    """Of files nothing is put up with; of directories, nothing but that there is no such thing as syncing them."""
+    complaint = errno.EIO if is_failing is stat.S_ISDIR else errno.EINVAL
+
+    def fsync(descriptor: int) -> None:
+        if is_failing(os.fstat(descriptor).st_mode):
+            raise OSError(complaint, os.strerror(complaint))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(OSError, match=os.strerror(complaint)), new_directory(tmp_path / "out") as folder:
+        (folder / "a").write_text("1")
+    assert names(tmp_path) == []
+
+
+# --- new directories by hand ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["file", "link", "link to nothing"])
+def test_a_place_that_is_taken_by_no_directory_is_refused(tmp_path: Path, kind: str) -> None:
+    path, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
+    if kind == "file":
+        path.write_text("1")
+    else:
+        path.symlink_to(elsewhere)
+    if kind == "link":
+        elsewhere.mkdir()
+    before = names(tmp_path)
+    with pytest.raises(InputError, match=f"^'{path}' is there and is no directory; give the name of a new one$"):
+        NewDirectory(path)
+    assert names(tmp_path) == before
+
+
+def test_what_was_published_is_not_discarded_any_more(tmp_path: Path) -> None:
+    new = NewDirectory(tmp_path / "out")
+    (new.temporary / "a").write_text("1")
+    new.publish()
+    new.discard()
+    assert names(tmp_path) == ["out"]
+    assert names(tmp_path / "out") == ["a"]
+
+
+def test_what_was_discarded_leaves_nothing(tmp_path: Path) -> None:
+    new = NewDirectory(tmp_path / "out")
+    (new.temporary / "a").write_text("1")
+    new.discard()
+    new.discard()
+    assert names(tmp_path) == []
+
+
+# --- records of a log, and stamps ----------------------------------------------------------------------------------
 
 
 def test_a_half_written_last_line_is_left_out(tmp_path: Path) -> None:

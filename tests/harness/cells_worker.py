@@ -58,7 +58,7 @@ def config_of(lab: Lab, deepspeed: str, granularity: str, variant: str = "") -> 
     return lab.config(
         deepspeed=str(lab.deepspeed_file(f"{deepspeed}_{variant}", **settings) if settings else shipped),
         data={"replay": general, "replay_share": 0.5} if online else {},
-        importance={"granularity": granularity, "source": "online" if online else "probe"},
+        importance={"granularity": granularity, "source": "online" if online else "corpus"},
         train={
             "micro_batch_size": 1 if sequences % (2 * lab.ranks.world_size) else 2,
             "activation_checkpointing": variant == "recomputed",

@@ -30,7 +30,7 @@ from adept_ds.units.adamw import UnitAdamW
 from adept_ds.units.importance import OnlineImportance, estimate_importance
 from adept_ds.units.registry import UnitRegistry, build_registry
 from adept_ds.units.unit_lr import UnitLR
-from adept_ds.units.unit_sums import ImportanceBatches
+from adept_ds.units.unit_sums import GradientBatches
 from adept_ds.weights.expansion import expand_checkpoint
 from adept_ds.zero.build import EngineSettings, StepShape, build_training_engine
 from adept_ds.zero.engine import Engine, parameter_shapes, release, set_learning_rate, zero_stage
@@ -147,8 +147,8 @@ class Lab:
         """ZeRO-3 that keeps nothing gathered by itself; by default every parameter of a tiny model is small enough."""
         return self.deepspeed_file("strict", stage=3, stage3_param_persistence_threshold=0)
 
-    def importance_batches(self, micro_batch_size: int) -> ImportanceBatches:
-        return ImportanceBatches(self.general, tuple(block_order(len(self.general), 0)[:7]), 5, micro_batch_size)
+    def gradient_batches(self, micro_batch_size: int) -> GradientBatches:
+        return GradientBatches(self.general, tuple(block_order(len(self.general), 0)[:7]), 5, micro_batch_size)
 
     def train(
         self,
@@ -185,7 +185,7 @@ class Lab:
         addresses: dict[Any, int] = {}
         online = OnlineImportance(engine, registry, self.ranks) if config.importance.source == "online" else None
         data = TrainingData(self.domain, self.replay if config.replayed else None, config.replayed)
-        whole_step, batches = engine.step, self.importance_batches(config.train.micro_batch_size)
+        whole_step, batches = engine.step, self.gradient_batches(config.train.micro_batch_size)
 
         def step_and_estimate() -> None:
             whole_step()
@@ -238,7 +238,7 @@ class Lab:
     def source_importance(self, config: Config) -> dict[str, float]:
         """Of the layers that are copied, as a run estimates it before the first step."""
         engine, registry = training_engine(config, self.source, [1, 3], self.ranks, None)
-        batches = self.importance_batches(config.train.micro_batch_size)
+        batches = self.gradient_batches(config.train.micro_batch_size)
         importance = estimate_importance(engine, registry, batches, self.ranks)
         release(engine)
         return dict(zip(registry.names, importance, strict=True))
@@ -275,7 +275,7 @@ class Lab:
         """Estimates in fp16 with a right loss scale, and with one so large that gradients overflow; then a step."""
         engine, registry = training_engine(config, self.source, [1, 3], self.ranks, UnitAdamW)
         UnitLR(engine, registry, ranks=self.ranks)
-        batches, importances = self.importance_batches(config.train.micro_batch_size), []
+        batches, importances = self.gradient_batches(config.train.micro_batch_size), []
         for scale in (2.0**10, 2.0**40):
             set_loss_scale(engine, scale)
             estimate = estimate_importance(engine, registry, batches, self.ranks)

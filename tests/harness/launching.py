@@ -10,7 +10,9 @@ import socket
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import torch
 from harness.rank_processes import RankProcess
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -62,3 +64,10 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def counted(workspace: Path, output: Path, what: str) -> dict[str, Any]:
+    """What `harness.counting_worker` found on two ranks."""
+    result = launch(2, ["-m", "harness.counting_worker", str(workspace), str(output), what])
+    assert result.returncode == 0, result.stderr
+    return dict(torch.load(output))

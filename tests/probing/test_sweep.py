@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from harness.launching import counted
 from harness.models import save_tiny_model
 from harness.workspace import Workspace, packed
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -58,7 +60,7 @@ def test_the_sweep_moves_its_bar_layer_by_layer(workspace: Workspace, tmp_path: 
     model = load_causal_lm(model_dir, torch.float32).eval()
     install_layer_sweep(model, model_dir.family, 8192, progress.layer)
     two = Mixture.of([packed([workspace.root / "general.jsonl"], workspace.model, 24, tmp_path)]).sample(2, seed=0)
-    bypass_losses(model, 5, two, Ranks(), batch_size=1, device="cpu", progress=progress)
+    bypass_losses(model, 5, two, Ranks(), micro_batch_size=1, device="cpu", progress=progress)
     assert checks == [(0.0, "batch 1 of 2"), (0.5, "batch 2 of 2")]
     assert [text for _, text in moves] == [
         f"batch {batch} of 2, layer {layer} of 5" for batch, layer in itertools.product((1, 2), range(1, 6))
@@ -66,3 +68,16 @@ def test_the_sweep_moves_its_bar_layer_by_layer(workspace: Workspace, tmp_path: 
     shares = [share for share, _ in moves]
     assert shares[:5] == pytest.approx([done / 30 for done in (1, 3, 6, 10, 15)])
     assert shares[5:] == pytest.approx([0.5 + share for share in shares[:5]])
+
+
+def test_every_layer_is_gathered_once_per_batch_however_many_chunks_the_stack_passes_in(
+    workspace: Workspace, tmp_path: Path
+) -> None:
+    """Two ranks under strict ZeRO-3. All parameters of the tiny model fit into DeepSpeed's prefetch, so that bytes are
+    counted: all of them once per batch; the tied head again in the first one, before DeepSpeed knows that it comes.
+    """
+    found = counted(workspace.root, tmp_path / "found.pt", "sweep")
+    padded = {name: 2 * -(-math.prod(shape) // 2) for name, shape in found["shapes"].items()}
+    expected = 4 * (sum(padded.values()) * found["batches"] + padded["model.embed_tokens.weight"])
+    assert sum(found["one chunk"]) == sum(found["many chunks"]) == expected
+    assert sum(found["each projection apart"]) > 1.4 * expected, "what the promise is worth"

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
-SCRIPT = Path(__file__).parents[1] / "tools" / "demo" / "prepare.py"
-SPEC = importlib.util.spec_from_file_location("demo_prepare", SCRIPT)
-assert SPEC is not None and SPEC.loader is not None
-prepare = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(prepare)
+from demo import prepare
 
 PROMPT = """The following are multiple choice questions (with answers) about arithmetic.
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from adept_ds.base.errors import InputError
 from adept_ds.base.files import write_json
 from adept_ds.base.run_dir import checkpoint_steps, checkpoint_tag, manifest_of
-from adept_ds.training.checkpoint import CheckpointManifest, check_resumable
+from adept_ds.ranks.collectives import Ranks
+from adept_ds.training.checkpoint import CheckpointManifest, check_resumable, save_checkpoint
 
 MANIFEST = CheckpointManifest(
     step=20, world_size=2, zero_stage=3, fingerprint="f", settings={"train.lr": 0.1, "train.steps": 50}
@@ -60,3 +61,40 @@ def test_a_checkpoint_that_does_not_fit_is_refused_with_a_remedy(
     for word in [*words, "step_20"]:
         assert word in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+# --- saving ---------------------------------------------------------------------------------------------------------
+
+
+class WritingEngine:
+    """Writes one file where DeepSpeed would; or fails after it."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.error = error
+
+    def save_checkpoint(self, save_dir: str, tag: str, **options: Any) -> None:
+        (Path(save_dir) / tag / "states.pt").write_bytes(b"states")
+        if self.error:
+            raise self.error
+
+
+def save(directory: Path, step: int, engine: WritingEngine, *, keep: int = 2) -> None:
+    manifest = MANIFEST.model_copy(update={"step": step})
+    save_checkpoint(cast(Any, engine), directory, manifest, Ranks(), keep, {}, lambda folder: None)
+
+
+def test_a_checkpoint_is_there_when_it_is_whole_and_the_oldest_go(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        save(tmp_path, step, WritingEngine())
+    assert checkpoint_steps(tmp_path) == [2, 3]
+    assert (tmp_path / "latest").read_text() == "step_3"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step_2", "step_3"]
+    assert sorted(path.name for path in (tmp_path / "step_3").iterdir()) == ["manifest.json", "states.pt"]
+
+
+def test_saving_that_fails_leaves_the_checkpoints_as_they_were(tmp_path: Path) -> None:
+    save(tmp_path, 1, WritingEngine())
+    with pytest.raises(OSError, match="no space"):
+        save(tmp_path, 2, WritingEngine(OSError("no space left on device")))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step_1"]
+    assert (tmp_path / "latest").read_text() == "step_1"

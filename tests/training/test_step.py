@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
+from harness.launching import counted
+from harness.workspace import Workspace
 
 from adept_ds.config.schema import TrainSection
 from adept_ds.training.step import lr_factor
@@ -40,3 +43,11 @@ def test_after_warmup_the_schedule_runs_to_the_end(schedule: str, middle: float,
 @pytest.mark.parametrize("steps", [1, 2, 7])
 def test_every_step_of_a_short_run_moves(schedule: str, warmup_ratio: float, steps: int) -> None:
     assert all(0.0 < factor <= 1.0 for factor in factors(steps=steps, warmup_ratio=warmup_ratio, schedule=schedule))
+
+
+def test_nothing_below_the_lowest_copy_has_a_backward_pass(workspace: Workspace, tmp_path: Path) -> None:
+    """What leaves a layer below it needs no gradient, on two ranks under ZeRO-3, with and without recomputation."""
+    found = counted(workspace.root, tmp_path / "found.pt", "backward")
+    assert found["lowest"] == 2
+    for kind in ("plain", "recomputed"):
+        assert found[kind] == {layer: layer >= 2 for layer in range(7)}

@@ -194,6 +194,15 @@ def test_expansion_json_says_what_the_design_says(pair: tuple[Path, Path]) -> No
     assert (loaded.source_indices, loaded.copy_indices) == (SELECTED, COPIES)
 
 
+def test_the_file_has_the_keys_that_it_always_had(pair: tuple[Path, Path]) -> None:
+    """Checkpoints and packages lie on disks for years, whatever the fields are called in the program."""
+    keys = ["source_layers", "copies", "zeroed", "fingerprint", "deltas", "base_fingerprint"]
+    assert list(read_json(pair[1] / "expansion.json")) == keys
+    expansion = Expansion.read(pair[1])
+    assert expansion.silenced == tuple(read_json(pair[1] / "expansion.json")["zeroed"])
+    assert expansion.packages == ()
+
+
 def settings_of(layer: torch.nn.Module) -> dict[str, Any]:
     """What the modules of a layer were built with: sliding windows, kinds of attention, experts or none."""
     return {
@@ -358,13 +367,13 @@ def test_an_interrupted_expansion_leaves_what_was_there(
         (destination / "old").write_text("old")
     written: list[str] = []
 
-    def interrupted(path: Path, *arguments: Any) -> str:
+    def interrupted(path: Path, *arguments: Any) -> dict[str, str]:
         written.append(path.name)
-        digest = write_tensors(path, *arguments)
+        digests = write_tensors(path, *arguments)
         if len(written) == 2:
             assert not (path.parent / "config.json").exists(), "killed now, it must not look like a model"
             raise error
-        return digest
+        return digests
 
     monkeypatch.setattr(expansion_module, "write_tensors", interrupted)
     with pytest.raises(type(error)):

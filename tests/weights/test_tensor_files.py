@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from adept_ds.base.errors import InputError
 from adept_ds.weights import tensor_files
-from adept_ds.weights.tensor_files import ConstantTensor, read_header, write_tensors
+from adept_ds.weights.tensor_files import ConstantTensor, in_library_order, read_header, write_tensors
 
 TENSORS = {
     "matrix": torch.arange(35.0).view(5, 7),
@@ -87,6 +87,16 @@ def test_a_constant_is_that_value_in_every_dtype_of_a_norm(
 def test_a_constant_that_a_dtype_cannot_hold_is_refused(source: Path) -> None:
     with pytest.raises(InputError, match=r"F8_E4M3, where -1\.0 cannot be written"):
         ConstantTensor(read_header(source)["eight"], -1.0)
+
+
+def test_tensors_of_all_dtypes_lie_in_a_file_as_the_library_puts_them(tmp_path: Path) -> None:
+    """The export writes with the library; otherwise `adept delta apply` would not give the same files."""
+    wide, narrow = "float64 int64 uint64 float32 int32 uint32", "bfloat16 float16 int16 uint16 int8 uint8 bool"
+    kinds = f"{narrow} float8_e4m3fn float8_e5m2 {wide}".split()
+    tensors = {f"t{i % 4}.{kind}": torch.ones(3, dtype=getattr(torch, kind)) for i, kind in enumerate(kinds)}
+    save_file(tensors, tmp_path / "a", metadata={"format": "pt"})
+    write_tensors(tmp_path / "b", in_library_order(dict(reversed(read_header(tmp_path / "a").items()))))
+    assert (tmp_path / "b").read_bytes() == (tmp_path / "a").read_bytes()
 
 
 def header_of(tensors: dict[str, dict[str, object]], data: bytes) -> bytes:

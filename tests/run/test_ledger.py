@@ -1,0 +1,125 @@
+"""What a run need not do again, decided by rank 0 for all."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from harness.launching import launch
+
+from adept_ds.base.errors import InputError
+from adept_ds.ranks.collectives import Ranks
+from adept_ds.run.ledger import Ledger, Stage
+
+
+class Made:
+    """A stage that copies its input, and counts how often."""
+
+    def __init__(self, folder: Path) -> None:
+        self.source, self.output, self.count = folder / "in", folder / "out", 0
+        self.source.write_text("a")
+        self.ledger = Ledger(folder / "stages.json", Ranks())
+        self.stage = Stage("copy", self.output, lambda: {"text": self.source.read_text(), "sizes": (1, 2)})
+
+    def make(self) -> None:
+        self.count += 1
+        self.output.write_text(self.source.read_text())
+
+    def once(self) -> bool:
+        return self.ledger.once(self.stage, self.make)
+
+
+def test_a_stage_is_made_once_while_its_inputs_and_its_output_are_the_same(tmp_path: Path) -> None:
+    made = Made(tmp_path)
+    assert not made.ledger.is_current(made.stage)
+    assert [made.once(), made.once()] == [True, False]
+    assert made.ledger.is_current(made.stage)
+    made.source.write_text("b")
+    assert not made.ledger.is_current(made.stage)
+    assert [made.once(), made.once()] == [True, False]
+    made.output.unlink()
+    assert [made.once(), made.once(), made.count] == [True, False, 3]
+
+
+def test_stages_do_not_disturb_each_other(tmp_path: Path) -> None:
+    made = Made(tmp_path)
+    made.once()
+    other = Stage("other", made.output, lambda: 1)
+    assert made.ledger.once(other, lambda: None)
+    assert made.ledger.is_current(made.stage)
+    assert json.loads((tmp_path / "stages.json").read_text()) == {"copy": {"text": "a", "sizes": [1, 2]}, "other": 1}
+
+
+def test_what_fails_is_not_recorded(tmp_path: Path) -> None:
+    made = Made(tmp_path)
+
+    def fail() -> None:
+        made.output.write_text("half")
+        raise InputError("no")
+
+    with pytest.raises(InputError):
+        made.ledger.once(made.stage, fail)
+    assert not made.ledger.is_current(made.stage)
+    assert made.once()
+
+
+def test_inputs_that_change_while_a_stage_runs_make_it_run_again(tmp_path: Path) -> None:
+    """What is recorded are the inputs that were looked at before."""
+    made = Made(tmp_path)
+
+    def make_slowly() -> None:
+        made.make()
+        made.source.write_text("changed meanwhile")
+
+    made.ledger.once(made.stage, make_slowly)
+    assert not made.ledger.is_current(made.stage)
+
+
+@pytest.mark.parametrize("damage", ["", "[1, 2]", '{"copy": ', "nonsense"])
+def test_a_damaged_record_is_one_line_with_the_way_out(tmp_path: Path, damage: str) -> None:
+    (tmp_path / "stages.json").write_text(damage)
+    with pytest.raises(InputError, match=r"stages\.json' is damaged .*; move it away, and") as caught:
+        Made(tmp_path).once()
+    assert "\n" not in str(caught.value)
+
+
+LAGGING = """
+import os, sys
+from pathlib import Path
+from adept_ds.ranks.groups import join, leave
+from adept_ds.ranks.launchers import rank_from_environment
+from adept_ds.run.ledger import Ledger, Stage
+
+ranks = join(rank_from_environment(os.environ))
+folder = Path(sys.argv[1]) if ranks.is_main else Path("/nowhere")  # as a network file system that lags shows it
+
+def look():
+    assert ranks.is_main, "another rank looks at the disk"
+    return (folder / "in").read_text()
+
+ledger = Ledger(folder / "stages.json", ranks)
+stage = Stage("copy", folder / "out", look)
+made = []
+for _ in range(2):
+    made.append(ledger.once(stage, lambda: ranks.on_main(lambda: (folder / "out").write_text("x"))))
+print(ranks.gather((made, ledger.is_current(stage))))
+leave()
+"""
+
+
+def test_rank_0_alone_looks_at_the_disk_and_decides_for_all(tmp_path: Path) -> None:
+    (tmp_path / "in").write_text("a")
+    result = launch(2, ["-c", LAGGING, str(tmp_path)], timeout=120)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[-1] == str([([True, False], True)] * 2)
+
+
+def test_the_record_holds_what_json_holds(tmp_path: Path) -> None:
+    """Tuples and integer keys come back as they are compared."""
+    ledger, values = Ledger(tmp_path / "stages.json", Ranks()), dict[Any, Any]({1: (2, 3)})
+    (tmp_path / "out").write_text("x")
+    stage = Stage("s", tmp_path / "out", lambda: values)
+    assert ledger.once(stage, lambda: None)
+    assert ledger.is_current(stage)
