@@ -1,8 +1,8 @@
-"""How alike the multipliers of two runs are, and what each cost: for example importance.source probe and online.
+"""How alike the multipliers of two runs are, and what each cost: for example importance.source corpus and online.
 
-    adept run config.yaml run_dir=runs/probe
+    adept run config.yaml run_dir=runs/corpus
     adept run config.yaml run_dir=runs/online importance.source=online
-    python tools/compare_importance.py runs/probe runs/online
+    python tools/compare_importance.py runs/corpus runs/online
 
 Both runs must have copied the same layers, with the same granularity. Rank correlations are Spearman's, over all units,
 and apart for norms and everything else: over all, the two kinds are scaled apart and mixed.

@@ -29,13 +29,13 @@ def pack(
             manifest = pack_copies(source, out, name=name, only=only, base=base, progress=bar)
         facts = manifest.model_dump(mode="json", exclude={"tensors"}) | {"fingerprint": manifest.fingerprint}
         layers, size = ", ".join(map(str, manifest.sources)), (out / TENSORS_NAME).stat().st_size / 2**20
-        text = f"delta '{manifest.name}' in {out}: copies of layers {layers}, {size:.1f} MiB"
+        text = f"package '{manifest.name}' in {out}: copies of layers {layers}, {size:.1f} MiB"
         show(terminal, as_json, facts, lambda: terminal.say(text))
 
 
 def apply(
     base: Annotated[Path, typer.Argument(metavar="BASE", help="the model that was expanded")],
-    packages: Annotated[list[Path], typer.Argument(metavar="DELTA...", help="packages; of one layer, first is lowest")],
+    packages: Annotated[list[Path], typer.Argument(metavar="PACKAGE...", help="of one layer, the first is lowest")],
     out: OutArg,
     as_json: JsonOption = False,
 ) -> None:

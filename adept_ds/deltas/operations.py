@@ -226,15 +226,16 @@ def _chosen_package(model: AdaptedModel, only: str | None) -> AppliedPackage | N
     packages = {package.name: package for package in model.expansion.packages}
     names = ", ".join(packages)
     if only is None and len(packages) > 1:
-        raise InputError(f"'{model.directory}' has several deltas ({names}); say which with --only NAME")
+        raise InputError(f"'{model.directory}' has several packages ({names}); say which with --only NAME")
     if only is not None and only not in packages:
-        raise InputError(f"--only: '{model.directory}' has no delta '{only}'; it has {names or 'none that has a name'}")
+        has = names or "none that has a name"
+        raise InputError(f"--only: '{model.directory}' has no package '{only}'; it has {has}")
     return packages[only] if only is not None else next(iter(packages.values()), None)
 
 
 def _checked_name(name: str) -> str:
     if not re.fullmatch(NAME_PATTERN, name):
-        raise InputError(f"--name: '{name}' is no name of a delta; use letters, digits, '.', '_' and '-'")
+        raise InputError(f"--name: '{name}' is no name of a package; use letters, digits, '.', '_' and '-'")
     return name
 
 
@@ -278,7 +279,7 @@ def _check_fits(package: Package, model: ModelDirectory, stored: Mapping[str, St
 def _other_base(package: Package, base: Path, reason: str) -> InputError:
     remedy = "give the model that was expanded"
     if (base / EXPANSION_NAME).is_file():
-        remedy += f"; as '{base}' has copies itself: `adept delta strip` it first, and apply all deltas at once"
+        remedy += f"; as '{base}' has copies itself: `adept delta strip` it first, and apply all packages at once"
     return InputError(f"'{package.directory}' belongs to another base than '{base}' ({reason}); {remedy}")
 
 

@@ -38,7 +38,7 @@ def test_every_file_of_a_run_has_the_name_that_it_always_had(tmp_path: Path) -> 
 
 def test_looking_at_names_writes_nothing(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path / "run")
-    assert not run.expansion.exists()
+    assert not any(getattr(run, name).exists() for name in NAMES)
     assert checkpoint_steps(run.checkpoints) == []
     assert list(tmp_path.iterdir()) == []
 
