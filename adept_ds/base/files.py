@@ -125,8 +125,10 @@ def new_directory(path: Path) -> Iterator[Path]:
 def remove_abandoned(folder: Path, name: str | None = None) -> None:
     """Remove temporary directories in `folder` that no process fills any more: those for `name`, or all."""
     pattern = "*" if name is None else glob.escape(name)
-    for temporary in folder.glob(f".{pattern}.{'[0-9a-f]' * 32}.tmp"):
-        if temporary.is_symlink() or not temporary.is_dir():
+    beside = f".{pattern}.{'[0-9a-f]' * 32}"
+    leftovers = {path.with_suffix(".tmp") for suffix in ("tmp", "lock") for path in folder.glob(f"{beside}.{suffix}")}
+    for temporary in leftovers:
+        if temporary.is_symlink() or temporary.is_file():
             continue
         lock = _lock_of(temporary)
         with suppress(OSError):  # another user's, among temporary files of all

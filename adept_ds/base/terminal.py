@@ -26,7 +26,7 @@ class Terminal:
 
     def __init__(self, stream: TextIO | None) -> None:
         self._silent = stream is None
-        self.console = Console(file=stream or open(os.devnull, "w"), highlight=False)  # noqa: PTH123, SIM115
+        self.console = Console(file=stream, quiet=stream is None, highlight=False, emoji=False)
         if not self.console.is_terminal:
             self.console.width = _NON_TERMINAL_WIDTH
 

@@ -31,7 +31,7 @@ TAKES = {
     "version": [],
     "delta": [],
     "delta pack": ["RUN|ADAPTED", "OUT", "--name", "--only", "--base", "--json"],
-    "delta apply": ["BASE", "DELTA...", "OUT", "--json"],
+    "delta apply": ["BASE", "PACKAGE...", "OUT", "--json"],
     "delta strip": ["ADAPTED", "OUT", "--json"],
 }
 """Of each command, what its help must show."""

@@ -1,4 +1,4 @@
-"""What of DeepSpeed is refused, by name and with its reason, and what is not."""
+"""DeepSpeed's configuration: how it is read, what of it is refused, by name and with its reason, and what is not."""
 
 from __future__ import annotations
 
@@ -10,7 +10,12 @@ import hjson
 import pytest
 from harness.launching import ROOT
 
-from adept_ds.config.deepspeed import UNSUPPORTED, check_deepspeed_file, unsupported_feature
+from adept_ds.config.deepspeed import (
+    UNSUPPORTED,
+    check_deepspeed_file,
+    read_deepspeed_config,
+    unsupported_feature,
+)
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "ZenFlow": ({"zero_optimization": {"zenflow": {"topk_ratio": 0.1}}}, "zenflow"),
@@ -208,3 +213,17 @@ def test_a_run_is_refused_with_the_name_of_the_file(tmp_path: Path) -> None:
     path.write_text(json.dumps({"zero_optimization": {"stage": 3, "zero_quantized_gradients": True}}))
     with pytest.raises(InputError, match=r"ds\.json'.*zero_quantized_gradients' is True.*exact gradients; remove it"):
         check_deepspeed_file(path)
+
+
+def test_deepspeed_files_may_have_comments(tmp_path: Path) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text(
+        '{\n  // the stage\n  "zero_optimization": {"stage": 2, # two\n  /* no more */ "overlap_comm": false}\n}'
+    )
+    expected = {"zero_optimization": {"stage": 2, "overlap_comm": False}}
+    assert read_deepspeed_config(path) == expected
+    assert check_deepspeed_file(path) == expected
+
+
+def test_without_a_deepspeed_file_it_is_plain_zero3() -> None:
+    assert read_deepspeed_config(None) == {"zero_optimization": {"stage": 3}}

@@ -11,8 +11,13 @@ import pytest
 from harness.workspace import Workspace
 
 from adept_ds.base.errors import InputError
+from adept_ds.base.terminal import Terminal
 from adept_ds.config.loading import parse_config
 from adept_ds.config.resolved import Purpose, resolve
+from adept_ds.ranks.collectives import Ranks
+from adept_ds.ranks.stopping import StopRequest
+from adept_ds.run.context import Context
+from adept_ds.zero.build import StepShape, training_ds_config
 
 
 def test_files_of_sources_must_exist(workspace: Workspace, tmp_path: Path) -> None:
@@ -87,15 +92,82 @@ def test_each_purpose_asks_for_what_it_needs_and_for_nothing_else(
             resolve(tree(NEEDS[purpose] - {key}), purpose)
 
 
+@pytest.mark.parametrize("key", ["domain_eval", "general_eval"])
+def test_one_held_out_corpus_is_enough_to_evaluate(workspace: Workspace, tmp_path: Path, key: str) -> None:
+    held_out: dict[str, list[str]] = {"domain_eval": [], "general_eval": []}
+    given = {key: [str(workspace.root / "general.jsonl")]}
+    resolve(parse_config(workspace.tree(tmp_path / "run", data=held_out | given)), "eval")
+    missing = {key: [str(tmp_path / "no.jsonl")]}
+    with pytest.raises(InputError, match=rf"^data\.{key}: '.*no\.jsonl' does not exist; give"):
+        resolve(parse_config(workspace.tree(tmp_path / "run", data=held_out | missing)), "eval")
+    with pytest.raises(InputError, match=r"^data\.domain_eval: no corpus given; list"):
+        resolve(parse_config(workspace.tree(tmp_path / "run", data=held_out)), "eval")
+
+
+@pytest.mark.parametrize(
+    ("purpose", "expand", "looks"),
+    [
+        ("probe", {"k": 2}, True),
+        ("probe", {"layers": [1]}, True),
+        ("run", {"k": 2}, True),
+        ("train", {"k": "auto"}, True),
+        ("run", {"layers": [1]}, False),
+        ("train", {"k": 2, "choose": "uniform"}, False),
+        ("eval", {"k": 2}, False),
+        ("expand", {"k": 2}, False),
+        ("export", {"k": 2}, False),
+    ],
+    ids=str,
+)
+def test_the_model_to_compare_with_is_looked_up_only_where_layers_are_probed(
+    workspace: Workspace, tmp_path: Path, purpose: Purpose, expand: dict[str, Any], looks: bool
+) -> None:
+    def settings(model: Path) -> Any:
+        tree = workspace.tree(tmp_path / "run", probe={"stability": {"model": str(model)}})
+        return resolve(parse_config(tree | {"expand": expand}), purpose)
+
+    other = shutil.copytree(workspace.model, tmp_path / "other")
+    reference = settings(other).reference_model
+    assert (reference and reference.path) == (other if looks else None)
+    if looks:
+        with pytest.raises(InputError, match=r"^probe\.stability\.model: .* does not exist; give"):
+            settings(tmp_path / "missing")
+    else:
+        assert settings(tmp_path / "missing").reference_model is None
+
+
+@pytest.mark.parametrize(
+    ("lr_policy", "importance", "reads"),
+    [({}, {}, True), ({"map": "constant"}, {}, False), ({}, {"source": "online"}, False)],
+    ids=str,
+)
+def test_listed_layers_need_the_corpus_only_for_what_importance_is_estimated_on(
+    workspace: Workspace, tmp_path: Path, lr_policy: dict[str, Any], importance: dict[str, Any], reads: bool
+) -> None:
+    sections = {"expand": {"layers": [1]}, "lr_policy": lr_policy, "probe": {"corpus": []}}
+    data = {"replay": [str(workspace.root / "general.jsonl")], "replay_share": 0.5}
+    tree = workspace.tree(tmp_path / "run", data=data, importance=importance) | sections
+    if reads:
+        with pytest.raises(InputError, match=r"^probe\.corpus: no corpus given"):
+            resolve(parse_config(tree), "run")
+    else:
+        resolve(parse_config(tree), "run")
+
+
 def test_everything_is_looked_up_once(workspace: Workspace, tmp_path: Path) -> None:
-    """What a stage gets does not change when files do."""
-    deepspeed = tmp_path / "ds.json"
-    deepspeed.write_text(json.dumps({"zero_optimization": {"stage": 1}}))
+    """What a stage gets does not change when files do, and nothing that is built of it reads them again."""
+    deepspeed, model = tmp_path / "ds.json", shutil.copytree(workspace.model, tmp_path / "model")
+    deepspeed.write_text(json.dumps({"zero_optimization": {"stage": 1, "reduce_bucket_size": 77}}))
     tree = workspace.tree(tmp_path / "run", deepspeed=str(deepspeed), train={"global_batch_size": 12})
-    resolved = resolve(parse_config(tree), "run", num_ranks=3)
+    resolved = resolve(parse_config(tree | {"model": str(model)}), "run", num_ranks=3)
     deepspeed.unlink()
+    shutil.rmtree(model)
     assert resolved.zero_stage == 1
     assert resolved.accumulation_steps == 2  # twelve sequences on three ranks, two at a time
     assert resolved.model.num_layers == 5
     assert resolved.reference_model is None
     assert resolved.run_dir.root == tmp_path / "run"
+    engines = Context.of(resolved, Ranks(), Terminal(None), StopRequest()).engines
+    shape = StepShape(12, 2, resolved.accumulation_steps)
+    zero = training_ds_config(engines, shape)["zero_optimization"]
+    assert zero == {"stage": 1, "reduce_bucket_size": 77}

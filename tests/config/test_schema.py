@@ -1,18 +1,22 @@
-"""The section of the probe: corpora of weighted sources, and what the choice of layers is compared with."""
+"""Sections of a configuration: what they read, and that a dump of them may be written in a file."""
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
 import yaml
+from harness.launching import ROOT
 
-from adept_ds.base.errors import InputError
 from adept_ds.config.loading import dump_config, parse_config
-from adept_ds.config.schema import corpus_files
+from adept_ds.config.schema import ExpandSection, LrPolicySection, corpus_files
 
 BASE = {"model": "m", "run_dir": "r"}
 WEIGHTED = {"files": ["q.jsonl", "r.txt"], "weight": 2.5, "name": "questions"}
+
+
+# --- probe ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -41,35 +45,99 @@ def test_stability_is_read_back_the_same(stability: Any) -> None:
     assert parse_config(yaml.safe_load(dump_config(config))) == config
 
 
+# --- expand --------------------------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize(
-    ("section", "words"),
+    ("section", "needs"),
     [
-        ({"corpus": [{"files": ["a"], "wieght": 1}]}, ["probe.corpus.wieght", "did you mean 'probe.corpus.weight'"]),
-        ({"corpus": [{"files": ["a"], "weight": 0}]}, ["probe.corpus.weight", "0", "greater than 0"]),
-        ({"corpus": [{"files": []}]}, ["probe.corpus.files", "at least 1"]),
-        ({"corpus": [{"weight": 1}]}, ["probe.corpus.files", "missing"]),
-        ({"corpus": [3]}, ["probe.corpus", "3", "path"]),
-        ({"corpus": ["a", {"files": ["x/a.txt"]}]}, ["corpus", "two sources are named 'a'", "a name of its own"]),
-        ({"corpus": ["a", {"files": ["b"]}], "sequences": 1}, ["sequences: 1", "2 sources", "at least 2"]),
-        ({"stability": "thirds"}, ["probe.stability", "'thirds'", "'halves'"]),
-        ({"stability": {}}, ["probe.stability", "give one of both"]),
-        ({"stability": {"corpus": ["a"], "model": "b"}}, ["probe.stability", "give one of both"]),
-        ({"stability": {"modle": "b"}}, ["probe.stability.modle", "did you mean 'probe.stability.model'"]),
-        ({"method": "maks"}, ["probe.method", "'maks'", "'taylor'"]),
+        ({}, True),
+        ({"k": 3, "choose": "highest"}, True),
+        ({"k": 3, "choose": "uniform"}, False),
+        ({"k": 3, "choose": "random"}, False),
+        ({"choose": "uniform"}, False),
+        ({"k": "auto", "choose": "uniform"}, True),
+        ({"layers": [1]}, False),
     ],
-    ids=lambda value: str(value)[:50] if isinstance(value, dict) else "",
 )
-def test_a_mistake_in_the_probe_section_names_key_value_and_remedy(section: dict[str, Any], words: list[str]) -> None:
-    with pytest.raises(InputError) as caught:
-        parse_config(BASE | {"probe": section})
-    message = str(caught.value)
-    assert "\n" not in message
-    assert not {"<file>", "<source>", "<word>"} & set(message.replace(":", ".").split(".")), "not part of the key"
-    assert all(word in message for word in words), message
+def test_only_what_deltas_decide_needs_a_probe(section: dict[str, Any], needs: bool) -> None:
+    assert ExpandSection(**section).needs_probe == needs
 
 
-def test_a_refresh_must_see_every_source() -> None:
-    tree = BASE | {"probe": {"corpus": ["a", WEIGHTED]}, "importance": {"sequences": 1, "batch_sequences": 1}}
-    with pytest.raises(InputError, match=r"importance\.sequences: 1 leaves none .* at least 2"):
-        parse_config(tree)
-    parse_config(tree | {"data": {"replay": ["c"]}, "importance": {"sequences": 1, "source": "online"}})
+@pytest.mark.parametrize(
+    "section",
+    [
+        {},
+        {"k": 3},
+        {"choose": [3, 1]},
+        {"k": "auto"},
+        {"k": "auto", "rule": "threshold", "threshold": 0.25},
+        {"k": "auto", "rule": "budget", "max_added_latency": 0.2, "choose": "random"},
+        {"k": "auto", "max_trainable_share": 0.15},
+        {"choose": "uniform"},
+    ],
+)
+def test_a_dumped_section_is_one_that_may_be_written(section: dict[str, Any]) -> None:
+    config = parse_config({"model": "m", "run_dir": "r", "expand": section})
+    assert parse_config(config.model_dump(mode="json")).expand == config.expand
+
+
+# --- lr_policy -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        {},
+        {"preset": "official"},
+        {"map": "constant"},
+        {"map": "power", "power": 3},
+        {"map": "exponential", "scope": "per_kind"},
+        {"map": "step", "threshold": 0.3, "low": 0.1},
+        {"map": "rank", "preserve_mean": True, "max_multiplier": 4, "smoothing": 0.9},
+    ],
+    ids=lambda policy: policy.get("preset") or policy.get("map", "default"),
+)
+def test_a_dumped_lr_policy_has_what_takes_effect_and_is_read_back_the_same(policy: dict[str, Any]) -> None:
+    initial = "ones" if policy.get("preset") == "official" else "source"
+    config = parse_config({"model": "m", "run_dir": "r", "lr_policy": policy, "importance": {"initial": initial}})
+    tree = yaml.safe_load(dump_config(config))
+    assert policy.items() <= tree["lr_policy"].items()
+    again = parse_config(tree)
+    assert (again, dump_config(again)) == (config, dump_config(config))
+
+
+def test_a_dumped_lr_policy_has_its_own_parameters_only() -> None:
+    def dumped(**policy: str) -> set[str]:
+        return set(LrPolicySection.model_validate(policy).model_dump())
+
+    common = dumped(map="linear")
+    assert common >= {"map", "scope", "preserve_mean", "min_multiplier", "max_multiplier", "smoothing"}
+    assert dumped(map="power") - common == {"power"}
+    assert dumped(map="exponential") - common == {"temperature"}
+    assert dumped(map="step") - common == {"threshold", "low", "high"}
+    assert dumped(map="rank") == dumped(map="constant") == common
+    assert dumped(preset="official") == {"preset"}
+
+
+def test_every_key_of_the_lr_policy_is_described() -> None:
+    assert all(field.description for field in LrPolicySection.model_fields.values())
+
+
+def test_the_examples_of_the_lr_policy_page_are_accepted() -> None:
+    page = (ROOT / "docs" / "lr_policy.md").read_text(encoding="utf-8")
+    examples = re.findall(r"```yaml\n(.*?)```", page, flags=re.DOTALL)
+    assert examples
+    for example in examples:
+        parse_config(BASE | yaml.safe_load(example))
+
+
+# --- data ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("data", [{}, {"replay": ["g.jsonl"]}, {"replay": ["g.jsonl"], "replay_share": 0.5}])
+def test_a_dumped_data_section_has_what_takes_effect_and_is_read_back_the_same(data: dict[str, Any]) -> None:
+    config = parse_config({"model": "m", "run_dir": "r", "data": data})
+    tree = yaml.safe_load(dump_config(config))
+    assert ("replay_share" in tree["data"]) == bool(data)
+    assert parse_config(tree) == config

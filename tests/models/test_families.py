@@ -21,9 +21,8 @@ from harness.unit_map import units_of
 from safetensors.torch import load_file, save_file
 
 from adept_ds.base.errors import InputError
-from adept_ds.base.files import read_json, write_json
+from adept_ds.base.files import read_json
 from adept_ds.models import family_table as families
-from adept_ds.models.directory import ModelDirectory
 from adept_ds.models.family_table import FAMILIES
 from adept_ds.units.registry import Granularity, build_registry
 from adept_ds.weights.expansion import expand_checkpoint, layer_origins
@@ -202,18 +201,6 @@ def test_checkpoints_that_hold_stacks_of_experts_are_expanded_too(
     with torch.no_grad():
         before, after = (load(tmp_path / name)(input_ids=batch()).logits for name in ("source", "expanded"))
     assert torch.equal(before, after)
-
-
-def test_a_multimodal_model_is_refused_with_the_way_to_its_language_model(tmp_path: Path) -> None:
-    write_json(tmp_path / "config.json", {"model_type": "gemma3", "text_config": {"model_type": "gemma3_text"}})
-    with pytest.raises(InputError, match=r"'gemma3', which is not supported; .*'gemma3_text'.*save its language model"):
-        ModelDirectory.read(tmp_path)
-
-
-def test_an_unknown_architecture_is_refused_with_the_way_to_add_it(tmp_path: Path) -> None:
-    write_json(tmp_path / "config.json", {"model_type": "mamba"})
-    with pytest.raises(InputError, match=r"'mamba', which is not supported; supported: .*CONTRIBUTING\.md"):
-        ModelDirectory.read(tmp_path)
 
 
 def test_attention_that_depends_on_the_layers_index_is_refused(tmp_path: Path) -> None:

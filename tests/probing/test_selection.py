@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from harness.models import FAMILY_OPTIONS, save_tiny_model
 
 from adept_ds.base.errors import InputError
-from adept_ds.config.loading import parse_config
 from adept_ds.config.schema import ExpandSection
-from adept_ds.models.directory import ModelDirectory
-from adept_ds.probing.model_size import ModelSize, model_size
+from adept_ds.probing.model_size import ModelSize
 from adept_ds.probing.selection import knee, layers_without_probe, lowest_layers, select_layers, uniform_layers
 
 SIZE = ModelSize((10,) * 6, 30, (10.0,) * 6, 20)
@@ -63,22 +59,6 @@ def test_a_list_to_choose_means_the_same_as_layers() -> None:
     listed, chosen = ExpandSection(layers=[4, 2]), ExpandSection(choose=[4, 2])
     assert listed == chosen
     assert layers_without_probe(chosen, 6, 0) == [2, 4]
-
-
-@pytest.mark.parametrize(
-    ("section", "needs"),
-    [
-        ({}, True),
-        ({"k": 3, "choose": "highest"}, True),
-        ({"k": 3, "choose": "uniform"}, False),
-        ({"k": 3, "choose": "random"}, False),
-        ({"choose": "uniform"}, False),
-        ({"k": "auto", "choose": "uniform"}, True),
-        ({"layers": [1]}, False),
-    ],
-)
-def test_only_what_deltas_decide_needs_a_probe(section: dict[str, Any], needs: bool) -> None:
-    assert ExpandSection(**section).needs_probe == needs
 
 
 # --- how many ------------------------------------------------------------------------------------------------------
@@ -199,69 +179,3 @@ def test_layers_whose_choice_another_sample_would_change_are_within_noise() -> N
     highest = select([0.0, 1.0, 2.0, 3.0], replicates, ModelSize((1,) * 4, 0, (1.0,) * 4, 0), k=2, choose="highest")
     assert highest.within_noise == (1, 2)
     assert select([0.0, 1.0, 2.0, 3.0], replicates, k=2, choose="uniform").within_noise == ()
-
-
-# --- what a model weighs -------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("model_type", ["llama", "gpt2", "mixtral", "qwen2_moe"])
-def test_sizes_are_those_of_the_loaded_model(model_type: str, tmp_path: Path) -> None:
-    from transformers import AutoModelForCausalLM
-
-    from adept_ds.models.family_table import FAMILIES
-
-    directory = save_tiny_model(tmp_path / "model", model_type)
-    model = AutoModelForCausalLM.from_pretrained(directory)
-    layers = FAMILIES[model_type].layer_modules(model)
-    size = model_size(ModelDirectory.read(directory))
-    assert size.layer_parameters == tuple(sum(p.numel() for p in layer.parameters()) for layer in layers)
-    assert sum(size.layer_parameters) + size.other_parameters == sum(p.numel() for p in model.parameters())
-    assert size.head_passed == model.get_output_embeddings().weight.numel()
-    stacks = [sum(p.numel() for p in layer.parameters() if p.dim() == 3) for layer in layers]  # a third is not passed
-    expected = [whole - stack / 3 for whole, stack in zip(size.layer_parameters, stacks, strict=True)]
-    assert size.layer_passed == pytest.approx(expected)
-    assert (FAMILY_OPTIONS[model_type].get("num_experts_per_tok") is not None) == any(stacks)
-
-
-# --- the section ---------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("section", "words"),
-    [
-        ({"rule": "knee"}, ["rule: knee", "k: auto"]),
-        ({"k": 4, "threshold": 0.3}, ["threshold: 0.3", "k: auto"]),
-        ({"k": "auto", "threshold": 0.3}, ["threshold: 0.3", "rule: threshold", "rule is knee"]),
-        ({"k": "auto", "rule": "budget"}, ["no limit", "max_trainable_share", "max_added_latency"]),
-        ({"k": 3, "max_added_latency": 0.2}, ["max_added_latency: 0.2", "k: auto"]),
-        ({"k": 0}, ["k: 0", "1 or more"]),
-        ({"k": "many"}, ["expand.k", "'many'"]),
-        ({"choose": [1], "layers": [2]}, ["choose and layers"]),
-        ({"choose": "uniform", "layers": [2]}, ["choose and layers exclude"]),
-        ({"k": "auto", "layers": [2]}, ["k and layers exclude"]),
-        ({"choose": "middle"}, ["expand.choose", "'middle'"]),
-        ({"choose": [1, 1]}, ["layer twice"]),
-    ],
-)
-def test_settings_without_effect_or_against_each_other_are_refused(section: dict[str, Any], words: list[str]) -> None:
-    with pytest.raises(InputError) as error:
-        parse_config({"model": "m", "run_dir": "r", "expand": section})
-    assert all(word in str(error.value) for word in ["expand", *words]), str(error.value)
-
-
-@pytest.mark.parametrize(
-    "section",
-    [
-        {},
-        {"k": 3},
-        {"choose": [3, 1]},
-        {"k": "auto"},
-        {"k": "auto", "rule": "threshold", "threshold": 0.25},
-        {"k": "auto", "rule": "budget", "max_added_latency": 0.2, "choose": "random"},
-        {"k": "auto", "max_trainable_share": 0.15},
-        {"choose": "uniform"},
-    ],
-)
-def test_a_dumped_section_is_one_that_may_be_written(section: dict[str, Any]) -> None:
-    config = parse_config({"model": "m", "run_dir": "r", "expand": section})
-    assert parse_config(config.model_dump(mode="json")).expand == config.expand

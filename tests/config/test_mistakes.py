@@ -1,0 +1,181 @@
+"""A mistake in a configuration is one line: the key, the value and the remedy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from adept_ds.base.errors import InputError
+from adept_ds.config.loading import load_config, parse_config
+
+BASE = {"model": "m", "run_dir": "r"}
+WEIGHTED = {"files": ["q.jsonl", "r.txt"], "weight": 2.5, "name": "questions"}
+
+
+@pytest.fixture
+def config_file(tmp_path: Path) -> Path:
+    path = tmp_path / "config.yaml"
+    path.write_text("model: m\nrun_dir: r\ntrain:\n  steps: 10\n  betas: [0.8, 0.99]\n", encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        pytest.param("train.stpes=1", ["train.stpes", "did you mean 'train.steps'"], id="nearest in its section"),
+        pytest.param("learning.lr=1", ["learning", "valid keys here", "train"], id="unknown section"),
+        pytest.param("seq_len=9", ["seq_len", "did you mean '", ".seq_len'"], id="in the wrong section"),
+        pytest.param("data.steps=1", ["data.steps", "did you mean 'train.steps'"], id="another section's key"),
+        pytest.param("train.steps=many", ["train.steps", "many", "integer"], id="wrong type"),
+        pytest.param("train.steps=0", ["train.steps", "0", "greater than or equal to 1"], id="out of range"),
+        pytest.param("train.steps=1.5", ["train.steps", "1.5", "integer"], id="fraction"),
+        pytest.param("train.schedule=cos", ["train.schedule", "cos", "'cosine'"], id="unknown choice"),
+        pytest.param("train.betas=[0.9]", ["train.betas", "0.9"], id="too few betas"),
+        pytest.param("train.betas=[2,5]", ["train.betas", "2"], id="betas outside [0, 1)"),
+        pytest.param("train.lr=.inf", ["train.lr", "inf"], id="infinite learning rate"),
+        pytest.param("train.lr=.nan", ["train.lr", "nan"], id="learning rate that is no number"),
+        pytest.param("train=3", ["train", "3"], id="a number for a section"),
+        pytest.param("data.domain=d.jsonl", ["data.domain", "d.jsonl", "list"], id="a file for a list"),
+        pytest.param("expand={k: 2, layers: [1]}", ["expand", "k and layers", "remove one"], id="k and layers"),
+        pytest.param("expand.layers=[2,2]", ["expand", "twice"], id="a layer twice"),
+        pytest.param("expand.layers=[]", ["expand.layers", "[]"], id="no layer"),
+        pytest.param("lr_policy.map=cubic", ["lr_policy.map", "cubic", "'linear'"], id="unknown map"),
+        pytest.param("lr_policy.power=0", ["lr_policy.power", "0", "greater than 0"], id="power that is not positive"),
+        pytest.param("lr_policy.temperature=-1", ["lr_policy.temperature", "-1"], id="negative temperature"),
+        pytest.param("lr_policy.threshold=1.1", ["lr_policy.threshold", "1.1"], id="threshold above 1"),
+        pytest.param("lr_policy.smoothing=1", ["lr_policy.smoothing", "1", "less than 1"], id="nothing new is learnt"),
+        pytest.param(
+            "lr_policy.power=3",
+            ["lr_policy: power: 3.0", "map is linear", "remove power"],
+            id="another map's parameter",
+        ),
+        pytest.param(
+            "lr_policy={map: power, low: 0.5}", ["low: 0.5", "map: step", "map is power", "remove low"], id="step's low"
+        ),
+        pytest.param(
+            "lr_policy={map: step, low: 3}", ["low: 3.0", "high: 2.0", "lower low or raise high"], id="low above high"
+        ),
+        pytest.param(
+            "lr_policy={min_multiplier: 2, max_multiplier: 1}",
+            ["min_multiplier: 2.0", "max_multiplier: 1.0", "lower min_multiplier"],
+            id="limits in the wrong order",
+        ),
+        pytest.param(
+            "lr_policy={map: constant, smoothing: 0.5}",
+            ["smoothing: 0.5", "map: constant", "remove smoothing"],
+            id="smoothing of nothing",
+        ),
+        pytest.param(
+            "lr_policy={map: constant, preserve_mean: true}",
+            ["preserve_mean: True", "map: constant", "remove preserve_mean"],
+            id="a constant's mean",
+        ),
+        pytest.param(
+            "lr_policy={map: constant, max_multiplier: 1}",
+            ["max_multiplier: 1.0", "map: constant", "remove max_multiplier"],
+            id="limits of a constant",
+        ),
+        pytest.param(
+            "lr_policy={preset: official, map: linear, smoothing: 0}",
+            ["preset: official", "map: linear", "smoothing: 0.0", "remove one or the other"],
+            id="preset and more",
+        ),
+        pytest.param(
+            "data.replay_share=0.5",
+            ["data.replay_share: 0.5", "list files in data.replay", "remove data.replay_share"],
+            id="a share of no replay",
+        ),
+        pytest.param(
+            "importance.source=online",
+            ["importance.source: online", "list files in data.replay"],
+            id="online of nothing",
+        ),
+        pytest.param("data.replay_share=1", ["data.replay_share", "less than 1"], id="replay alone"),
+        pytest.param(
+            "lr_policy.preset=official", ["lr_policy.preset: official", "importance.initial to ones"], id="preset alone"
+        ),
+        pytest.param("lr_policy.preset=paper", ["lr_policy.preset", "paper", "'official'"], id="unknown preset"),
+    ],
+)
+def test_a_mistake_is_one_line_naming_key_value_and_remedy(config_file: Path, override: str, words: list[str]) -> None:
+    with pytest.raises(InputError) as caught:
+        load_config(config_file, [override])
+    message = str(caught.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message
+    assert " is missing; add it" not in message, "the key is there"
+    assert "Section" not in message, "names of classes mean nothing to a user"
+
+
+def test_a_missing_key_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("model: m\n")
+    with pytest.raises(InputError, match="'run_dir' is missing; add it"):
+        load_config(path)
+
+
+def test_a_misspelt_required_key_is_shown_as_it_stands_in_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("modle: m\nrun_dir: r\n")
+    with pytest.raises(InputError, match="unknown key 'modle'; did you mean 'model'"):
+        load_config(path)
+
+
+@pytest.mark.parametrize(
+    ("section", "words"),
+    [
+        ({"corpus": [{"files": ["a"], "wieght": 1}]}, ["probe.corpus.wieght", "did you mean 'probe.corpus.weight'"]),
+        ({"corpus": [{"files": ["a"], "weight": 0}]}, ["probe.corpus.weight", "0", "greater than 0"]),
+        ({"corpus": [{"files": []}]}, ["probe.corpus.files", "at least 1"]),
+        ({"corpus": [{"weight": 1}]}, ["probe.corpus.files", "missing"]),
+        ({"corpus": [3]}, ["probe.corpus", "3", "path"]),
+        ({"corpus": ["a", {"files": ["x/a.txt"]}]}, ["corpus", "two sources are named 'a'", "a name of its own"]),
+        ({"corpus": ["a", {"files": ["b"]}], "sequences": 1}, ["sequences: 1", "2 sources", "at least 2"]),
+        ({"stability": "thirds"}, ["probe.stability", "'thirds'", "'halves'"]),
+        ({"stability": {}}, ["probe.stability", "give one of both"]),
+        ({"stability": {"corpus": ["a"], "model": "b"}}, ["probe.stability", "give one of both"]),
+        ({"stability": {"modle": "b"}}, ["probe.stability.modle", "did you mean 'probe.stability.model'"]),
+        ({"method": "maks"}, ["probe.method", "'maks'", "'taylor'"]),
+    ],
+    ids=lambda value: str(value)[:50] if isinstance(value, dict) else "",
+)
+def test_a_mistake_in_the_probe_section_names_key_value_and_remedy(section: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(InputError) as caught:
+        parse_config(BASE | {"probe": section})
+    message = str(caught.value)
+    assert "\n" not in message
+    assert not {"<file>", "<source>", "<word>"} & set(message.replace(":", ".").split(".")), "not part of the key"
+    assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize(
+    ("section", "words"),
+    [
+        ({"rule": "knee"}, ["rule: knee", "k: auto"]),
+        ({"k": 4, "threshold": 0.3}, ["threshold: 0.3", "k: auto"]),
+        ({"k": "auto", "threshold": 0.3}, ["threshold: 0.3", "rule: threshold", "rule is knee"]),
+        ({"k": "auto", "rule": "budget"}, ["no limit", "max_trainable_share", "max_added_latency"]),
+        ({"k": 3, "max_added_latency": 0.2}, ["max_added_latency: 0.2", "k: auto"]),
+        ({"k": 0}, ["k: 0", "1 or more"]),
+        ({"k": "many"}, ["expand.k", "'many'"]),
+        ({"choose": [1], "layers": [2]}, ["choose and layers"]),
+        ({"choose": "uniform", "layers": [2]}, ["choose and layers exclude"]),
+        ({"k": "auto", "layers": [2]}, ["k and layers exclude"]),
+        ({"choose": "middle"}, ["expand.choose", "'middle'"]),
+        ({"choose": [1, 1]}, ["layer twice"]),
+    ],
+)
+def test_settings_without_effect_or_against_each_other_are_refused(section: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(InputError) as error:
+        parse_config({"model": "m", "run_dir": "r", "expand": section})
+    assert all(word in str(error.value) for word in ["expand", *words]), str(error.value)
+
+
+def test_a_refresh_must_see_every_source() -> None:
+    tree = BASE | {"probe": {"corpus": ["a", WEIGHTED]}, "importance": {"sequences": 1, "batch_sequences": 1}}
+    with pytest.raises(InputError, match=r"importance\.sequences: 1 leaves none .* at least 2"):
+        parse_config(tree)
+    parse_config(tree | {"data": {"replay": ["c"]}, "importance": {"sequences": 1, "source": "online"}})
