@@ -112,8 +112,8 @@ class Ranks:
         result, complaint = None, ""
         try:
             result = action()
-        except OSError as error:
-            complaint = str(error)
+        except Exception as error:
+            complaint = f"{type(error).__name__}: {error}"
         failed = [(rank, text) for rank, text in enumerate(self.gather(complaint)) if text]
         if failed:
             raise InputError(f"rank {failed[0][0]}: {failed[0][1]}; {remedy}")

@@ -58,12 +58,18 @@ class Ledger:
         return stage.output.exists() and self._recorded().get(stage.name) == inputs
 
     def _recorded(self) -> dict[str, Any]:
+        if not self._file.is_file():
+            return {}
         try:
-            return dict(read_json(self._file)) if self._file.is_file() else {}
-        except (ValueError, TypeError) as error:
-            raise InputError(
-                f"'{self._file}' is damaged ({error}); move it away, and what it spoke of is made again"
-            ) from None
+            record = read_json(self._file)
+        except ValueError as error:
+            raise self._damaged(str(error)) from None
+        if not isinstance(record, dict):
+            raise self._damaged("no JSON object")
+        return record
+
+    def _damaged(self, reason: str) -> InputError:
+        return InputError(f"'{self._file}' is damaged ({reason}); move it away, and what it spoke of is made again")
 
 
 def plain(value: Any) -> Any:

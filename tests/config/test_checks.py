@@ -56,6 +56,8 @@ def test_a_share_of_replay_fills_what_it_must_or_one_that_does_is_named(share: f
     """Both texts are in every batch; with online importance, the micro-batches of all ranks hold one text only."""
     seen = set()
     for size, micro, ranks in BATCHES:
+        if size % (micro * ranks):
+            continue  # refused already, see above
         unit = micro * ranks if source == "online" else 1
         config = replaying(size, micro, share, source)
         if 0 < config.replayed < size and config.replayed % unit == 0:

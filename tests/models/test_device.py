@@ -36,11 +36,18 @@ def test_without_control_groups_nothing_is_limited(tmp_path: Path) -> None:
 
 
 def test_ranks_of_a_host_share_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device.torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(device.psutil, "virtual_memory", lambda: SimpleNamespace(available=1200))
     monkeypatch.setattr(device, "free_in_cgroups", lambda: 1000)
     assert [free_memory_bytes(ranks) for ranks in (1, 2, 3)] == [1000, 500, 333]
     monkeypatch.setattr(device, "free_in_cgroups", lambda: 5000)
     assert free_memory_bytes(4) == 300
+
+
+def test_a_rank_has_its_accelerator_to_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(device.torch.cuda, "mem_get_info", lambda: (700, 1000))
+    assert free_memory_bytes(1) == free_memory_bytes(8) == 700
 
 
 def test_fp16_is_refused_where_deepspeed_does_not_train_in_it(monkeypatch: pytest.MonkeyPatch) -> None:

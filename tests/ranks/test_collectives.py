@@ -82,9 +82,13 @@ def test_what_one_rank_cannot_read_ends_all_of_them_by_its_name(found: list[dict
     for mine in found:
         kind, message = mine["each"]
         assert kind == "InputError"
-        assert message.startswith("rank 1: ")
+        assert message.startswith("rank 1: FileNotFoundError: ")
         assert message.endswith("'/nowhere'; share it")
     assert [mine["each works"] for mine in found] == [0, 1]
+
+
+def silent() -> None:
+    raise TimeoutError
 
 
 def test_a_process_alone_needs_no_process_group() -> None:
@@ -98,5 +102,7 @@ def test_a_process_alone_needs_no_process_group() -> None:
     ranks.barrier()
     with pytest.raises(KeyError):
         ranks.on_main(lambda: dict[str, int]()["no"])
-    with pytest.raises(InputError, match="rank 0: "):
-        ranks.on_each(lambda: Path("/nowhere").read_text(), "")
+    with pytest.raises(InputError, match="rank 0: FileNotFoundError: .*nowhere.*; look"):
+        ranks.on_each(lambda: Path("/nowhere").read_text(), "look")
+    with pytest.raises(InputError, match="rank 0: TimeoutError: ; look"):
+        ranks.on_each(silent, "look")

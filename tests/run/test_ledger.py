@@ -77,7 +77,7 @@ def test_inputs_that_change_while_a_stage_runs_make_it_run_again(tmp_path: Path)
     assert not made.ledger.is_current(made.stage)
 
 
-@pytest.mark.parametrize("damage", ["", "[1, 2]", '{"copy": ', "nonsense"])
+@pytest.mark.parametrize("damage", ["", "[]", "[1, 2]", '[["copy", 1]]', '{"copy": ', "nonsense"])
 def test_a_damaged_record_is_one_line_with_the_way_out(tmp_path: Path, damage: str) -> None:
     (tmp_path / "stages.json").write_text(damage)
     with pytest.raises(InputError, match=r"stages\.json' is damaged .*; move it away, and") as caught:
