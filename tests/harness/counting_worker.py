@@ -1,6 +1,6 @@
 """What one rank counts: collectives of a refresh and of a sweep, and which layers have a backward pass.
 
-Usage: python -m harness.counting_worker WORKSPACE OUTPUT WHAT, where WHAT is a function of this file. Rank 0 writes what
+Usage: python -m harness.counting_worker WORKSPACE OUTPUT WHAT, where WHAT is a function here. Rank 0 writes what
 it found to OUTPUT (torch.save).
 """
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import oracle
@@ -22,8 +22,12 @@ from safetensors.numpy import load_file
 from scipy.stats import spearmanr
 
 from adept_ds.base.files import read_json
+from adept_ds.config.schema import ProbeSection
 from adept_ds.data.mixture import Sample
-from adept_ds.probing.estimators import ESTIMATORS
+from adept_ds.probing.estimators import ESTIMATORS, Estimator, Passes, Probe, name_of
+from adept_ds.probing.passes import PassProgress
+from adept_ds.probing.result import LayerImportance
+from adept_ds.run.probe import probe_stage
 
 WORLD_SIZES = [1, 2, 3]
 WEIGHTS = (1.0, 2.5)
@@ -180,6 +184,85 @@ def test_methods_are_compared_on_the_same_text(roots: dict[int, Path], expected:
         if method != "mask":
             correlation = spearmanr(expected["mask"], expected[method]).statistic
             assert record["spearman"][method] == pytest.approx(correlation)
+
+
+def test_mask_and_taylor_gather_each_layer_as_a_whole_and_no_oftener_than_it_is_needed(
+    workspace: Workspace, tmp_path: Path
+) -> None:
+    """Mask: once, though the stack of variants passes a layer in up to three chunks. Taylor: once more for the backward
+    pass, as the norm and the tied head; the embedding has none. One batch on each of two ranks: DeepSpeed has not seen
+    another, and gathers nothing ahead.
+    """
+    output = tmp_path / "found.pt"
+    result = launch(2, ["-m", "harness.gathering_worker", str(workspace.root), str(output), "mask", "taylor"])
+    assert result.returncode == 0, result.stderr
+    found = torch.load(output)
+    model = oracle.load(workspace.model)
+    layer, embedding, norm = (
+        sum(8 * -(-parameter.numel() // 2) for parameter in module.parameters())  # float32, cut in two with padding
+        for module in (model.model.layers[0], model.model.embed_tokens, model.model.norm)
+    )
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert found["mask"] == [embedding, *[layer] * 5, norm, embedding]
+    assert found["taylor"] == [*found["mask"], embedding, norm, *[layer] * 5]
+
+
+# --- the table of estimators ---------------------------------------------------------------------------------------
+
+
+def test_the_configuration_allows_the_estimators_of_the_table_and_no_other() -> None:
+    assert get_args(ProbeSection.model_fields["method"].annotation) == tuple(ESTIMATORS)
+    assert [name_of(estimator) for estimator in ESTIMATORS.values()] == list(ESTIMATORS)
+    for name, estimator in ESTIMATORS.items():
+        assert estimator.measures, name
+        assert ProbeSection.model_fields.keys() >= set(estimator.depends_on), name
+
+
+class Numbered(Estimator):
+    """Says that the higher of two neighbours is needed less."""
+
+    measures = "half of the layer's number, from the top"
+    in_nats = False
+    depends_on = ("max_stack_tokens",)
+
+    def __init__(self) -> None:
+        self.times = 0
+
+    def passes(self, probe: Probe, progress: PassProgress) -> Passes:
+        self.times += 1
+        progress.batch(0, 1)
+        tokens = torch.tensor(probe.sample.tokens(), dtype=torch.float64)
+        halves = torch.arange(probe.model.num_layers, 0, -1, dtype=torch.float64) / 2
+        return 3 * tokens, torch.outer(tokens, halves), 1.5
+
+
+@pytest.mark.filterwarnings("ignore:Pydantic serializer warnings")
+def test_an_estimator_that_is_added_to_the_table_is_probed_with_kept_and_chosen_by(
+    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    added = Numbered()
+    monkeypatch.setitem(ESTIMATORS, "numbered", added)
+
+    def probed(**keys: Any) -> LayerImportance:
+        config = probe_config(workspace, tmp_path / "run", **keys)
+        # As if the schema allowed it too.
+        section = config.probe.model_copy(update={"method": "numbered"})
+        return probe_stage(open_run(config.model_copy(update={"probe": section})))
+
+    result = probed()
+    assert result.method == "numbered"
+    assert result.measures == added.measures
+    assert result.deltas == pytest.approx([2.5, 2.0, 1.5, 1.0, 0.5])
+    assert result.selected == (3, 4)
+    assert result.base_loss == pytest.approx(3)
+    assert {layer.loss for layer in result.layers} == {None}, "in_nats"
+    assert [layer.standard_error for layer in result.layers] == pytest.approx([0] * 5, abs=1e-12)
+    assert result.stability is not None and result.stability.jaccard == 1
+    assert LayerImportance.load(tmp_path / "run" / "layer_importance.json") == result
+    probed(batch_sequences=4)
+    assert added.times == 1, "its scores do not depend on this key"
+    probed(max_stack_tokens=999)
+    assert added.times == 2
 
 
 def test_documentation_names_every_method_and_key() -> None:

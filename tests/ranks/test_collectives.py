@@ -102,7 +102,7 @@ def test_a_process_alone_needs_no_process_group() -> None:
     ranks.barrier()
     with pytest.raises(KeyError):
         ranks.on_main(lambda: dict[str, int]()["no"])
-    with pytest.raises(InputError, match="rank 0: FileNotFoundError: .*nowhere.*; look"):
+    with pytest.raises(InputError, match=r"rank 0: FileNotFoundError: .*nowhere.*; look"):
         ranks.on_each(lambda: Path("/nowhere").read_text(), "look")
     with pytest.raises(InputError, match="rank 0: TimeoutError: ; look"):
         ranks.on_each(silent, "look")
