@@ -58,9 +58,7 @@ def test_a_configuration_that_is_missing_or_damaged_is_refused_in_one_line(
 @pytest.mark.parametrize("weights", ["pytorch_model.bin", "model.pt", "model.pth"])
 def test_pickled_weights_are_refused_unless_others_lie_beside_them(tmp_path: Path, weights: str) -> None:
     path = made_up_model(tmp_path / "model", weights)
-    with pytest.raises(
-        InputError, match=rf"^probe\.stability\.model: .* pickled weights \({re.escape(weights)}\)"
-    ):
+    with pytest.raises(InputError, match=rf"^probe\.stability\.model: .* pickled weights \({re.escape(weights)}\)"):
         ModelDirectory.resolve("probe.stability.model", str(path))
     (path / "model.safetensors").touch()
     assert ModelDirectory.resolve("model", str(path)).num_layers == 5
@@ -96,9 +94,7 @@ def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tu
 def test_a_name_of_the_hub_is_its_snapshot_without_pickles(tmp_path: Path, asked: list[Any]) -> None:
     assert ModelDirectory.resolve("model", "owner/good").path == tmp_path / "snapshot"
     assert asked == [("owner/good", ("*.bin", "*.pt", "*.pth", "*.gguf"))]
-    with pytest.raises(
-        InputError, match=r"'owner/none' is no directory and not to be had .* \(404 .*Error\.\)$"
-    ):
+    with pytest.raises(InputError, match=r"'owner/none' is no directory and not to be had .* \(404 .*Error\.\)$"):
         ModelDirectory.resolve("model", "owner/none")
 
 

@@ -1,4 +1,4 @@
-"""The learning rate of a step."""
+"""One optimizer step: the learning rate that it has, and how far down its gradient goes."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from harness.launching import adept, launch
+from harness.launching import adept, launch, start
 from harness.workspace import Workspace
 
 from adept_ds.base.files import read_json_lines
@@ -13,35 +13,65 @@ from adept_ds.base.run_dir import RunDirectory, checkpoint_steps
 
 PROGRAM = """
 import sys
+import deepspeed, torch
+from adept_ds.base.errors import InputError
 from adept_ds.cli.app import main
 from adept_ds.training import trainer
+from harness.lab import whole_master_weights
 
-whole, broken = trainer.accumulate_gradient, float(sys.argv.pop(1))
+whole_step, whole_gradient = trainer.Trainer._train_step, trainer.accumulate_gradient
+place, broken = sys.argv.pop(1), float(sys.argv.pop(1))
+
+def state(training):
+    weights = {name: weight.tolist() for name, weight in whole_master_weights(training.engine).items()}
+    folder = training.run_dir.checkpoints
+    return repr(weights), {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+def watched(training, step):
+    if step != 4:
+        return whole_step(training, step)
+    if place == "weight":
+        trained = next(p for p in training.engine.module.parameters() if p.requires_grad)
+        with deepspeed.zero.GatheredParameters([trained], modifier_rank=0):
+            trained.data.flatten()[:1] = broken
+    before = state(training)
+    try:
+        return whole_step(training, step)
+    except InputError:
+        weights, files = state(training)
+        assert weights == before[0], "a weight moved"
+        assert files == before[1], "a checkpoint was touched"
+        raise
 
 def planted(engine, data, step, train, ranks, online=None):
-    losses = whole(engine, data, step, train, ranks, online)
-    if step != 4:
-        return losses
-    def moved():
-        raise AssertionError("the step was taken")
-    engine.step = moved
-    return (broken, losses[1]) if ranks.is_main is (ranks.world_size == 1) else losses
+    losses = whole_gradient(engine, data, step, train, ranks, online)
+    is_last = ranks.rank == ranks.world_size - 1
+    return (broken, losses[1]) if step == 4 and place == "loss" and is_last else losses
 
-trainer.accumulate_gradient = planted
+trainer.Trainer._train_step, trainer.accumulate_gradient = watched, planted
 main()
 """
-"""Step 5 finds a loss that is no number, on the last rank alone."""
+"""Step 5 finds a loss that is no number: on the last rank alone, or on all of them because of a trained weight."""
 
 
-@pytest.mark.parametrize(("world_size", "broken"), [(1, "nan"), (2, "inf")])
+@pytest.mark.parametrize(
+    ("world_size", "place", "broken"), [(1, "loss", "nan"), (2, "loss", "inf"), (2, "weight", "nan")]
+)
 def test_a_loss_that_is_no_number_ends_the_run_before_weights_change(
-    workspace: Workspace, tmp_path: Path, world_size: int, broken: str
+    workspace: Workspace, tmp_path: Path, world_size: int, place: str, broken: str
 ) -> None:
+    """On every rank, and rank 0 says why. PROGRAM itself compares weights and checkpoints before and after."""
     config = workspace.config(tmp_path / "run")
-    result = launch(world_size, ["-c", PROGRAM, broken, "run", str(config)])
-    assert result.returncode == 2, result.stderr
-    (line,) = result.stderr.splitlines()
+    processes = start(world_size, ["-c", PROGRAM, place, broken, "run", str(config)])
+    try:
+        said = [process.communicate(timeout=300)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [2] * world_size, said
+    (line,) = said[0].splitlines()
     assert line.startswith(f"adept: train.lr: with 0.01 the loss of step 5 is {broken}, before any weight changed; ")
+    assert not any(said[1:])
     run = RunDirectory(tmp_path / "run")
     assert [record["step"] for record in read_json_lines(run.metrics) if "loss" in record] == [1, 2, 3, 4]
     assert checkpoint_steps(run.checkpoints) == [3]
@@ -51,7 +81,7 @@ def test_a_loss_that_is_no_number_ends_the_run_before_weights_change(
 def test_the_checkpoint_before_it_is_one_to_go_on_from(workspace: Workspace, tmp_path: Path) -> None:
     """The remedy may be in the texts: nothing is lost. What a killed save left behind is swept away on the way."""
     config = workspace.config(tmp_path / "run")
-    assert launch(1, ["-c", PROGRAM, "nan", "run", str(config)]).returncode == 2
+    assert launch(1, ["-c", PROGRAM, "loss", "nan", "run", str(config)]).returncode == 2
     abandoned = RunDirectory(tmp_path / "run").checkpoints / f".step_4.{'0' * 32}.tmp"
     abandoned.mkdir()
     (abandoned / "half").write_text("x")

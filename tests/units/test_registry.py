@@ -1,4 +1,4 @@
-"""Units: which element belongs to which, at every granularity, wherever a partition cuts."""
+"""Units of copied layers: which element belongs to which, at every granularity, in every family."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from harness.models import FAMILY_OPTIONS, TINY
 from harness.unit_map import unit_of_each_element, units_of
 
 from adept_ds.models.family_table import FAMILIES
-from adept_ds.units.placement import Placement
 from adept_ds.units.registry import UnitRegistry, build_registry
 
 COPIES = [1, 4]
@@ -104,33 +103,6 @@ def test_a_neuron_owns_a_row_of_gate_and_up_and_a_column_of_down() -> None:
     for units in (unit_of_each_element(gate), unit_of_each_element(up), unit_of_each_element(down).T):
         assert units[:, 0].tolist() == units[:, -1].tolist() == neurons
     assert {registry.units[index].numel for index in neurons} == {3 * 20}
-
-
-@pytest.mark.parametrize("granularity", GRANULARITIES)
-def test_tiles_say_the_unit_of_every_element_wherever_a_partition_cuts(granularity: str) -> None:
-    """Every slice of small parameters, against the definition element by element."""
-    placements = {
-        "matrix": [Placement((5, 4), 3), Placement((7,), 1)],
-        "module": [Placement((3, 2, 2), 0)],
-        "fine": [
-            Placement((6, 4), 2, 0, 2),
-            Placement((6,), 2, 0, 2),
-            Placement((5, 6), 1, 1, 3),
-            Placement((3, 4), 0, 1, 1),
-            Placement((8, 3), 2, 0, 2, 2),
-            Placement((3, 12), 1, 1, 2, 3),
-        ],
-    }[granularity]
-    for placement in placements:
-        truth = unit_of_each_element(placement).flatten()
-        for start in range(len(truth)):
-            for stop in range(start + 1, len(truth) + 1):
-                told = torch.full((stop - start,), -1)
-                for tile in placement.tiles(start, stop):
-                    view = tile.view(told)
-                    assert (view == -1).all(), "tiles must not overlap"
-                    view.copy_(tile.units.unsqueeze(1 - tile.axis).expand_as(view))
-                assert torch.equal(told, truth[start:stop]), (placement, start, stop)
 
 
 QUERY, KEY, VALUE = "query", "key", "value"

@@ -14,7 +14,7 @@ import pytest
 import torch
 from harness.cells_worker import REFRESH_AFTER
 from harness.lab import STEPS
-from harness.launching import launch
+from harness.launching import ROOT, launch
 from harness.workspace import Workspace, packed
 
 from adept_ds.config.loading import parse_config
@@ -112,6 +112,11 @@ def test_importances_do_not_depend_on_the_number_of_ranks(
     mine, alone = (outcomes[size]["source"][granularity] for size in (world_size, 1))
     assert min(alone.values()) > 0
     assert mine == pytest.approx(alone, rel=1e-6)
+
+
+def test_every_shipped_configuration_is_in_the_table_as_it_is() -> None:
+    unchanged = {cell.partition("/")[0] for cell in CELLS[2] if cell.count("/") == 1}
+    assert unchanged == {path.stem for path in (ROOT / "ds_configs").glob("*.json")}
 
 
 def test_partitions_of_three_ranks_end_in_padding(plain: dict[str, oracle.Training]) -> None:
