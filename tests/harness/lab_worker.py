@@ -77,7 +77,8 @@ def layout(lab: Lab) -> dict[str, Any]:
     for name, precision in itertools.product(STAGES, ("bf16", "fp16")):
         config = lab.config(deepspeed=shipped(name), importance={"granularity": "fine"}, train={"precision": precision})
         results[f"{precision} {name}"] = lab.misplaced_share(config)
-    return results | {"cut_rows": lab.ranks.gather(lab.train(lab.config()).cut_rows)}
+    cut_rows = {name: lab.train(lab.config(deepspeed=shipped(name))).cut_rows for name in STAGES}
+    return results | {"cut_rows": lab.ranks.gather(cut_rows)}
 
 
 def units(lab: Lab) -> dict[str, Any]:

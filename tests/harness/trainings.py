@@ -1,4 +1,4 @@
-"""Small trainings on two real ranks (see lab_worker.py), and how two of them are compared."""
+"""Small trainings on real ranks (see lab_worker.py), and how two of them are compared."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from harness.workspace import Workspace
 from safetensors.torch import load_file
 
 
-def trained(workspace: Workspace, folder: Path, part: str) -> dict[str, Any]:
-    """What a part of `harness.lab_worker` found on two ranks."""
+def trained(workspace: Workspace, folder: Path, part: str, world_size: int = 2) -> dict[str, Any]:
+    """What a part of `harness.lab_worker` found."""
     output = folder / "outcomes.pt"
-    result = launch(2, ["-m", "harness.lab_worker", str(workspace.root), str(output), part], timeout=600)
+    result = launch(world_size, ["-m", "harness.lab_worker", str(workspace.root), str(output), part])
     assert result.returncode == 0, result.stderr
     return dict(torch.load(output))
 

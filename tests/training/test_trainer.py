@@ -64,7 +64,7 @@ def test_a_loss_that_is_no_number_ends_the_run_before_weights_change(
     config = workspace.config(tmp_path / "run")
     processes = start(world_size, ["-c", PROGRAM, place, broken, "run", str(config)])
     try:
-        said = [process.communicate(timeout=300)[1] for process in processes]
+        said = [process.communicate(timeout=180)[1] for process in processes]
     finally:
         for process in processes:
             process.kill()

@@ -1,4 +1,4 @@
-"""Where parameters lie in DeepSpeed's partitions: on two real ranks (see harness/lab_worker.py); what is refused."""
+"""Where parameters lie in DeepSpeed's partitions: on three real ranks (see harness/lab_worker.py); what is refused."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from adept_ds.zero.layout import WRITTEN_AGAINST, Fragment, partition_layout
 
 @pytest.fixture(scope="module")
 def outcomes(workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return trained(workspace, tmp_path_factory.mktemp("lab"), "layout")
+    return trained(workspace, tmp_path_factory.mktemp("lab"), "layout", world_size=3)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
@@ -29,9 +29,12 @@ def test_every_master_weight_takes_its_units_share_of_the_step(
     assert outcomes[f"{precision} {name}"] < 2e-4
 
 
-def test_partition_boundaries_cut_parameters_inside_rows(outcomes: dict[str, Any]) -> None:
-    """Otherwise the tests above would prove little. The second rank's slices begin in the middle."""
-    assert outcomes["cut_rows"][1] > 0
+@pytest.mark.parametrize("name", ["zero1", "zero2", "zero3", "zero3_offload"])
+def test_partition_boundaries_cut_parameters_inside_rows(outcomes: dict[str, Any], name: str) -> None:
+    """Otherwise the tests above would prove little. With two ranks, stages 1 and 2 would cut between the two copies."""
+    cut = [found[name] for found in outcomes["cut_rows"]]
+    assert cut[0] == 0
+    assert all(cut[1:])
 
 
 # --- what is refused ------------------------------------------------------------------------------------------------
