@@ -74,8 +74,8 @@ def test_a_share_of_replay_fills_what_it_must_or_one_that_does_is_named(share: f
             named = replaying(size, micro, float(remedy[1]), source)
             check_replay(named, ranks)
             assert named.replayed == int(remedy[2]), (size, micro, ranks)
-    assert True in seen, "some batches have no room for both texts"
-    assert False in seen or source == "corpus", "some have, but not for this share"
+    assert any(seen), "some batches have no room for both texts"
+    assert not all(seen) or source == "corpus", "some have, but not for this share"
 
 
 def test_without_replay_there_is_nothing_to_share() -> None:

@@ -11,7 +11,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from harness.workspace import Workspace
+from harness.models import save_tiny_model
+from harness.workspace import Workspace, write_corpus
 
 from adept_ds.base.files import write_json
 from adept_ds.base.terminal import Terminal
@@ -25,6 +26,14 @@ from adept_ds.ranks.launchers import rank_from_environment
 from adept_ds.ranks.stopping import StopRequest
 from adept_ds.run.context import Context
 from adept_ds.run.probe import compare_methods, probe_stage
+
+
+def small_workspace(root: Path) -> Workspace:
+    """A model, and two corpora of which the second is so short that all of it is sampled."""
+    save_tiny_model(root / "model")
+    write_corpus(root / "general.jsonl", 0)
+    write_corpus(root / "domain.jsonl", 1, documents=3)
+    return Workspace(root)
 
 
 def probe_config(workspace: Workspace, run_dir: Path, ranks: Ranks | None = None, **probe: Any) -> Config:

@@ -15,9 +15,8 @@ import oracle
 import pytest
 import torch
 from harness.launching import ROOT, launch
-from harness.models import save_tiny_model
-from harness.probe_worker import open_run, probe_config
-from harness.workspace import Workspace, write_corpus
+from harness.probe_worker import open_run, probe_config, small_workspace
+from harness.workspace import Workspace
 from safetensors.numpy import load_file
 from scipy.stats import spearmanr
 
@@ -35,11 +34,7 @@ WEIGHTS = (1.0, 2.5)
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-    root = tmp_path_factory.mktemp("probing")
-    save_tiny_model(root / "model")
-    write_corpus(root / "general.jsonl", 0)
-    write_corpus(root / "domain.jsonl", 1, documents=3)
-    return Workspace(root)
+    return small_workspace(tmp_path_factory.mktemp("probing"))
 
 
 @pytest.fixture(scope="module")

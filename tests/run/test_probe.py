@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from harness.launching import adept
 from harness.models import save_tiny_model
-from harness.probe_worker import open_run, probe_config
-from harness.workspace import Workspace, write_corpus
+from harness.probe_worker import open_run, probe_config, small_workspace
+from harness.workspace import Workspace
 
 from adept_ds.base.errors import InputError
 from adept_ds.base.files import read_json
@@ -27,11 +27,7 @@ from adept_ds.run.probe import probe_stage
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-    root = tmp_path_factory.mktemp("probing")
-    save_tiny_model(root / "model")
-    write_corpus(root / "general.jsonl", 0)
-    write_corpus(root / "domain.jsonl", 1, documents=3)
-    return Workspace(root)
+    return small_workspace(tmp_path_factory.mktemp("probing"))
 
 
 @pytest.fixture

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from harness.models import FAMILY_OPTIONS, VOCABULARY, save_tiny_model
+from harness.expanding import COPIES, SELECTED, change_after_one_step, layers_of, load, random_tokens
+from harness.models import FAMILY_OPTIONS, save_tiny_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -25,9 +26,7 @@ from adept_ds.weights.fingerprints import fingerprint_of, hash_tensors
 from adept_ds.weights.hf_directory import stored_tensors
 from adept_ds.weights.tensor_files import write_tensors
 
-SELECTED = [0, 2, 4]  # the lowest, the highest and one between
 ORIGINS = [0, 0, 1, 2, 2, 3, 4, 4]  # source layer of each expanded layer, by hand
-COPIES = [1, 4, 7]
 PROMPT_TOKENS, NEW_TOKENS = 12, 20  # 32 positions: the sliding windows of 16 are crossed while generating
 
 
@@ -55,24 +54,8 @@ def sharded(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def load(directory: Path, dtype: torch.dtype | str = torch.float32) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    model, report = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, output_loading_info=True)
-    assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    return model.eval()
-
-
 def family_of_model(model: Any) -> Family:
     return FAMILIES[model.config.model_type]
-
-
-def layers_of(model: Any) -> Sequence[Any]:
-    return family_of_model(model).layer_modules(model)
-
-
-def random_tokens(rows: int, tokens: int) -> torch.Tensor:
-    return torch.randint(VOCABULARY, (rows, tokens), generator=torch.Generator().manual_seed(7))
 
 
 def logits(directory: Path, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -133,19 +116,6 @@ def test_a_copy_does_something_once_its_zeros_are_filled(pair: tuple[Path, Path]
                 parameter.add_(0.1)
             after = model(input_ids=random_tokens(2, 40)).logits
         assert not torch.equal(before, after)
-
-
-def change_after_one_step(directory: Path) -> float:
-    """Of the logits, relative to their size, by one step of AdamW with 1e-4 on the copies."""
-    model, tokens = load(directory), random_tokens(4, 40)
-    model.requires_grad_(False)
-    copies = [parameter for index in COPIES for parameter in layers_of(model)[index].requires_grad_(True).parameters()]
-    before = model(input_ids=tokens, labels=tokens)
-    before.loss.backward()
-    torch.optim.AdamW([parameter for parameter in copies if parameter.grad is not None], lr=1e-4).step()
-    with torch.no_grad():
-        after = model(input_ids=tokens).logits
-        return float((after - before.logits).norm() / before.logits.norm())
 
 
 def test_training_starts_smoothly(pair: tuple[Path, Path]) -> None:
