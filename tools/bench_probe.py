@@ -20,11 +20,11 @@ from typing import Any
 
 import torch
 from bench_refresh import CountedBytes, on_ranks
+from packed_corpus import packed_corpus
 
 from adept_ds.data.blocks import Blocks
 from adept_ds.data.mixture import Sample
 from adept_ds.data.order import block_order, rank_batches
-from adept_ds.data.packing import Packing, build_blocks
 from adept_ds.models.device import resolve_precision
 from adept_ds.models.directory import ModelDirectory
 from adept_ds.models.flops import count_step_flops
@@ -77,9 +77,9 @@ def measure(arguments: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
     sweep_model, _ = build_forward_engine(settings, model, prepare)
     whole = getattr(plain_model, "module", plain_model)
     layers = list(model.family.layer_modules(whole))
-    packing = Packing("corpus", (arguments.corpus,), arguments.model, arguments.seq_len, keep_tail=False)
     with tempfile.TemporaryDirectory() as folder:
-        blocks = build_blocks(packing, arguments.cache or Path(folder), ranks)
+        cache = arguments.cache or Path(folder)
+        blocks = packed_corpus(arguments.corpus, arguments.model, arguments.seq_len, cache, ranks)
 
     def plain(indices: list[int]) -> list[float]:
         return plain_deltas(plain_model, layers, blocks, indices, ranks)

@@ -28,10 +28,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from packed_corpus import packed_corpus
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from adept_ds.config.deepspeed import check_deepspeed_file
-from adept_ds.data.packing import Packing, build_blocks
 from adept_ds.models.device import resolve_precision
 from adept_ds.models.directory import ModelDirectory
 from adept_ds.models.frozen_prefix import FrozenPrefix
@@ -142,8 +142,7 @@ def run_rank(arguments: argparse.Namespace) -> None:
     ranks = join(rank_from_environment(os.environ))
     layers = [int(layer) for layer in arguments.layers.split(",")]
     model = ModelDirectory.read(arguments.model)
-    packing = Packing("corpus", (arguments.corpus,), arguments.model, SEQ_LEN, keep_tail=False)
-    blocks = build_blocks(packing, arguments.cache, ranks)
+    blocks = packed_corpus(arguments.corpus, arguments.model, SEQ_LEN, arguments.cache, ranks)
     settings = EngineSettings(check_deepspeed_file(None), resolve_precision("auto"), ranks)
     engine = build_training_engine(settings, model, layers)
     registry = build_registry(model.family, parameter_shapes(engine.module), layers, config=engine.module.config)

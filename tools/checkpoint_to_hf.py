@@ -19,17 +19,27 @@ from safetensors.torch import save_file
 
 from adept_ds.base.errors import EXIT_BAD_INPUT, InputError
 from adept_ds.base.files import sync
+from adept_ds.base.outputs import check_new_file
 from adept_ds.weights.export import export_checkpoint, read_zero_checkpoint
 
 
-def convert(checkpoint: Path, out: Path, base: Path | None, dtype: str) -> str:
-    """Write `out`; returns a sentence about it. Raises `InputError` for input that cannot be converted."""
+def convert(checkpoint: Path, out: Path, base: Path | None, dtype: str, *, overwrite: bool = False) -> str:
+    """Write `out`; returns a sentence about it.
+
+    Args:
+        overwrite: an earlier export in its place may be replaced; a file never is.
+
+    Raises:
+        InputError: input that cannot be converted, or an output that holds something else.
+    """
     if not checkpoint.is_dir():
         raise InputError(f"'{checkpoint}' does not exist; give a checkpoint directory such as run/checkpoints/step_100")
     if base is not None:
-        return f"{export_checkpoint(base, checkpoint, out, dtype)} trained tensors; model in {out}"
+        trained = export_checkpoint(base, checkpoint, out, dtype, overwrite=overwrite)
+        return f"{trained} trained tensors; model in {out}"
     if out.suffix != ".safetensors":
         raise InputError(f"'{out}' is no .safetensors file; name one, or give --base for a Hugging Face directory")
+    check_new_file(out)
     # Tied parameters share memory, which safetensors refuses.
     tensors = {name: tensor.clone().contiguous() for name, tensor in read_zero_checkpoint(checkpoint).items()}
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -48,9 +58,13 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="Hugging Face directory (with --base), or a .safetensors file")
     parser.add_argument("--base", type=Path, help="the expanded model that training started from")
     parser.add_argument("--dtype", choices=["source", "float32", "bfloat16"], default="source")
+    parser.add_argument("--overwrite", action="store_true", help="replace the directory of an earlier export")
     arguments = parser.parse_args()
     try:
-        print(convert(arguments.checkpoint, arguments.out, arguments.base, arguments.dtype))
+        said = convert(
+            arguments.checkpoint, arguments.out, arguments.base, arguments.dtype, overwrite=arguments.overwrite
+        )
+        print(said)
     except InputError as error:
         print(f"checkpoint_to_hf: {error}", file=sys.stderr)
         sys.exit(EXIT_BAD_INPUT)

@@ -19,6 +19,14 @@ class AdeptError(Exception):
 class InputError(AdeptError, ValueError):
     """The user's input cannot work. The message is one line: the key, the value and the remedy."""
 
+    def __init__(self, message: str) -> None:
+        """Whatever of the input stands in it: line breaks and control characters are escaped."""
+        super().__init__("".join(char if char.isprintable() else repr(char)[1:-1] for char in message))
+
+
+class NonFiniteLossError(InputError):
+    """A loss is NaN or infinite. Raised on every rank; who knows which model it is of looks for the reason."""
+
 
 class StopRequestedError(AdeptError):
     """A signal asked the run to stop; training wrote a checkpoint first, other stages are done again."""

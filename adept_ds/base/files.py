@@ -10,10 +10,11 @@ import errno
 import fcntl
 import glob
 import json
+import math
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ def write_text(path: Path, text: str) -> None:
 def write_bytes(path: Path, content: bytes) -> None:
     """Readers, now or after a crash, see the old file or the new one, never half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _beside(path)
+    temporary = temporary_name(path)
     try:
         with temporary.open("wb") as file:
             file.write(content)
@@ -42,7 +43,23 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    write_text(path, json.dumps(value, indent=2) + "\n")
+    write_text(path, json_text(value, indent=2) + "\n")
+
+
+def json_text(value: Any, indent: int | None = None) -> str:
+    """JSON that every reader takes: a number that is not finite, for which JSON has no word, is null."""
+    try:
+        return json.dumps(value, indent=indent, allow_nan=False)
+    except ValueError:
+        return json.dumps(_finite(value), indent=indent, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_json(path: Path) -> Any:
@@ -64,39 +81,54 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     return records
 
 
+Approval = Callable[[Path], object]
+"""Looks at a directory that is about to be removed, and raises `InputError` where it must stay."""
+
+
 class NewDirectory:
     """A directory that is filled under a temporary name beside its place (`temporary`), until `publish` or `discard`.
 
-    What a killed process left there is removed. A locked file beside it says that somebody still fills it.
+    What a killed process left there is removed. A locked file beside it says that somebody still fills it. What stands
+    in its place is removed only with the caller's `approve`, which is asked at the end as well; an empty directory
+    needs none.
 
     Raises:
-        InputError: its place is taken by something that is no directory.
+        InputError: its place is taken.
     """
 
-    def __init__(self, path: Path) -> None:
-        if path.is_symlink() or (path.exists() and not path.is_dir()):
-            raise InputError(f"'{path}' is there and is no directory; give the name of a new one")
-        self._path = path
+    def __init__(self, path: Path, approve: Approval | None = None) -> None:
+        self._path, self._approve = path, approve
+        self._check_place()
         path.parent.mkdir(parents=True, exist_ok=True)
         remove_abandoned(path.parent, path.name)
-        self.temporary = _beside(path)
-        self._lock = _lock_of(self.temporary)
+        self.temporary = temporary_name(path)
+        self._lock = lock_of(self.temporary)
         self._held: int | None = os.open(self._lock, os.O_RDWR | os.O_CREAT, 0o600)
         _try_lock(self._held)
         self.temporary.mkdir()
 
     def publish(self) -> None:
-        """Let it take its real name; what stood there before is replaced."""
+        """Let it take its real name; what stood there before is replaced, if it may be."""
         sync_tree(self.temporary)
-        if self._path.exists():
-            old = _beside(self._path)
+        self._check_place()
+        if is_filled(self._path):
+            old = temporary_name(self._path)
             self._path.rename(old)
             self.temporary.rename(self._path)
             shutil.rmtree(old, ignore_errors=True)
         else:
-            self.temporary.rename(self._path)
+            self.temporary.rename(self._path)  # an empty directory is replaced by this, a filled one is not
         self._let_go()
         sync(self._path.parent)
+
+    def _check_place(self) -> None:
+        path = self._path
+        if path.is_symlink() or (path.exists() and not path.is_dir()):
+            raise InputError(f"'{path}' is there and is no directory; give the name of a new one")
+        if is_filled(path):
+            if self._approve is None:
+                raise InputError(f"'{path}' is there and not empty; give the name of a new directory")
+            self._approve(path)
 
     def discard(self) -> None:
         """Leave nothing of it; after `publish` this does nothing."""
@@ -111,15 +143,20 @@ class NewDirectory:
 
 
 @contextmanager
-def new_directory(path: Path) -> Iterator[Path]:
+def new_directory(path: Path, approve: Approval | None = None) -> Iterator[Path]:
     """Fill a `NewDirectory`; it takes its real name only when the block ends without error."""
-    new = NewDirectory(path)
+    new = NewDirectory(path, approve)
     try:
         yield new.temporary
         new.publish()
     except BaseException:
         new.discard()
         raise
+
+
+def is_filled(path: Path) -> bool:
+    """Whether it is a directory with something in it."""
+    return path.is_dir() and any(path.iterdir())
 
 
 def remove_abandoned(folder: Path, name: str | None = None) -> None:
@@ -130,7 +167,7 @@ def remove_abandoned(folder: Path, name: str | None = None) -> None:
     for temporary in leftovers:
         if temporary.is_symlink() or temporary.is_file():
             continue
-        lock = _lock_of(temporary)
+        lock = lock_of(temporary)
         with suppress(OSError):  # another user's, among temporary files of all
             descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o600)
             try:
@@ -162,16 +199,13 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def stamp_files(paths: list[Path]) -> list[list[Any]]:
-    """Name, size and modification time of each file: enough to see that an input changed, at no cost."""
-    return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(paths)]
-
-
-def _beside(path: Path) -> Path:
+def temporary_name(path: Path) -> Path:
+    """A new one beside `path`."""
     return path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
 
 
-def _lock_of(temporary: Path) -> Path:
+def lock_of(temporary: Path) -> Path:
+    """What is locked while a temporary directory is filled."""
     return temporary.with_suffix(".lock")
 
 

@@ -28,9 +28,14 @@ class RunDirectory:
         return self.root / "stages.json"
 
     @property
-    def blocks(self) -> Path:
-        """Packed corpora."""
-        return self.root / "cache" / "blocks"
+    def tokens(self) -> Path:
+        """Tokenised corpora."""
+        return self.root / "cache" / "tokens"
+
+    @property
+    def digests(self) -> Path:
+        """What is known of files by content."""
+        return self.root / "cache" / "digests.json"
 
     @property
     def layer_importance(self) -> Path:

@@ -25,6 +25,7 @@ ConfigArg = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML configur
 OverridesArg = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="overrides, dotted: train.lr=1e-4")
 ]
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="replace what the same command wrote to OUT before")]
 JsonOption = Annotated[bool, typer.Option("--json", help="print the result as JSON")]
 
 
@@ -43,9 +44,7 @@ def either(
     options = {name: p for form in (False, True) for name, p in forms[form].items() if p.annotation is not OutArg}
 
     def command(ctx: typer.Context, target: str, arguments: list[str] | None = None, **given: Any) -> None:
-        if not Path(target).exists():
-            raise InputError(f"{target}: no such configuration file or directory; give a YAML file, or {directory}")
-        is_directory = Path(target).is_dir()
+        is_directory = _leads_to_directory(target, directory)
         chosen, arguments = forms[is_directory], arguments or []
         for name in given.keys() - chosen.keys():
             source = ctx.get_parameter_source(name)
@@ -74,6 +73,18 @@ def either(
         *options.values(),
     ]
     return _declared(command, parameters, on_config.__doc__)
+
+
+def _leads_to_directory(target: str, directory: str) -> bool:
+    """Raises `InputError`: there is nothing that `target` leads to."""
+    try:
+        if Path(target).exists():
+            return Path(target).is_dir()
+        reason = "no such configuration file or directory"
+    except OSError as error:
+        reason = f"cannot be read ({error.strerror})"
+    shown = target if len(target) <= 200 else f"{target[:197]}..."
+    raise InputError(f"{shown}: {reason}; give a YAML file, or {directory}")
 
 
 def _declared(

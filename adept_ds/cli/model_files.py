@@ -11,9 +11,10 @@ from typing import Annotated, Any
 import typer
 
 from adept_ds.base.errors import InputError
+from adept_ds.base.outputs import check_output
 from adept_ds.base.terminal import Terminal
-from adept_ds.cli.forms import JsonOption, OutArg
-from adept_ds.cli.options import MethodOption, ResultOption
+from adept_ds.cli.forms import JsonOption, OutArg, OverwriteOption
+from adept_ds.cli.options import MethodOption, ResultOption, check_result_file
 from adept_ds.cli.probe import probe_and_show
 from adept_ds.cli.session import passing_session, quiet_session, show
 from adept_ds.cli.summary import print_expansion, print_losses
@@ -23,6 +24,8 @@ from adept_ds.config.resolved import resolve
 from adept_ds.config.schema import Config
 from adept_ds.models.directory import ModelDirectory, check_model_dir
 from adept_ds.ranks.launchers import rank_from_environment
+from adept_ds.report.presence import check_something_to_report
+from adept_ds.run.prerequisites import check_texts
 
 WorkDirOption = Annotated[
     Path | None,
@@ -45,9 +48,11 @@ def probe(
     if method not in (None, "all"):
         section["method"] = method
     config = _config(model, probe=section, expand={"k": k if k == "auto" else _parse_number("-k", k)})
+    check_result_file(out)
     check_files("--corpus", corpus or [])
     launched = rank_from_environment(os.environ)
     settings = resolve(config, "probe", launched.world_size)
+    check_texts(config, "probe")
     with passing_session(settings, launched, work_dir or (out and out.parent), as_json=as_json) as session:
         probe_and_show(session, method, out, as_json)
 
@@ -57,6 +62,7 @@ def expand(
     out: OutArg,
     layers: Annotated[str | None, typer.Option(help="source layers to copy, for example 12,17 (with MODEL)")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would be written (with MODEL)")] = False,
+    overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
     selected = _parse_layers(layers)
@@ -65,11 +71,11 @@ def expand(
         from adept_ds.weights.expansion import describe_expansion, expand_checkpoint
 
         if dry_run:
-            facts = describe_expansion(model, out, selected)
+            facts = describe_expansion(model, out, selected, overwrite=overwrite)
             show(terminal, as_json, facts, lambda: print_expansion(facts, terminal))
             return
         with terminal.progress("expanding") as bar:
-            expansion = expand_checkpoint(model, out, selected, bar)
+            expansion = expand_checkpoint(model, out, selected, bar, overwrite=overwrite)
         show(terminal, as_json, expansion.to_json(), lambda: terminal.say(f"expanded model in {out}"))
 
 
@@ -105,6 +111,7 @@ def evaluate(
     check_files("--text", text or [])
     launched = rank_from_environment(os.environ)
     settings = resolve(config, "eval", launched.world_size)
+    check_texts(config, "eval")
     with passing_session(settings, launched, work_dir, as_json=as_json) as session:
         from adept_ds.run.evaluate import evaluate_model
 
@@ -118,21 +125,24 @@ def export(
     out: OutArg,
     base: Annotated[Path | None, typer.Option(help="expanded model it was trained from (with CHECKPOINT)")] = None,
     dtype: Annotated[str, typer.Option(help="source, float32 or bfloat16 (with CHECKPOINT)")] = "source",
+    overwrite: OverwriteOption = False,
 ) -> None:
     if base is None:
         raise InputError("--base is missing; give the expanded model that the checkpoint was trained from")
     if dtype not in ("source", "float32", "bfloat16"):
         raise InputError(f"--dtype: '{dtype}' is not possible; use source, float32 or bfloat16")
     check_model_dir("--base", base)
+    check_output(out, "export", {"CHECKPOINT": checkpoint, "--base": base}, overwrite=overwrite)  # before torch
     with quiet_session() as terminal:
         from adept_ds.weights.export import export_checkpoint
 
         with terminal.progress("exporting") as bar:
-            trained = export_checkpoint(base, checkpoint, out, dtype, bar)
+            trained = export_checkpoint(base, checkpoint, out, dtype, bar, overwrite=overwrite)
         terminal.say(f"{trained} trained tensors; model in {out}")
 
 
 def report(run_dir: Path) -> None:
+    check_something_to_report(run_dir)
     from adept_ds.report.page import write_report
 
     Terminal(sys.stdout).say(str(write_report(run_dir)))

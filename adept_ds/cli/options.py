@@ -6,14 +6,37 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from pydantic_core import from_json
 
+from adept_ds.base.outputs import check_new_file
 from adept_ds.config.loading import parse_config
 from adept_ds.config.schema import Config
+from adept_ds.probing.result import LayerImportance
 
 MethodOption = Annotated[
     str | None, typer.Option(help="mask, taylor, gradient or fisher (probe.method); all compares them")
 ]
+_LARGEST_RESULT = 100 << 20
+
+
 ResultOption = Annotated[Path | None, typer.Option(help="write the result here too, as JSON")]
+
+
+def check_result_file(out: Path | None) -> None:
+    """`--out` replaces nothing but an earlier result of a probe. Raises `InputError`."""
+    if out is not None and not (out.is_file() and _is_result(out)):
+        check_new_file(out, "--out")
+
+
+def _is_result(path: Path) -> bool:
+    if path.is_symlink() or path.stat().st_size > _LARGEST_RESULT:
+        return False
+    try:
+        found = from_json(path.read_bytes())
+    except (OSError, ValueError):
+        return False
+    required = {name for name, field in LayerImportance.model_fields.items() if field.is_required()}
+    return isinstance(found, dict) and found.keys() >= required
 
 
 def with_method(config: Config, method: str | None) -> Config:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
-from adept_ds.base.terminal import Terminal
+from adept_ds.base.terminal import OutputCapture, Terminal
 from adept_ds.cli.forms import JsonOption
-from adept_ds.cli.options import MethodOption, ResultOption, with_method
+from adept_ds.cli.options import MethodOption, ResultOption, check_result_file, with_method
 from adept_ds.cli.probe import probe_and_show
 from adept_ds.cli.session import run_session, show
 from adept_ds.cli.summary import (
@@ -20,8 +21,11 @@ from adept_ds.cli.summary import (
 )
 from adept_ds.config.loading import dump_config
 from adept_ds.config.resolved import Purpose, ResolvedConfig, resolve
+from adept_ds.config.run_directory import check_run_dir
 from adept_ds.config.schema import Config
 from adept_ds.ranks.launchers import LaunchedRank, rank_from_environment
+from adept_ds.report.presence import check_something_to_report
+from adept_ds.run.prerequisites import check_ready, check_texts
 
 
 def run(config: Config) -> None:
@@ -36,6 +40,7 @@ def run(config: Config) -> None:
 
 def probe(config: Config, method: MethodOption = None, out: ResultOption = None, as_json: JsonOption = False) -> None:
     """Which layers does general competence hardly need?"""
+    check_result_file(out)
     with run_session(*_resolved(with_method(config, method), "probe"), as_json=as_json) as session:
         from adept_ds.run.pipeline import report_stage
 
@@ -72,7 +77,7 @@ def export(
     config: Config, step: Annotated[int | None, typer.Option(help="which checkpoint (with CONFIG; the newest)")] = None
 ) -> None:
     """Turn a training checkpoint into a Hugging Face directory."""
-    with run_session(*_resolved(config, "export")) as session:
+    with run_session(*_resolved(config, "export", step)) as session:
         from adept_ds.run.export import export_stage
 
         export_stage(session, step)
@@ -80,6 +85,7 @@ def export(
 
 def report(config: Config) -> None:
     """Write report.html from what a run has written so far."""
+    check_something_to_report(config.run_dir)
     from adept_ds.report.page import write_report
 
     Terminal(sys.stdout).say(str(write_report(config.run_dir)))
@@ -93,6 +99,24 @@ def show_plan(config: Config, as_json: JsonOption = False) -> None:
     show(terminal, as_json, facts, lambda: terminal.say(dump_config(config) + "\n".join(plan)))
 
 
-def _resolved(config: Config, purpose: Purpose) -> tuple[ResolvedConfig, LaunchedRank]:
+def _resolved(config: Config, purpose: Purpose, step: int | None = None) -> tuple[ResolvedConfig, LaunchedRank]:
     launched = rank_from_environment(os.environ)
-    return resolve(config, purpose, launched.world_size), launched
+    if launched.world_size == 1:  # of several ranks the first one looks, when they have met (see `run.ledger`)
+        check_ready(config, purpose, step)
+    settings = resolve(config, purpose, launched.world_size)
+    check_texts(config, purpose)
+    check_run_dir(config, settings.model.path)
+    if settings.deepspeed is not None and config.deepspeed is not None:
+        _check_by_deepspeed(config.deepspeed, settings.deepspeed)
+    return settings, launched
+
+
+def _check_by_deepspeed(path: Path, ds_config: dict[str, Any]) -> None:
+    """Last of all: it takes seconds to import, and says so on the terminal."""
+    silence = OutputCapture(Path(os.devnull), is_main=False)
+    try:
+        from adept_ds.zero.user_config import check_user_config
+
+        check_user_config(path, ds_config)
+    finally:
+        silence.restore()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import os
 import shutil
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adept_ds.base.errors import AdeptError, InputError
-from adept_ds.base.files import NewDirectory
+from adept_ds.base.files import NewDirectory, json_text
 from adept_ds.base.run_dir import RunDirectory
 from adept_ds.base.terminal import Terminal, capture_output
 from adept_ds.config.resolved import ResolvedConfig
@@ -103,7 +102,7 @@ def quiet_session(as_json: bool = False) -> Iterator[Terminal]:
 def show(terminal: Terminal, as_json: bool, result: Any, as_text: Callable[[], None] | None = None) -> None:
     """The result of a command: as JSON where that was asked for."""
     if as_json:
-        terminal.console.print_json(json.dumps(result))
+        terminal.console.print_json(json_text(result))
     elif as_text is not None:
         as_text()
 

@@ -28,6 +28,8 @@ def print_expansion(facts: dict[str, Any], terminal: Terminal) -> None:
         "files": f"{len(facts['files'])}, the largest {max(facts['files'].values()) / gib:.2f} GiB",
         "would write": facts["destination"],
     }
+    if facts["replaces"]:
+        rows["would replace"] = f"{len(facts['replaces'])} files that `adept expand` wrote there before"
     for name, value in rows.items():
         table.add_row(f"[bold]{name}[/]", value)
     terminal.console.print(table)

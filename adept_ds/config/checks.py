@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from adept_ds.base.errors import InputError
-from adept_ds.config.schema import Config, CorpusSource, TrainSection, corpus_files
+from adept_ds.config.corpus_files import find_files
+from adept_ds.config.schema import Config, CorpusFiles, TrainSection, corpus_sources
 from adept_ds.models.directory import ModelDirectory
 
 
@@ -81,12 +82,9 @@ def accumulation_steps(train: TrainSection, num_ranks: int) -> int:
     return size // (micro * num_ranks)
 
 
-def check_files(key: str, corpus: Sequence[Path | CorpusSource]) -> None:
-    """Every file of `key` exists and is not empty."""
+def check_files(key: str, corpus: Sequence[Path | CorpusFiles]) -> None:
+    """The files of `key` are there; what is in them is not looked at."""
     if not corpus:
         raise InputError(f"{key}: no corpus given; list one or more files of {{'text': ...}} lines")
-    for path in corpus_files(corpus):
-        if not path.is_file():
-            raise InputError(f"{key}: '{path}' does not exist; give a .jsonl or .txt file")
-        if path.stat().st_size == 0:
-            raise InputError(f"{key}: '{path}' is empty; give a file with at least one text")
+    for source in corpus_sources(corpus):
+        find_files(key, source.files)

@@ -7,7 +7,7 @@ torch nor DeepSpeed: a configuration is checked before both.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,21 +15,34 @@ from typing import Any
 import hjson
 
 from adept_ds.base.errors import InputError
+from adept_ds.config.deepspeed_keys import check_keys
+from adept_ds.config.files import read_small_file
+from adept_ds.config.mistakes import shown
 
 
 def read_deepspeed_config(path: Path | None) -> dict[str, Any]:
     """DeepSpeed's configuration as a dictionary (comments allowed, as in DeepSpeed itself)."""
     if path is None:
         return {"zero_optimization": {"stage": 3}}
-    if not path.is_file():
-        raise InputError(f"deepspeed: '{path}' does not exist; give a file such as ds_configs/zero3.json")
+    text = read_small_file(path, f"deepspeed: '{path}'", "give a file such as ds_configs/zero3.json")
     try:
-        tree = hjson.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"deepspeed: '{path}' is not valid JSON: {error}") from None
+        tree = hjson.loads(text, object_pairs_hook=_without_twins)
+    except RecursionError:
+        raise InputError(f"deepspeed: '{path}' is nested too deeply; write it flat") from None
+    except Exception as error:  # its parser has more than one kind of them for odd texts
+        raise InputError(f"deepspeed: '{path}' is not valid JSON: {error}; correct it") from None
     if not isinstance(tree, dict):
         raise InputError(f"deepspeed: '{path}' holds no JSON object; give a file such as ds_configs/zero3.json")
-    return dict(tree)
+    return tree
+
+
+def _without_twins(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """Raises `ValueError`: a key stands twice, of which the last would win."""
+    keys = [key for key, _ in pairs]
+    if len(set(keys)) != len(keys):
+        twin = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key '{twin}' stands twice in one object")
+    return dict(pairs)
 
 
 @dataclass(frozen=True)
@@ -108,6 +121,9 @@ UNSUPPORTED = (
     Unsupported("weight_quantization", _QUANTISED),
     Unsupported("torch_autocast.enabled", "it decides precision by operation; precision is set for the whole model"),
     Unsupported("compile.deepcompile", "it reduces gradients in a graph of its own, where they cannot be read"),
+    Unsupported(
+        "zero_optimization.compute_grad_norm", "the norm is in the log of each step", (None, True), run_only=True
+    ),
     Unsupported("gradient_allreduce_op", "importances take gradients for means over ranks", (None, "mean")),
     Unsupported(
         "gradient_predivide_factor",
@@ -219,6 +235,7 @@ _OWNED_KEYS = {
     "scheduler": "train.schedule",
     "fp16": "train.precision",
     "bf16": "train.precision",
+    "bfloat16": "train.precision",
     "zero_allow_untested_optimizer": "",
     "zero_force_ds_cpu_optimizer": "",
     "steps_per_print": "",
@@ -232,28 +249,21 @@ def check_deepspeed_file(path: Path | None) -> dict[str, Any]:
     """The user's DeepSpeed configuration, read and checked; plain ZeRO-3 without a file.
 
     Raises:
-        InputError: a key that this program sets itself, or a ZeRO stage or feature that is not supported.
+        InputError: a key that this program sets itself, or that nobody knows; or a ZeRO stage or feature that is not
+            supported.
     """
     user = read_deepspeed_config(path)
+    if path is None:
+        return user
     for key, instead in _OWNED_KEYS.items():
         if key in user:
             remedy = f"remove it and set {instead} in the run configuration" if instead else "remove it"
             raise InputError(f"deepspeed: '{path}' sets '{key}', which adept-ds sets itself; {remedy}")
-    zero = _json_object(user, "zero_optimization")
-    for key in ("offload_optimizer", "offload_param"):
-        _json_object(zero, key)
-    if zero.get("stage") not in (1, 2, 3):
-        raise InputError(
-            f"deepspeed: zero_optimization.stage is {zero.get('stage')!r}; adept-ds trains with stage 1, 2 or 3"
-        )
+    check_keys(path, user, [feature.key for feature in UNSUPPORTED])
+    stage = _lookup(user, "zero_optimization.stage")
+    if type(stage) is not int or stage not in (1, 2, 3):
+        raise InputError(f"deepspeed: zero_optimization.stage is {shown(stage)}; adept-ds trains with stage 1, 2 or 3")
     refusal = unsupported_feature(user, whole_run=True)
     if refusal:
         raise InputError(f"deepspeed: '{path}': {refusal}")
     return user
-
-
-def _json_object(section: dict[str, Any], key: str) -> dict[str, Any]:
-    value = section.get(key, {})
-    if not isinstance(value, dict):
-        raise InputError(f"deepspeed: '{key}' is {value!r}, which is no JSON object; write {{...}}")
-    return value

@@ -2,70 +2,117 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
 from adept_ds.base.errors import InputError
-from adept_ds.config.mistakes import describe
+from adept_ds.config.files import read_small_file
+from adept_ds.config.mistakes import Mistake, mistakes_in
 from adept_ds.config.schema import Config
+from adept_ds.config.yaml_text import YamlMistakeError, read_yaml, write_yaml
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     """Read CONFIG and apply dotted overrides (`train.lr=1e-4`).
 
     Raises:
-        InputError: naming the key, the value and the remedy.
+        InputError: naming the file or the override, the key, the value and the remedy.
     """
-    if not path.is_file():
-        raise InputError(f"{path}: no such configuration file; give the path of a YAML file")
+    text = read_small_file(path, _shortened(str(path)), "give the path of a YAML file")
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        where = getattr(error, "problem_mark", None)
-        line = f" (line {where.line + 1})" if where else ""
-        raise InputError(f"{path}: not valid YAML{line}: {getattr(error, 'problem', None) or error}") from None
+        tree = read_yaml(text)
+    except YamlMistakeError as error:
+        raise InputError(f"{path}: {f'line {error.line}: ' if error.line else ''}{error}") from None
     if not isinstance(tree, dict):
-        raise InputError(f"{path}: expected keys such as 'model:' and 'run_dir:', found {type(tree).__name__}")
-    for override in overrides:
-        _apply_override(tree, override)
-    return parse_config(tree, str(path))
+        found = "nothing" if tree is None else f"a {type(tree).__name__}"
+        raise InputError(f"{path}: expected keys such as 'model:' and 'run_dir:', found {found}")
+    return _Sources(str(path), tree, overrides).checked()
 
 
 def parse_config(tree: dict[str, Any], origin: str = "config") -> Config:
     """Check a nested dictionary. Raises `InputError` with one line about the first mistake."""
-    try:
-        return Config.model_validate(tree)
-    except ValidationError as error:
-        mistakes = error.errors()
-        # A misspelt required key is two mistakes; the unknown key is the one that the user can see in the file.
-        first = min(mistakes, key=lambda mistake: mistake["type"] != "extra_forbidden")
-        more = f" ({len(mistakes) - 1} more like this)" if len(mistakes) > 1 else ""
-        raise InputError(f"{origin}: {describe(first)}{more}") from None
+    return _Sources(origin, tree, ()).checked()
 
 
 def dump_config(config: Config) -> str:
     """The resolved configuration as YAML, in the order of the schema."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    return write_yaml(config.model_dump(mode="json"))
 
 
-def _apply_override(tree: dict[str, Any], override: str) -> None:
-    key, separator, text = override.partition("=")
-    if not separator or not key:
-        raise InputError(f"'{override}' is no override; write key=value, for example train.lr=1e-4")
-    *sections, leaf = key.split(".")
-    node = tree
-    for section in sections:
-        child = node.setdefault(section, {})
-        if child is None:
-            child = node[section] = {}
-        if not isinstance(child, dict):
-            raise InputError(f"override '{override}': '{section}' is not a section")
-        node = child
+class _Sources:
+    """What a configuration is made of, in the order in which it is applied: a file, then overrides."""
+
+    def __init__(self, origin: str, tree: dict[str, Any], overrides: Sequence[str]) -> None:
+        self._origin, self._tree, self._overrides = origin, tree, overrides
+
+    def checked(self) -> Config:
+        try:
+            return Config.model_validate(self._tree_after(len(self._overrides)))
+        except ValidationError as error:
+            mistake, *others = mistakes_in(error)
+            more = f" ({len(others)} more like this)" if others else ""
+            raise InputError(f"{self._blame(mistake)}{more}") from None
+
+    def _blame(self, mistake: Mistake) -> str:
+        """The mistake, behind the source with which it comes in: an override only if the file is without it."""
+        for count in range(len(self._overrides) + 1):
+            for earliest in _mistakes(self._tree_after(count)):
+                if earliest == mistake:  # perhaps of another value
+                    source = _named(self._overrides[count - 1]) if count else self._origin
+                    return f"{source}: {earliest.describe()}"
+        raise AssertionError("the mistake is there with all overrides")
+
+    def _tree_after(self, count: int) -> dict[str, Any]:
+        """The first so many overrides applied."""
+        tree = copy.deepcopy(self._tree)
+        for override in self._overrides[:count]:
+            self._apply(override, tree)
+        return tree
+
+    def _apply(self, override: str, tree: dict[str, Any]) -> None:
+        key, separator, text = override.partition("=")
+        *sections, leaf = parts = key.split(".")
+        if not separator or not all(parts):
+            raise InputError(f"{_named(override)} is none; write key=value, for example train.lr=1e-4")
+        node = tree
+        for depth, section in enumerate(sections, start=1):
+            child = node.setdefault(section, {})
+            if child is None:
+                child = node[section] = {}
+            if not isinstance(child, dict):
+                raise self._not_below(override, sections[:depth], child)
+            node = child
+        try:
+            node[leaf] = read_yaml(text)
+        except YamlMistakeError as error:
+            raise InputError(f"{_named(override)}: {error}") from None
+
+    def _not_below(self, override: str, sections: list[str], found: Any) -> InputError:
+        """There is a value where the override needs a section, by a mistake in the file or in the override."""
+        for mistake in _mistakes(self._tree):
+            if mistake.location == tuple(sections):
+                return InputError(f"{self._origin}: {mistake.describe()}")
+        key = ".".join(sections)
+        if isinstance(found, list):
+            return InputError(f"{_named(override)}: '{key}' is a list; give all of it, {key}=[...]")
+        return InputError(f"{_named(override)}: '{key}' is not a section; write {key}=VALUE")
+
+
+def _named(override: str) -> str:
+    return f"override '{_shortened(override)}'"
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= 200 else f"{text[:197]}..."
+
+
+def _mistakes(tree: dict[str, Any]) -> list[Mistake]:
     try:
-        node[leaf] = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise InputError(f"override '{override}': '{text}' is not a valid YAML value") from None
+        Config.model_validate(tree)
+    except ValidationError as error:
+        return mistakes_in(error)
+    return []

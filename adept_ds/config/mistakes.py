@@ -2,43 +2,117 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
+import reprlib
 import types
 import typing
+from collections.abc import Collection
+from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
+from pydantic import ValidationError
+
 from adept_ds.config.schema import ALTERNATIVES, Config, Section
+from adept_ds.config.yaml_text import read_scalar
+
+_SHOULD_BE = "Input should be "
+
+_EXPECTED = {
+    "bool_type": "true or false",
+    "float_type": "a number",
+    "int_type": "an integer",
+    "is_instance_of": "a path",
+    "list_type": "a list, [...]",
+    "string_type": "a text",
+    "tuple_type": "a list, [...]",
+}
+"""Pydantic's names of wrong types, and the right ones in words."""
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 120
+_SHORT.maxlong = 40
 
 
-def describe(mistake: Any) -> str:
-    """One of pydantic's complaints (`ValidationError.errors()`) in our words."""
-    location = [part for part in mistake["loc"] if isinstance(part, str) and part not in ALTERNATIVES]
-    key = ".".join(location)
-    is_item = any(isinstance(part, int) for part in mistake["loc"][-1:])
-    if mistake["type"] == "extra_forbidden":
-        return f"unknown key '{key}'; {_nearest_key(location)}"
-    if mistake["type"] == "missing" and is_item:
-        return f"{key}: {mistake['input']!r} has too few values; the default is the form to follow"
-    if mistake["type"] in ("model_type", "model_attributes_type"):
-        return f"{key}: {mistake['input']!r} is no section; write its keys below it"
-    if mistake["type"] == "missing":
-        return f"'{key}' is missing; add it"
-    message = mistake["msg"].removeprefix("Value error, ")
-    if mistake["type"] == "value_error":
-        return f"{key}: {message}" if key else message
-    return f"{key}: {mistake['input']!r} is not possible: {message[0].lower()}{message[1:]}"
+@dataclass(frozen=True)
+class Mistake:
+    """What pydantic complains about; equal to a complaint of the same kind about the same key, whatever its value."""
+
+    location: tuple[int | str, ...]
+    """Keys, and positions in lists."""
+    kind: str
+    """Pydantic's name of it."""
+    message: str
+    value: Any = dataclasses.field(compare=False)
+
+    def describe(self) -> str:
+        """One line in our words."""
+        keys = [part for part in self.location if isinstance(part, str)]
+        key, value = ".".join(keys), shown(self.value)
+        if self.kind == "extra_forbidden":
+            return f"unknown key '{key}'; {_nearest_key(keys)}"
+        if self.kind == "missing" and isinstance(self.location[-1], int):
+            return f"{key}: {value} has too few values; the default is the form to follow"
+        if self.kind == "missing":
+            return f"'{key}' is missing; add it"
+        if self.kind in ("model_type", "model_attributes_type"):
+            return f"{key}: {value} is no section; write its keys below it"
+        if self.kind == "value_error":
+            return f"{key}: {self.message}" if key else self.message
+        return f"{key}: {value} is not possible: {self.message[0].lower()}{self.message[1:]}{self._hint()}"
+
+    def _hint(self) -> str:
+        """Some texts look like values of other kinds, and the other way round."""
+        if self.kind in ("string_type", "is_instance_of") and isinstance(self.value, bool | int | float):
+            return "; a text that looks like this needs quotes"
+        if self.kind in ("int_type", "float_type", "bool_type") and isinstance(self.value, str):
+            looks = type(read_scalar(self.value)).__name__
+            return "; write it without quotes" if self.kind.startswith(looks) else ""
+        return ""
+
+
+def mistakes_in(error: ValidationError) -> list[Mistake]:
+    """All of them, worst first: a misspelt required key is two, of which the unknown one can be seen in the file."""
+    found = [_mistake(details) for details in error.errors(include_url=False, include_context=False)]
+    distinct = [_together(list(alternatives)) for _, alternatives in groupby(found, key=lambda each: each.location)]
+    return sorted(distinct, key=lambda mistake: mistake.kind != "extra_forbidden")
+
+
+def shown(value: Any) -> str:
+    """A value of any size, as it can stand in a line."""
+    return _SHORT.repr(value)
+
+
+def _mistake(details: Any) -> Mistake:
+    expected = _EXPECTED.get(details["type"])
+    message = _SHOULD_BE + expected if expected else details["msg"].removeprefix("Value error, ")
+    location = tuple(part for part in details["loc"] if part not in ALTERNATIVES)
+    return Mistake(location, details["type"], message, details["input"])
+
+
+def _together(alternatives: list[Mistake]) -> Mistake:
+    """What can be one thing or another, and is neither."""
+    first, *others = alternatives
+    message = ", or ".join([first.message, *(other.message.removeprefix(_SHOULD_BE) for other in others)])
+    return dataclasses.replace(first, message=message)
+
+
+def nearest(key: str, siblings: Collection[str], section: str = "") -> str:
+    """The remedy for an unknown key: the one that it looks like, else all that there are."""
+    near = difflib.get_close_matches(key, siblings, n=1, cutoff=0.6)
+    if near:
+        return f"did you mean '{section}.{near[0]}'?" if section else f"did you mean '{near[0]}'?"
+    return f"valid keys here: {', '.join(siblings)}"
 
 
 def _nearest_key(location: list[str]) -> str:
     siblings = _fields_at(location[:-1])
-    near = difflib.get_close_matches(location[-1], siblings, n=1, cutoff=0.6)
-    if near:
-        return f"did you mean '{'.'.join([*location[:-1], near[0]])}'?"
     leaves = {path.rsplit(".", 1)[-1]: path for path in _all_keys(Config)}
     near = difflib.get_close_matches(location[-1], list(leaves), n=1, cutoff=0.75)
-    if near:
+    if near and not difflib.get_close_matches(location[-1], siblings, n=1, cutoff=0.6):
         return f"did you mean '{leaves[near[0]]}'?"
-    return f"valid keys here: {', '.join(siblings)}"
+    return nearest(location[-1], siblings, ".".join(location[:-1]))
 
 
 def _section_type(annotation: Any) -> type[Section] | None:

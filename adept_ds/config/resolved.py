@@ -6,7 +6,9 @@ is in, what DeepSpeed's file says or how a batch falls on ranks.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from adept_ds.base.run_dir import RunDirectory
@@ -18,8 +20,9 @@ from adept_ds.config.checks import (
     check_same_architecture,
 )
 from adept_ds.config.deepspeed import check_deepspeed_file
-from adept_ds.config.schema import Config, Stability
+from adept_ds.config.schema import Config, CorpusFiles, Stability
 from adept_ds.models.directory import ModelDirectory
+from adept_ds.models.tokenizer_files import check_tokenizer
 
 Purpose = Literal["run", "probe", "expand", "train", "export", "eval"]
 """What a command does with a configuration, and so what of it has to be there."""
@@ -55,14 +58,12 @@ def resolve(config: Config, purpose: Purpose, num_ranks: int = 1) -> ResolvedCon
     model = ModelDirectory.resolve("model", config.model)
     check_num_copies(config, model)
     trains, reference = purpose in ("run", "train"), None
+    for key, corpus in corpora_read(config, purpose).items():
+        check_files(key, corpus)
     if purpose == "probe" or (trains and config.expand.needs_probe):
-        reference = _check_probe(config, model)
-    elif trains and config.lr_policy.map != "constant" and config.importance.source == "corpus":
-        check_files("probe.corpus", config.probe.corpus)
-    if trains:
-        _check_corpora(config)
-    if purpose == "eval":
-        _check_held_out(config)
+        reference = _reference_model(config, model)
+    if purpose not in ("expand", "export"):
+        check_tokenizer(model, config.data.bos, _seq_lens(config, purpose))
     deepspeed = None if purpose in ("expand", "export") else check_deepspeed_file(config.deepspeed)
     accumulation = accumulation_steps(config.train, num_ranks) if trains else None
     if trains:
@@ -70,36 +71,44 @@ def resolve(config: Config, purpose: Purpose, num_ranks: int = 1) -> ResolvedCon
     return ResolvedConfig(config, RunDirectory(config.run_dir), model, reference, deepspeed, accumulation)
 
 
-def _check_probe(config: Config, model: ModelDirectory) -> ModelDirectory | None:
-    """What stage one reads: the corpus, and what the choice of layers is compared with; returns the other model."""
-    check_files("probe.corpus", config.probe.corpus)
+def _refreshes_on_corpus(config: Config) -> bool:
+    """Whether training estimates importances on `probe.corpus`."""
+    return config.lr_policy.map != "constant" and config.importance.source == "corpus"
+
+
+def _seq_lens(config: Config, purpose: Purpose) -> dict[str, int]:
+    """Tokens of the sequences that the model is given, by key."""
+    probes = purpose != "eval" and (purpose == "probe" or config.expand.needs_probe or _refreshes_on_corpus(config))
+    lengths = {"data.seq_len": config.data.seq_len} if purpose != "probe" else {}
+    return lengths | ({"probe.seq_len": config.probe.seq_len} if probes else {})
+
+
+def corpora_read(config: Config, purpose: Purpose) -> dict[str, Sequence[Path | CorpusFiles]]:
+    """What is read, by key; one that is needed but not given is empty."""
+    data, stability, trains = config.data, config.probe.stability, purpose in ("run", "train")
+    probes = purpose == "probe" or (trains and config.expand.needs_probe)
+    needed: dict[str, Sequence[Path | CorpusFiles]] = {}
+    if probes or (trains and _refreshes_on_corpus(config)):
+        needed["probe.corpus"] = config.probe.corpus
+    if probes and isinstance(stability, Stability) and stability.corpus is not None:
+        needed["probe.stability.corpus"] = stability.corpus
+    if trains:
+        needed["data.domain"] = data.domain
+    if purpose == "eval" and not data.general_eval:
+        needed["data.domain_eval"] = data.domain_eval
+    held_out: dict[str, Sequence[Path | CorpusFiles]] = {
+        "data.general_eval": data.general_eval,
+        "data.domain_eval": data.domain_eval,
+    }
+    optional = ({"data.replay": data.replay} | held_out) if trains else held_out if purpose == "eval" else {}
+    return needed | {key: corpus for key, corpus in optional.items() if corpus}
+
+
+def _reference_model(config: Config, model: ModelDirectory) -> ModelDirectory | None:
+    """That which the choice of layers is compared with."""
     stability = config.probe.stability
-    if not isinstance(stability, Stability):
-        return None
-    if stability.corpus is not None:
-        check_files("probe.stability.corpus", stability.corpus)
-    if stability.model is None:
+    if not isinstance(stability, Stability) or stability.model is None:
         return None
     reference = ModelDirectory.resolve("probe.stability.model", stability.model)
     check_same_architecture(config, model, stability.model, reference)
     return reference
-
-
-def _check_corpora(config: Config) -> None:
-    check_files("data.domain", config.data.domain)
-    optional = {
-        "data.replay": config.data.replay,
-        "data.general_eval": config.data.general_eval,
-        "data.domain_eval": config.data.domain_eval,
-    }
-    for key, files in optional.items():
-        if files:
-            check_files(key, files)
-
-
-def _check_held_out(config: Config) -> None:
-    """One of both corpora at least."""
-    if config.data.domain_eval or not config.data.general_eval:
-        check_files("data.domain_eval", config.data.domain_eval)
-    if config.data.general_eval:
-        check_files("data.general_eval", config.data.general_eval)

@@ -23,15 +23,28 @@ from pydantic import (
     model_validator,
 )
 
+from adept_ds.config.paths import ModelName, UserPath
 from adept_ds.config.question_template import DEFAULT_TEMPLATE, VARIABLES, check_template
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
+Count = Annotated[int, Field(ge=1, le=10**9)]
+"""How many of something. Beyond the limit it is a slip of the pen, not a plan."""
+
+Tokens = Annotated[int, Field(ge=8, le=2**24)]
+"""Of one sequence."""
+
+Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
+"""What every generator of random numbers takes, NumPy's old one included."""
+
 
 class Section(BaseModel):
-    """Base of all sections: unknown keys are errors, values cannot change once checked."""
+    """Base of all sections: unknown keys are errors, values cannot change once checked.
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    Nothing is converted but an integer to a float: `true` is no 1, a text no number, and a fraction no count.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=True)
 
     @model_validator(mode="before")
     @classmethod
@@ -39,23 +52,122 @@ class Section(BaseModel):
         return {} if value is None else value
 
 
-class DataSection(Section):
-    """Texts: what is trained on and what is held out."""
+def _title(text: str) -> str:
+    """Raises `ValueError`: it cannot stand in a table."""
+    if not text.strip() or not text.isprintable() or len(text) > 100:
+        raise ValueError(f"{text[:100]!r} is no name; write one line of at most 100 characters")
+    return text
 
-    seq_len: int = Field(1024, ge=8, description="tokens per training sequence")
-    domain: list[Path] = Field(default_factory=list, description="domain corpus, trained on")
-    replay: list[Path] = Field(default_factory=list, description="general corpus, replayed in every training batch")
+
+Format = Literal["auto", "jsonl", "text", "parquet", "dataset"]
+
+
+class CorpusFiles(Section):
+    """Files that are read alike."""
+
+    files: list[UserPath] = Field(
+        min_length=1, description="files, directories of them, patterns such as 'part-*.jsonl'"
+    )
+    format: Format | None = Field(None, description="as data.format, for these files")
+    text_key: str | None = Field(None, min_length=1, description="as data.text_key, for these files")
+    name: Annotated[str, AfterValidator(_title)] | None = Field(
+        None, description="for messages and results; by default that of the first file"
+    )
+
+    @property
+    def title(self) -> str:
+        return self.name or self.files[0].stem
+
+
+class CorpusSource(CorpusFiles):
+    """A part of a corpus that is sampled, and counted, by its weight."""
+
+    weight: float = Field(1.0, gt=0, le=1e9, description="share of the sequences, relative to other sources")
+
+
+_FILE, _PART, _WORD, _NUMBER = ALTERNATIVES = "<file>", "<source>", "<word>", "<number>"
+"""Alternatives of a value; not part of the key that messages name."""
+
+
+CorpusEntry = Annotated[
+    Annotated[UserPath, Tag(_FILE)] | Annotated[CorpusSource, Tag(_PART)],
+    Discriminator(lambda value: _PART if isinstance(value, dict | CorpusSource) else _FILE),
+]
+
+
+HeldOutEntry = Annotated[
+    Annotated[UserPath, Tag(_FILE)] | Annotated[CorpusFiles, Tag(_PART)],
+    Discriminator(lambda value: _PART if isinstance(value, dict | CorpusFiles) else _FILE),
+]
+
+
+def corpus_sources(entries: typing.Sequence[Path | CorpusFiles]) -> list[CorpusSource]:
+    """What a corpus is mixed of: all plain files together are one source, the first."""
+    plain = [entry for entry in entries if isinstance(entry, Path)]
+    together = [CorpusSource(files=plain)] if plain else []
+    parts = [entry for entry in entries if isinstance(entry, CorpusFiles)]
+    return together + [part if isinstance(part, CorpusSource) else CorpusSource(**dict(part)) for part in parts]
+
+
+def twice_named(entries: typing.Sequence[Path | CorpusFiles]) -> str | None:
+    """A name that two sources share."""
+    names = [source.title for source in corpus_sources(entries)]
+    return next((name for name in names if names.count(name) > 1), None)
+
+
+class DataSection(Section):
+    """Texts: what is trained on and what is held out; see docs/data.md."""
+
+    seq_len: Tokens = Field(1024, description="tokens per training sequence")
+    domain: list[CorpusEntry] = Field(
+        default_factory=list,
+        description="domain corpus, trained on: files, or sources with a weight, {files: [...], weight: 2, name: ...}",
+    )
+    replay: list[CorpusEntry] = Field(
+        default_factory=list, description="general corpus, replayed in every training batch"
+    )
     replay_share: float = Field(0.25, gt=0, lt=1, description="of a batch's sequences, that are replayed ones")
-    general_eval: list[Path] = Field(default_factory=list, description="held-out general text")
-    domain_eval: list[Path] = Field(default_factory=list, description="held-out domain text")
-    eval_sequences: int = Field(
-        128, ge=1, description="at most so many sequences of each held-out corpus are evaluated"
+    general_eval: list[HeldOutEntry] = Field(default_factory=list, description="held-out general text")
+    domain_eval: list[HeldOutEntry] = Field(default_factory=list, description="held-out domain text")
+    eval_sequences: Count = Field(128, description="at most so many sequences of each held-out corpus are evaluated")
+    format: Format = Field("auto", description="of every corpus of the run; auto: by what the files hold, not by name")
+    text_key: str = Field("text", min_length=1, description="the field of a record that holds the text")
+    max_bad_records: int = Field(
+        0,
+        ge=0,
+        le=10**9,
+        description="so many records of a corpus that cannot be read are skipped, and counted; one more ends it",
     )
     question_template: Annotated[str, AfterValidator(check_template)] = Field(
         DEFAULT_TEMPLATE,
         description="Jinja template that turns question/choices/answer records into text, in every corpus of the run; "
         f"variables: {', '.join(VARIABLES)}",
     )
+    bos: Literal["auto", "always", "never"] = Field(
+        "auto", description="beginning-of-sequence token; auto: where the model's own tokenizer puts one"
+    )
+    special_tokens_in_text: Literal["text", "parse", "error"] = Field(
+        "text", description="what '<s>' or '<|im_end|>' is, spelled in a text: letters, the token, or a bad record"
+    )
+    packing: Literal["concat", "documents"] = Field(
+        "concat",
+        description="concat: documents follow one another and see each other; documents: attention never crosses one, "
+        "and positions restart",
+    )
+    workers: int | None = Field(
+        None, ge=1, le=4096, description="processes that tokenise; by default one per CPU of the host"
+    )
+    streaming: bool = Field(
+        False, description="tokenise data.domain while it is trained on, instead of keeping all its tokens on disk"
+    )
+
+    @model_validator(mode="after")
+    def _every_source_has_its_name(self) -> DataSection:
+        for key in ("domain", "replay"):
+            twice = twice_named(getattr(self, key))
+            if twice is not None:
+                raise ValueError(f"{key}: two sources are named '{twice}': give each a name of its own")
+        return self
 
     @model_serializer(mode="wrap")
     def _what_has_an_effect(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -64,45 +176,11 @@ class DataSection(Section):
         return {key: value for key, value in tree.items() if key != "replay_share" or self.replay}
 
 
-class CorpusSource(Section):
-    """A part of the general-competence corpus that is sampled, and counted, by its weight."""
-
-    files: list[Path] = Field(min_length=1)
-    weight: float = Field(1.0, gt=0, description="share of the loss and of the sequences, relative to other sources")
-    name: str | None = Field(None, description="for messages and results; by default that of the first file")
-
-    @property
-    def title(self) -> str:
-        return self.name or self.files[0].stem
-
-
-_FILE, _PART, _WORD = ALTERNATIVES = "<file>", "<source>", "<word>"
-"""Alternatives of a value; not part of the key that messages name."""
-
-
-CorpusEntry = Annotated[
-    Annotated[Path, Tag(_FILE)] | Annotated[CorpusSource, Tag(_PART)],
-    Discriminator(lambda value: _PART if isinstance(value, dict | CorpusSource) else _FILE),
-]
-
-
-def corpus_files(entries: typing.Sequence[Path | CorpusSource]) -> list[Path]:
-    """All files of a corpus."""
-    return [file for entry in entries for file in (entry.files if isinstance(entry, CorpusSource) else [entry])]
-
-
-def corpus_sources(entries: typing.Sequence[Path | CorpusSource]) -> list[CorpusSource]:
-    """What a corpus is mixed of: all plain files together are one source, the first."""
-    plain = [entry for entry in entries if isinstance(entry, Path)]
-    together = [CorpusSource(files=plain)] if plain else []
-    return together + [entry for entry in entries if isinstance(entry, CorpusSource)]
-
-
 class Stability(Section):
     """What the choice of layers is compared with: another corpus, or another checkpoint of the same architecture."""
 
     corpus: list[CorpusEntry] | None = Field(None, min_length=1)
-    model: str | None = Field(None, description="Hugging Face directory, or a hub name")
+    model: ModelName | None = Field(None, description="Hugging Face directory, or a hub name")
 
     @model_validator(mode="after")
     def _one_of_both(self) -> Stability:
@@ -123,12 +201,18 @@ class ProbeSection(Section):
         description="mask: the loss without each layer; taylor: its first-order estimate; gradient: sum of |w dL/dw|; "
         "fisher: sum of (dL/dw)^2",
     )
-    sequences: int = Field(32, ge=1, description="sequences of the corpus that are probed")
-    seq_len: int = Field(256, ge=8, description="tokens per probed sequence")
-    micro_batch_size: int = Field(1, ge=1, description="sequences per rank that pass the decoder together")
-    max_stack_tokens: int = Field(8192, ge=8, description="mask: tokens of the variant stack that pass a layer at once")
-    batch_sequences: int = Field(
-        8, ge=1, description="gradient, fisher: sequences per global batch, whatever the number of ranks"
+    sequences: Count = Field(32, description="sequences of the corpus that are probed")
+    seq_len: Tokens = Field(256, description="tokens per probed sequence")
+    micro_batch_size: Count = Field(1, description="sequences per rank that pass the decoder together")
+    max_stack_tokens: int = Field(
+        8192, ge=8, le=10**9, description="mask: tokens of the variant stack that pass a layer at once"
+    )
+    batch_sequences: Count = Field(
+        8, description="gradient, fisher: sequences per global batch, whatever the number of ranks"
+    )
+    seed: Seed = Field(
+        0,
+        description="of all text that is sampled to estimate importance, here and in refreshes, and of choose: random",
     )
     stability: (
         Annotated[
@@ -146,14 +230,13 @@ class ProbeSection(Section):
     def _every_source_has_its_name_and_a_sequence(self) -> ProbeSection:
         others = self.stability.corpus if isinstance(self.stability, Stability) else None
         for key, entries in {"corpus": self.corpus, "stability.corpus": others or []}.items():
-            names = [source.title for source in corpus_sources(entries)]
-            if len(set(names)) < len(names):
-                twice = next(name for name in names if names.count(name) > 1)
+            twice, count = twice_named(entries), len(corpus_sources(entries))
+            if twice is not None:
                 raise ValueError(f"{key}: two sources are named '{twice}': give each a name of its own")
-            if len(names) > self.sequences:
+            if count > self.sequences:
                 raise ValueError(
-                    f"sequences: {self.sequences} leaves none for some of the {len(names)} sources of {key}: "
-                    f"raise it to at least {len(names)}"
+                    f"sequences: {self.sequences} leaves none for some of the {count} sources of {key}: "
+                    f"raise it to at least {count}"
                 )
         return self
 
@@ -169,7 +252,7 @@ _KEYS_OF_AUTO = ("rule", "max_trainable_share", "max_added_latency", "threshold"
 class ExpandSection(Section):
     """How many layers are copied, and which; see docs/choosing_layers.md."""
 
-    k: int | Literal["auto"] | None = Field(
+    k: Annotated[int, Tag(_NUMBER)] | Annotated[Literal["auto"], Tag(_WORD)] | None = Field(
         None, description="number of layers to copy (4 unless layers are listed); auto: by `rule`, after the probe"
     )
     rule: Literal["knee", "budget", "threshold"] = Field(
@@ -180,12 +263,17 @@ class ExpandSection(Section):
         None, gt=0, lt=1, description="k: auto: limit of the copies' share of all parameters of the expanded model"
     )
     max_added_latency: float | None = Field(
-        None, gt=0, description="k: auto: limit of what copies add to the time of a forward pass, as a share of it"
+        None,
+        gt=0,
+        le=1e6,
+        description="k: auto: limit of what copies add to the time of a forward pass, as a share of it",
     )
-    threshold: float = Field(0.5, gt=0, description="rule: threshold: deltas below this share of the median delta")
+    threshold: float = Field(
+        0.5, gt=0, le=1e6, description="rule: threshold: deltas below this share of the median delta"
+    )
     choose: Literal["lowest", "highest", "uniform", "random"] = Field(
         "lowest",
-        description="which layers: by delta; evenly spread, as in LLaMA-Pro; random, by train.seed; or a list",
+        description="which layers: by delta; evenly spread, as in LLaMA-Pro; random, by probe.seed; or a list",
     )
     layers: list[int] | None = Field(None, min_length=1, description="indices of the source layers to copy")
 
@@ -262,9 +350,9 @@ class ImportanceSection(Section):
         description="text that importance is estimated on: probe.corpus, in passes of its own; or the sequences of "
         "data.replay that each training batch holds, without further passes",
     )
-    every: int = Field(500, ge=1, description="optimizer steps between refreshes")
-    sequences: int = Field(32, ge=1, description="sequences of general text per refresh, over all ranks")
-    batch_sequences: int = Field(8, ge=1, description="sequences per global batch, whatever the number of ranks")
+    every: Count = Field(500, description="optimizer steps between refreshes")
+    sequences: Count = Field(32, description="sequences of general text per refresh, over all ranks")
+    batch_sequences: Count = Field(8, description="sequences per global batch, whatever the number of ranks")
     granularity: Literal["matrix", "module", "fine"] = Field(
         "matrix", description="units: projections; attention and MLP; or attention heads and MLP neurons"
     )
@@ -272,6 +360,7 @@ class ImportanceSection(Section):
     prefix_cache_mib: int = Field(
         512,
         ge=0,
+        le=2**30,
         description="host memory per rank for what the layers below the lowest copy compute for these sequences, "
         "which never changes; 0 computes it at every refresh",
     )
@@ -291,17 +380,19 @@ class LrPolicySection(Section):
         "linear",
         description="from scaled importance s in [0, 1] to a multiplier; constant: plain training of the copies",
     )
-    power: float = Field(2.0, gt=0, description="power: exponent p of 2 (1 - s)^p")
-    temperature: float = Field(2.0, gt=0, description="exponential: shape t of the decay; close to 0 it is linear")
+    power: float = Field(2.0, gt=0, le=1e6, description="power: exponent p of 2 (1 - s)^p")
+    temperature: float = Field(
+        2.0, gt=0, le=1e6, description="exponential: shape t of the decay; close to 0 it is linear"
+    )
     threshold: float = Field(0.5, ge=0, le=1, description="step: scaled importance at which the step is")
-    low: float = Field(0.0, ge=0, description="step: multiplier at and above the threshold")
-    high: float = Field(2.0, ge=0, description="step: multiplier below the threshold")
+    low: float = Field(0.0, ge=0, le=1e6, description="step: multiplier at and above the threshold")
+    high: float = Field(2.0, ge=0, le=1e6, description="step: multiplier below the threshold")
     scope: Literal["all", "norms_apart", "per_kind", "per_layer"] = Field(
         "norms_apart", description="units whose importances are scaled together"
     )
     preserve_mean: bool = Field(False, description="scale multipliers to mean 1 by parameter, in each scope")
-    min_multiplier: float = Field(0.0, ge=0, description="smaller multipliers are raised to this")
-    max_multiplier: float | None = Field(None, ge=0, description="larger multipliers are lowered to this")
+    min_multiplier: float = Field(0.0, ge=0, le=1e6, description="smaller multipliers are raised to this")
+    max_multiplier: float | None = Field(None, ge=0, le=1e6, description="larger multipliers are lowered to this")
     smoothing: float = Field(0.0, ge=0, lt=1, description="share of its previous value that an importance keeps")
 
     @model_validator(mode="after")
@@ -359,22 +450,24 @@ class LrPolicySection(Section):
 class TrainSection(Section):
     """The training loop."""
 
-    steps: int = Field(1000, ge=1, description="optimizer steps")
-    lr: float = Field(2e-4, gt=0, description="base learning rate")
-    global_batch_size: int = Field(8, ge=1, description="sequences per optimizer step, over all ranks")
-    micro_batch_size: int = Field(1, ge=1, description="sequences per forward pass of a rank")
+    steps: Count = Field(1000, description="optimizer steps")
+    lr: float = Field(2e-4, gt=0, le=10, description="base learning rate")
+    global_batch_size: Count = Field(8, description="sequences per optimizer step, over all ranks")
+    micro_batch_size: Count = Field(1, description="sequences per forward pass of a rank")
     warmup_ratio: float = Field(0.03, ge=0, le=1)
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    weight_decay: float = Field(0.1, ge=0)
-    betas: tuple[Beta, Beta] = (0.9, 0.95)
-    eps: float = Field(1e-8, gt=0)
-    clip_grad_norm: float = Field(1.0, ge=0, description="0 switches clipping off")
-    seed: int = 0
-    checkpoint_every: int = Field(500, ge=1)
-    keep_checkpoints: int = Field(2, ge=1, description="the newest so many checkpoints stay")
-    eval_every: int = Field(500, ge=1)
+    weight_decay: float = Field(0.1, ge=0, le=100)
+    betas: tuple[Beta, Beta] = Field((0.9, 0.95), strict=False)  # a list, in YAML
+    eps: float = Field(1e-8, gt=0, le=1)
+    clip_grad_norm: float = Field(1.0, ge=0, le=1e30, description="0 switches clipping off")
+    seed: Seed = Field(0, description="of the order of training data and of dropout, and of nothing else")
+    checkpoint_every: Count = 500
+    keep_checkpoints: Count = Field(2, description="the newest so many checkpoints stay")
+    eval_every: Count = 500
     activation_checkpointing: bool = Field(False, description="from the lowest copy up")
-    keep_gathered_gib: Literal["auto"] | Annotated[float, Field(ge=0)] = Field(
+    keep_gathered_gib: (
+        Annotated[Annotated[float, Field(ge=0, le=2**20)], Tag(_NUMBER)] | Annotated[Literal["auto"], Tag(_WORD)]
+    ) = Field(
         "auto",
         description="GiB of frozen weights that ZeRO-3 keeps whole on every rank, so that it need not gather them "
         "again and again; auto: up to half of the memory that the first step left free",
@@ -393,10 +486,12 @@ class ExportSection(Section):
 class Config(Section):
     """A whole run."""
 
-    model: str = Field(description="Hugging Face directory, or a hub name")
-    run_dir: Path = Field(description="where everything of this run is written")
-    deepspeed: Path | None = Field(None, description="DeepSpeed configuration; plain ZeRO-3 when absent")
-    dist_timeout_minutes: float = Field(30.0, gt=0, description="a collective that takes longer ends the run")
+    model: ModelName = Field(description="Hugging Face directory, or a hub name")
+    run_dir: UserPath = Field(description="where everything of this run is written")
+    deepspeed: UserPath | None = Field(None, description="DeepSpeed configuration; plain ZeRO-3 when absent")
+    dist_timeout_minutes: float = Field(
+        30.0, gt=0, le=525_600, description="a collective that takes longer ends the run"
+    )
     data: DataSection = DataSection()
     probe: ProbeSection = ProbeSection()
     expand: ExpandSection = ExpandSection()

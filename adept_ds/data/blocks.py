@@ -1,82 +1,139 @@
-"""Packed blocks of tokens, and the batches that training draws from them.
+"""Blocks of tokens, and the tensors that a model is given of them.
 
 A block is what packing cut; a sequence is a block that counts in a batch or a sample; a row is its place in a tensor.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
 
+import numpy as np
 import torch
-from datasets import Dataset
 
-from adept_ds.config.schema import TrainSection
-from adept_ds.data.order import FILLER, global_batch
+from adept_ds.data.order import FILLER
+from adept_ds.data.packing import Concatenated, Layout, Packing, whole_documents
+from adept_ds.data.tokens import TokenFile
 from adept_ds.models.head_loss import IGNORED_LABEL
+from adept_ds.ranks.collectives import Ranks
+
+
+class Batch(NamedTuple):
+    """What a model's `forward` takes: `model(*batch)`."""
+
+    input_ids: torch.Tensor
+    """[rows, tokens] int64"""
+    labels: torch.Tensor
+    """[rows, tokens] int64; padding, fillers and what no token of its own document predicts carry the ignored label."""
+    positions: torch.Tensor | None
+    """[rows, tokens] int64, where a row holds several texts: each starts at 0. None: a row is one text."""
+
+    def to(self, device: torch.device | str) -> Batch:
+        positions = None if self.positions is None else self.positions.to(device)
+        return Batch(self.input_ids.to(device), self.labels.to(device), positions)
+
+    @classmethod
+    def joined(cls, batches: Sequence[Batch]) -> Batch:
+        """The rows of all, in order."""
+        positions = [batch.positions for batch in batches if batch.positions is not None]
+        return cls(
+            torch.cat([batch.input_ids for batch in batches]),
+            torch.cat([batch.labels for batch in batches]),
+            torch.cat(positions) if positions else None,
+        )
+
+
+@dataclass(frozen=True)
+class PackedTokens:
+    """Blocks of one tokenised source."""
+
+    tokens: np.ndarray
+    """[tokens] int32, memory-mapped."""
+    layout: Layout
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """Packed blocks of one corpus."""
+    """Blocks of one source, or of several behind one another."""
 
-    dataset: Dataset
+    sources: tuple[PackedTokens, ...]
+    """Packed alike."""
     seq_len: int
+    bos_id: int | None = None
+    """The first token of every block; it is not among the tokens of the source."""
 
     def __len__(self) -> int:
-        return len(self.dataset)
+        return self._starts[-1]
 
-    def batch(self, indices: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """input_ids and labels, both [len(indices), seq_len] int64; padding and fillers carry ignored labels."""
-        input_ids = torch.zeros(len(indices), self.seq_len, dtype=torch.int64)
-        labels = torch.full_like(input_ids, IGNORED_LABEL)
+    @classmethod
+    def of(cls, file: TokenFile, packing: Packing, bos_id: int | None, ranks: Ranks) -> Blocks:
+        """Pack a tokenised source; every rank has to ask for it."""
+        room = packing.room(bos_id)
+        layout: Layout = Concatenated(file.manifest.tokens, room, packing.keep_tail)
+        if packing.documents:
+            layout = whole_documents(file, room, ranks)
+        return cls((PackedTokens(file.tokens, layout),), packing.seq_len, bos_id)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Blocks]) -> Blocks:
+        """Those of all, in order; nothing is copied."""
+        return cls(tuple(source for part in parts for source in part.sources), parts[0].seq_len, parts[0].bos_id)
+
+    def batch(self, indices: Sequence[int]) -> Batch:
+        """The blocks of these indices, one a row; an index may be FILLER."""
+        input_ids = np.zeros((len(indices), self.seq_len), np.int64)
+        labels = np.full_like(input_ids, IGNORED_LABEL)
+        positions = np.zeros_like(input_ids) if self._restarts else None
         for row, index in enumerate(indices):
-            if index != FILLER:
-                tokens = torch.tensor(self.dataset[index]["input_ids"], dtype=torch.int64)
-                input_ids[row, : len(tokens)] = tokens
-                labels[row, : len(tokens)] = tokens
-        return input_ids, labels
+            at = 0
+            for tokens in self.texts(index):
+                place = slice(at, at + len(tokens))
+                input_ids[row, place] = labels[row, place] = tokens
+                if positions is not None:
+                    positions[row, place] = np.arange(len(tokens))
+                    labels[row, at] = IGNORED_LABEL  # what stands before it is another text
+                at += len(tokens)
+        restarting = None if positions is None else torch.from_numpy(positions)
+        return Batch(torch.from_numpy(input_ids), torch.from_numpy(labels), restarting)
+
+    def texts(self, index: int) -> Iterator[np.ndarray]:
+        """The tokens of each text of a block; of a filler none."""
+        if index == FILLER:
+            return
+        source, block = self._find(index)
+        for start, stop in source.layout.segments(block):
+            tokens = source.tokens[start:stop]
+            yield tokens if self.bos_id is None else np.concatenate([[self.bos_id], tokens])
+
+    def num_tokens(self, indices: Sequence[int]) -> int:
+        """Of these blocks, without padding."""
+        return sum(sum(lengths) for lengths in self._lengths(indices))
 
     def predicted_tokens(self, indices: Sequence[int]) -> int:
-        """How many tokens of these blocks are predicted (each block's first one is not)."""
-        return sum(len(self.dataset[index]["input_ids"]) - 1 for index in indices if index != FILLER)
+        """How many tokens of these blocks are predicted: the first of each text is not."""
+        return sum(sum(lengths) - len(lengths) for lengths in self._lengths(indices))
 
+    def _lengths(self, indices: Sequence[int]) -> Iterator[list[int]]:
+        """Of each block, the lengths of its texts."""
+        extra = int(self.bos_id is not None)
+        for index in indices:
+            if index != FILLER:
+                source, block = self._find(index)
+                yield [stop - start + extra for start, stop in source.layout.segments(block)]
 
-@dataclass(frozen=True)
-class BatchEntry:
-    """One sequence of a training batch."""
+    def _find(self, index: int) -> tuple[PackedTokens, int]:
+        number = bisect_right(self._starts, index) - 1
+        return self.sources[number], index - self._starts[number]
 
-    index: int
-    replayed: bool
-    """From the general corpus, not from the domain's."""
+    @cached_property
+    def _starts(self) -> list[int]:
+        """Of each source its first block, and the number of all."""
+        return list(itertools.accumulate((len(source.layout) for source in self.sources), initial=0))
 
-
-@dataclass(frozen=True)
-class TrainingData:
-    """What is trained on: domain text, and in every batch as many sequences of general text as are replayed."""
-
-    domain: Blocks
-    replay: Blocks | None = None
-    replayed: int = 0
-
-    def micro_batches(self, step: int, train: TrainSection, rank: int, world_size: int) -> list[list[BatchEntry]]:
-        """This rank's share of the global batch of optimizer step `step` (from 0); replayed sequences come first.
-
-        Which sequences a global batch consists of depends on neither the number of ranks nor the micro-batch.
-        """
-        size, entries = train.global_batch_size, list[BatchEntry]()
-        if self.replay is not None:
-            chosen = global_batch(step, self.replayed, len(self.replay), train.seed)
-            entries += [BatchEntry(index, replayed=True) for index in chosen]
-        chosen = global_batch(step, size - len(entries), len(self.domain), train.seed)
-        entries += [BatchEntry(index, replayed=False) for index in chosen]
-        mine, micro = entries[rank::world_size], train.micro_batch_size
-        return [mine[start : start + micro] for start in range(0, len(mine), micro)]
-
-    def batch(self, entries: Sequence[BatchEntry]) -> tuple[torch.Tensor, torch.Tensor]:
-        """input_ids and labels, both [len(entries), seq_len] int64."""
-        pairs = [self._blocks(entry).batch([entry.index]) for entry in entries]
-        return torch.cat([ids for ids, _ in pairs]), torch.cat([labels for _, labels in pairs])
-
-    def _blocks(self, entry: BatchEntry) -> Blocks:
-        return self.replay if entry.replayed and self.replay is not None else self.domain
+    @property
+    def _restarts(self) -> bool:
+        return self.sources[0].layout.restarts

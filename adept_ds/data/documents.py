@@ -1,51 +1,193 @@
-"""Corpus files -> texts: JSON lines or plain text, questions rendered."""
+"""Corpus files -> documents, in bounded memory: JSON lines, Parquet, plain text, on-disk datasets; see docs/data.md."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any, BinaryIO
 
 from adept_ds.base.errors import InputError
-from adept_ds.config.question_template import DEFAULT_TEMPLATE, render_question
+from adept_ds.config.corpus_files import find_files
+from adept_ds.config.schema import CorpusFiles, DataSection, Format, corpus_sources
+from adept_ds.data.formats import WORDS, Found, format_of
+from adept_ds.data.open_files import BUFFER_BYTES, open_bytes
+from adept_ds.data.pieces import Piece, cut_document, pieces_of
+from adept_ds.data.record_text import MAX_LINE_BYTES, RecordText
+from adept_ds.data.tables import dataset_rows, disk_bytes, parquet_rows
+from adept_ds.data.text_files import decoded
+
+_PLACES = 3
+"""Bad records that are named."""
+
+_LOOKED_AT = 200
+"""Files of a directory that are looked at beforehand, evenly spread."""
 
 
-def read_documents(
-    key: str,
-    path: Path,
+@dataclass(frozen=True)
+class TextSource:
+    """Files that are read alike, one after another."""
+
+    key: str
+    """Of the configuration, for messages."""
+    files: tuple[Path, ...]
+    """Also directories, of on-disk datasets (see `find_files`)."""
+    format: Format
+    text_key: str
+    question_template: str
+    max_bad_records: int
+
+    @classmethod
+    def of(cls, key: str, files: CorpusFiles, data: DataSection) -> TextSource:
+        """As it is configured. Raises `InputError`: as `find_files`."""
+        return cls(
+            key,
+            find_files(key, files.files),
+            files.format or data.format,
+            files.text_key or data.text_key,
+            data.question_template,
+            data.max_bad_records,
+        )
+
+    @property
+    def num_bytes(self) -> int:
+        """As they lie on the disk."""
+        return sum(map(disk_bytes, self.files))
+
+
+class BadRecords:
+    """Records of a source that could not be read: counted and skipped, as long as there are few."""
+
+    def __init__(self, source: TextSource) -> None:
+        self._key, self._allowed = source.key, source.max_bad_records
+        self.count = 0
+        self.places: list[str] = []
+        """The first of them, each with what was found."""
+
+    def add(self, place: str, reason: str) -> None:
+        """Raises `InputError`: this is one more than `data.max_bad_records` allows."""
+        self.count += 1
+        if len(self.places) < _PLACES:
+            self.places.append(f"{place}: {reason if len(reason) <= 300 else reason[:297] + '...'}")
+        if self.count <= self._allowed:
+            return
+        if not self._allowed:
+            raise InputError(f"{self._key}: {self.places[0]}; or raise data.max_bad_records, to skip such records")
+        raise InputError(
+            f"{self._key}: {self.count} bad records are more than data.max_bad_records ({self._allowed}) allows; "
+            f"the first: {' | '.join(self.places)}"
+        )
+
+
+def read_pieces(
+    source: TextSource,
     on_bytes: Callable[[int], None] | None = None,
-    question_template: str = DEFAULT_TEMPLATE,
-) -> Iterator[str]:
-    """The texts of a corpus file: JSON lines ({"text"} or {"question", "choices", "answer"}), or one plain text.
+    skip: tuple[int, int] = (0, 0),
+    bad: BadRecords | None = None,
+) -> Iterator[Piece]:
+    """The documents of a source in their order, those that are long in several pieces.
+
+    Args:
+        on_bytes: called with numbers of bytes of the files as they lie on the disk, `source.num_bytes` in the end.
+        skip: where to begin: a file, and a record (line, row) of it; see `Piece.following`.
+        bad: counts what is skipped.
 
     Raises:
-        InputError: naming file and line of a malformed record.
+        InputError: a file that cannot be read, or one more bad record than allowed; the message names the place.
     """
-    if path.suffix not in {".jsonl", ".json", ".ndjson"}:
-        try:
-            yield path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise InputError(f"{key}: '{path}' is not UTF-8 text (byte {error.start}); convert it") from None
-        return
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if on_bytes:
-                on_bytes(len(line))
-            if line.strip():
-                yield _render(f"{key}: '{path}' line {number}", line, question_template)
+    bad = BadRecords(source) if bad is None else bad
+    for number in range(skip[0], len(source.files)):
+        yield from _FileReader(source, number, bad, on_bytes).pieces(skip[1] if number == skip[0] else 0)
 
 
-def _render(place: str, line: bytes, question_template: str) -> str:
-    try:
-        record = json.loads(line)
-    except ValueError:
-        raise InputError(f"{place} is not JSON; write one record per line") from None
-    if isinstance(record, dict):
-        if isinstance(record.get("text"), str):
-            return str(record["text"])
-        if {"question", "choices", "answer"} <= record.keys():
+def check_corpus(key: str, corpus: Sequence[Path | CorpusFiles], data: DataSection) -> None:
+    """Look at the formats and the first records of a corpus: where most mistakes show, within milliseconds.
+
+    Raises:
+        InputError: as `read_pieces`; or what a directory or a pattern stands for is text in part, records in part.
+    """
+    for source in corpus_sources(corpus):
+        for entry in source.files:
+            formats = _look_at(TextSource.of(key, source.model_copy(update={"files": [entry]}), data))
+            text, other = formats.pop("text", None), next(iter(formats.items()), None)
+            if text and other:
+                raise InputError(
+                    f"{key}: '{entry}' stands for plain text ('{text}') and for {WORDS[other[0]]} ('{other[1]}'); "
+                    "give a pattern such as '*.jsonl' that leaves one of both out, or name the files one by one"
+                )
+
+
+def _look_at(source: TextSource) -> dict[Found, Path]:
+    """A file of each format."""
+    bad, found = BadRecords(source), dict[Found, Path]()
+    for number in range(0, len(source.files), -(-len(source.files) // _LOOKED_AT)):
+        file = _FileReader(source, number, bad)
+        next(file.pieces(), None)
+        found[file.format] = file.path
+    return found
+
+
+@dataclass(frozen=True)
+class _FileReader:
+    """Reads one file of a source."""
+
+    source: TextSource
+    number: int
+    bad: BadRecords
+    on_bytes: Callable[[int], None] | None = None
+
+    @property
+    def path(self) -> Path:
+        return self.source.files[self.number]
+
+    @cached_property
+    def format(self) -> Found:
+        return format_of(self.source.key, self.path, self.source.format)
+
+    def pieces(self, skip: int = 0) -> Iterator[Piece]:
+        """From record `skip` on."""
+        if self.format == "text":
+            yield from self._text() if not skip else ()
+            return
+        source, records = self.source, RecordText(self.source.text_key, self.source.question_template)
+        if self.format == "jsonl":
+            yield from self._documents("line", self._lines(skip), records.of_line)
+        else:
+            rows = parquet_rows if self.format == "parquet" else dataset_rows
+            table = rows(source.key, self.path, source.text_key, skip, self.on_bytes)
+            yield from self._documents("row", table, records.of_record)
+
+    def _documents(
+        self, unit: str, records: Iterator[tuple[int, Any]], text_of: Callable[[Any], str]
+    ) -> Iterator[Piece]:
+        prefix, file = f"'{self.path}' {unit} ", self.number
+        for index, record in records:
+            place = f"{prefix}{index + 1}"
             try:
-                return render_question(record, question_template)
+                text = text_of(record)
             except ValueError as error:
-                raise InputError(f"{place}: {error}") from None
-    raise InputError(f"{place} has neither 'text' nor 'question', 'choices' and 'answer'")
+                self.bad.add(place, str(error))
+                continue
+            yield from pieces_of(text, place, (file, index + 1))
+
+    def _lines(self, skip: int) -> Iterator[tuple[int, bytes]]:
+        """With their numbers, from 0; of one that is too long, the beginning. Blank ones are counted, and left out."""
+        with open_bytes(self.source.key, self.path, self.on_bytes) as file:
+            index = 0
+            while line := file.readline(MAX_LINE_BYTES + 1):
+                if index >= skip and not line.isspace():
+                    yield index, line
+                if len(line) > MAX_LINE_BYTES and not line.endswith(b"\n"):
+                    _pass_line_end(file)
+                index += 1
+
+    def _text(self) -> Iterator[Piece]:
+        place, following = f"'{self.path}'", (self.number + 1, 0)
+        with open_bytes(self.source.key, self.path, self.on_bytes) as file:
+            yield from cut_document(decoded(self.source.key, self.path, file), place, following)
+
+
+def _pass_line_end(file: BinaryIO) -> None:
+    while (part := file.readline(BUFFER_BYTES)) and not part.endswith(b"\n"):
+        pass

@@ -11,13 +11,17 @@ FILLER = -1
 """Index of a block that counts nothing: it lets every rank make the same number of forward passes."""
 
 
-def global_batch(step: int, size: int, num_blocks: int, seed: int) -> list[int]:
-    """The blocks of optimizer step `step` (from 0): epoch after epoch, each a permutation of all blocks.
+_BETWEEN_SOURCES = 1_000_003
+"""Sources of the same size shall not be gone through in the same order."""
+
+
+def endless_order(first: int, last: int, num_blocks: int, seed: int, source: int = 0) -> list[int]:
+    """Positions `first` to `last` of the order in which a source is gone through: each epoch another permutation.
 
     A pure function of its arguments, so a resumed run and a run on another number of ranks see the same data.
     """
-    positions = range(step * size, (step + 1) * size)
-    return [int(_permutation(num_blocks, seed + p // num_blocks)[p % num_blocks]) for p in positions]
+    seed += source * _BETWEEN_SOURCES
+    return [int(_permutation(num_blocks, seed + p // num_blocks)[p % num_blocks]) for p in range(first, last)]
 
 
 def block_order(num_blocks: int, seed: int) -> list[int]:
@@ -25,9 +29,9 @@ def block_order(num_blocks: int, seed: int) -> list[int]:
     return _permutation(num_blocks, seed).tolist()
 
 
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=32)
 def _permutation(num_blocks: int, seed: int) -> torch.Tensor:
-    """Kept for the current epoch and the next: with many millions of blocks it takes a while."""
+    """Kept for the current epochs of all sources, and the next: with many millions of blocks it takes a while."""
     return torch.randperm(num_blocks, generator=torch.Generator().manual_seed(seed))
 
 

@@ -1,140 +1,168 @@
-"""Text -> packed blocks.
+"""Tokens -> blocks of seq_len tokens.
 
-Documents are tokenised, joined by the end-of-text token and cut into blocks of seq_len tokens: no padding inside
-training blocks, at the price that a document can be cut. Blocks are memory-mapped (Arrow), so a corpus may be
-larger than memory and is held once per host.
+concat     Documents follow one another and are cut where a block is full: no padding, at the price that documents are
+           cut, and that what stands behind one in a block sees it.
+documents  Blocks are filled with whole documents, each into the fullest block that has room (best fit, longest first);
+           what is left of a block is padding. Only documents longer than a block are cut. Attention never crosses a
+           document, and positions restart, so a document's losses are those that it would have alone.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import shutil
-from collections.abc import Iterator
+import bisect
+import io
+import zipfile
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
-from datasets import Dataset, Features, Value, disable_progress_bars, load_from_disk
-from datasets import Sequence as ListOf
-from datasets.exceptions import DatasetGenerationError
+import numpy as np
 
-from adept_ds.base.errors import AdeptError, InputError
-from adept_ds.base.files import new_directory, stamp_files
-from adept_ds.base.progress import ProgressCallback
-from adept_ds.config.question_template import DEFAULT_TEMPLATE
-from adept_ds.data.blocks import Blocks
-from adept_ds.data.documents import read_documents
+from adept_ds.base.files import write_bytes
+from adept_ds.data.tokens import TokenFile
 from adept_ds.ranks.collectives import Ranks
 
-_DOCUMENTS_PER_CALL = 512
+_TOGETHER = 1 << 20
+"""So many parts of documents are sorted and fitted at once: bounds memory, and costs next to no room in blocks."""
 
 
 @dataclass(frozen=True)
 class Packing:
-    """A corpus, and how it becomes blocks."""
+    """How blocks are cut."""
 
-    key: str
-    """Configuration key of the corpus, for error messages."""
-    files: tuple[Path, ...]
-    """In the order in which they are packed."""
-    tokenizer_dir: Path
     seq_len: int
+    keep_tail: bool = False
+    """Keep the last, partly filled block, if it predicts anything: for evaluation and probing, which use all text."""
+    documents: bool = False
+    """Whole documents (see above), of which there is no tail."""
+
+    def room(self, bos_id: int | None) -> int:
+        """Tokens of the text that a block holds; `bos_id`: its first token, if that is none of them."""
+        return self.seq_len - (bos_id is not None)
+
+
+class Layout(Protocol):
+    """Which tokens of a flat file stand in which block."""
+
+    restarts: bool
+    """Whether each segment of a block is a text of its own."""
+
+    def __len__(self) -> int: ...
+
+    def segments(self, block: int) -> list[tuple[int, int]]:
+        """Ranges of tokens, in their order in the block."""
+        ...
+
+
+@dataclass(frozen=True)
+class Concatenated:
+    """Blocks cut out of the whole stream."""
+
+    num_tokens: int
+    block_tokens: int
     keep_tail: bool
-    """Keep the last, partly filled block (padded): for evaluation and probing, where every token counts."""
-    question_template: str = DEFAULT_TEMPLATE
+    restarts = False
 
-    def cache_name(self) -> str:
-        """The same for the same blocks; reads the names, sizes and times of the files."""
-        tokenizer_files = [
-            file for file in self.tokenizer_dir.iterdir() if "token" in file.name or "vocab" in file.name
-        ]
-        files = [str(file.resolve()) for file in self.files]
-        inputs = [files, stamp_files(list(self.files)), stamp_files(tokenizer_files)]
-        described = [inputs, self.seq_len, self.keep_tail, self.question_template]
-        return hashlib.sha256(json.dumps(described).encode()).hexdigest()[:16]
+    def __len__(self) -> int:
+        whole, rest = divmod(self.num_tokens, self.block_tokens)
+        return whole + (self.keep_tail and rest > 1)
+
+    def segments(self, block: int) -> list[tuple[int, int]]:
+        start = block * self.block_tokens
+        return [(start, min(start + self.block_tokens, self.num_tokens))]
 
 
-def build_blocks(
-    packing: Packing, cache_dir: Path, ranks: Ranks | None = None, progress: ProgressCallback | None = None
-) -> Blocks:
-    """Tokenise and pack a corpus once; later calls with the same inputs map the result.
+@dataclass(frozen=True)
+class WholeDocuments:
+    """Blocks filled with documents."""
 
-    Rank 0 writes, the others wait and read.
+    parts: np.ndarray
+    """[parts, 2] int64: first token of each part, and the first after it; sorted by block."""
+    firsts: np.ndarray
+    """[blocks + 1] int64: the first part of each block, and their number."""
+    restarts = True
 
-    Raises:
-        InputError: a malformed record, or a corpus without one whole block.
-    """
-    disable_progress_bars()
-    ranks = ranks or Ranks()
+    def __len__(self) -> int:
+        return len(self.firsts) - 1
 
-    def write() -> Path:
-        target = cache_dir / packing.cache_name()
-        if not target.is_dir():
-            _write_blocks(target, packing, progress)
-        return target
+    def segments(self, block: int) -> list[tuple[int, int]]:
+        first, last = self.firsts[block], self.firsts[block + 1]
+        return [(int(start), int(stop)) for start, stop in self.parts[first:last]]
 
-    target = ranks.on_main(write)
-    remedy = f"all hosts must see '{cache_dir}': use a file system that they share"
-    return Blocks(ranks.on_each(lambda: load_from_disk(str(target)), remedy), packing.seq_len)
+    @classmethod
+    def of(cls, ends: np.ndarray, block_tokens: int) -> WholeDocuments:
+        """Fit documents into blocks.
 
-
-def _write_blocks(target: Path, packing: Packing, progress: ProgressCallback | None) -> None:
-    with new_directory(target) as folder:
-        if next(_pack(packing, progress), None) is None:
-            raise InputError(
-                f"{packing.key}: {', '.join(map(str, packing.files))} has less than one block of {packing.seq_len} "
-                "tokens; add text or lower the sequence length"
-            )
-        try:
-            dataset = Dataset.from_generator(
-                _pack,
-                features=Features({"input_ids": ListOf(Value("int32"))}),
-                cache_dir=str(folder / "building"),
-                gen_kwargs={"packing": packing, "progress": progress},
-                # The cache is ours (`target`); hashing the arguments would fail on a progress bar.
-                fingerprint=target.name,
-            )
-        except DatasetGenerationError as error:
-            if isinstance(error.__cause__, AdeptError):
-                raise error.__cause__ from None
-            raise
-        dataset.save_to_disk(str(folder))
-        shutil.rmtree(folder / "building", ignore_errors=True)
+        Args:
+            ends: [documents], the first token after each document.
+        """
+        starts = np.concatenate([np.zeros(1, np.int64), ends[:-1]])
+        parts = _cut(starts, np.asarray(ends), block_tokens)
+        stretches = [parts[first : first + _TOGETHER] for first in range(0, len(parts), _TOGETHER)]
+        filled = [block for stretch in stretches for block in _fit(stretch, block_tokens)]
+        firsts = np.cumsum([0, *map(len, filled)], dtype=np.int64)
+        return cls(np.concatenate(filled) if filled else parts, firsts)
 
 
-def _pack(packing: Packing, progress: ProgressCallback | None) -> Iterator[dict[str, list[int]]]:
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(packing.tokenizer_dir)
-    separator = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    seq_len, pending = packing.seq_len, list[int]()
-    done, total = 0, sum(path.stat().st_size for path in packing.files)
-
-    def advance(num_bytes: int) -> None:
-        nonlocal done
-        done += num_bytes
-
-    for path in packing.files:
-        texts = read_documents(packing.key, path, advance, packing.question_template)
-        for documents in _chunks(texts, _DOCUMENTS_PER_CALL):
-            for tokens in tokenizer(documents, add_special_tokens=False, verbose=False)["input_ids"]:
-                pending += tokens + separator
-            whole = len(pending) // seq_len * seq_len
-            for start in range(0, whole, seq_len):
-                yield {"input_ids": pending[start : start + seq_len]}
-            pending = pending[whole:]
-            if progress:
-                progress(done / total, path.name)
-    if packing.keep_tail and len(pending) > 1:
-        yield {"input_ids": pending}
+def fit_documents(file: TokenFile, block_tokens: int) -> WholeDocuments:
+    """Of a tokenised source, on rank 0; the result is kept beside the tokens."""
+    try:
+        return _load(file, block_tokens)
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile):  # not there, or damaged
+        made, content = WholeDocuments.of(file.ends, block_tokens), io.BytesIO()
+        np.savez(content, parts=made.parts, firsts=made.firsts)
+        write_bytes(_kept_in(file, block_tokens), content.getvalue())
+        return made
 
 
-def _chunks(items: Iterator[str], size: int) -> Iterator[list[str]]:
-    chunk: list[str] = []
-    for item in items:
-        chunk.append(item)
-        if len(chunk) == size:
-            yield chunk
-            chunk = []
-    if chunk:
-        yield chunk
+def whole_documents(file: TokenFile, block_tokens: int, ranks: Ranks) -> WholeDocuments:
+    """Of a tokenised source, on every rank."""
+    ranks.on_main(lambda: bool(fit_documents(file, block_tokens)))
+    remedy = f"all hosts must see '{file.directory}': use a file system that they share"
+    return ranks.on_each(lambda: _load(file, block_tokens), remedy)
+
+
+def _load(file: TokenFile, block_tokens: int) -> WholeDocuments:
+    with np.load(_kept_in(file, block_tokens)) as arrays:
+        return WholeDocuments(arrays["parts"], arrays["firsts"])
+
+
+def _kept_in(file: TokenFile, block_tokens: int) -> Path:
+    return file.directory / f"documents_{block_tokens}.npz"
+
+
+def _cut(starts: np.ndarray, ends: np.ndarray, block_tokens: int) -> np.ndarray:
+    """[parts, 2]: longer documents than a block in parts of a block; without single tokens, which predict nothing."""
+    counts = -(-(ends - starts) // block_tokens)
+    position = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+    first = np.repeat(starts, counts) + position * block_tokens
+    parts = np.stack([first, np.minimum(first + block_tokens, np.repeat(ends, counts))], axis=1)
+    kept: np.ndarray = parts[parts[:, 1] - parts[:, 0] > 1]
+    return kept
+
+
+def _fit(parts: np.ndarray, block_tokens: int) -> list[np.ndarray]:
+    """Blocks, each the parts in it: best fit, longest first; ties in the order of the corpus."""
+    lengths = parts[:, 1] - parts[:, 0]
+    blocks: list[list[int]] = []
+    with_room: defaultdict[int, list[int]] = defaultdict(list)  # room -> blocks that have it
+    rooms: list[int] = []  # those that some block has, ascending
+    for part in np.argsort(-lengths, kind="stable").tolist():
+        length = int(lengths[part])
+        place = bisect.bisect_left(rooms, length)
+        if place == len(rooms):
+            block, room = len(blocks), block_tokens
+            blocks.append([])
+        else:
+            room = rooms[place]
+            block = with_room[room].pop()
+            if not with_room[room]:
+                del rooms[place]
+        blocks[block].append(part)
+        left = room - length
+        if left > 1:  # less holds no part
+            if not with_room[left]:
+                bisect.insort(rooms, left)
+            with_room[left].append(block)
+    return [parts[block] for block in blocks]

@@ -8,7 +8,6 @@ from file to file; no model is loaded. What is refused is refused before anythin
 from __future__ import annotations
 
 import math
-import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +17,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from adept_ds.base.errors import InputError
-from adept_ds.base.files import new_directory, read_json
+from adept_ds.base.files import read_json
+from adept_ds.base.outputs import check_output, new_output
 from adept_ds.base.progress import Meter, ProgressCallback
 from adept_ds.base.records import first_mistake
 from adept_ds.base.run_dir import EXPANSION_NAME, RunDirectory
@@ -51,19 +51,23 @@ def pack_copies(
     only: str | None = None,
     base: Path | None = None,
     progress: ProgressCallback | None = None,
+    overwrite: bool = False,
 ) -> PackageManifest:
-    """Write the package of an adapted model to `destination`, which must not exist.
+    """Write the package of an adapted model to `destination`.
 
     Args:
         source: a run directory (its export is packed, with the run's losses), or an adapted model.
         name: of the package; by default that of `source`.
         only: which package, of a model that several were applied to.
         base: the model that `source` must stand on; needed where `source` lost its base_files.json.
+        overwrite: an earlier package in its place may be replaced (see `outputs.check_output`).
 
     Raises:
-        InputError: `source` cannot be told apart into base and copies, or its base is not `base`.
+        InputError: `source` cannot be told apart into base and copies, its base is not `base`, or `destination` is no
+            place for a new directory.
     """
-    check_new(destination)
+    inputs = {"RUN|ADAPTED": source} | ({"--base": base} if base else {})
+    check_output(destination, "delta pack", inputs, overwrite=overwrite)
     directory = _model_in(source)
     model = AdaptedModel.load(directory, base)
     applied = _chosen_package(model, only)
@@ -95,23 +99,32 @@ def pack_copies(
     )
     if base and fingerprint_of(hash_tensors(others, meter.advance)) != manifest.base.fingerprint:
         raise InputError(f"--base: '{directory}' does not stand on '{base}'; give the model that was expanded")
-    with new_directory(destination) as folder:
+    with new_output(destination, "delta pack", overwrite=overwrite) as folder:
         write_tensors(folder / TENSORS_NAME, tensors, meter.advance)
         manifest.save(folder / MANIFEST_NAME)
     return manifest
 
 
 def apply_packages(
-    base: Path, packages: Sequence[Path], destination: Path, progress: ProgressCallback | None = None
+    base: Path,
+    packages: Sequence[Path],
+    destination: Path,
+    progress: ProgressCallback | None = None,
+    *,
+    overwrite: bool = False,
 ) -> Expansion:
-    """Write `base` with the copies of all `packages` to `destination`, which must not exist.
+    """Write `base` with the copies of all `packages` to `destination`.
 
     Where several packages copy one layer, their copies stand above it in the order of `packages`, the first lowest.
 
+    Args:
+        overwrite: an earlier output in its place may be replaced (see `outputs.check_output`).
+
     Raises:
-        InputError: a package is damaged or of another base.
+        InputError: a package is damaged or of another base, or `destination` is no place for a new directory.
     """
-    check_new(destination)
+    inputs = {"BASE": base} | {f"package {number}": path for number, path in enumerate(packages, start=1)}
+    check_output(destination, "delta apply", inputs, overwrite=overwrite)
     loaded = [Package.load(directory) for directory in packages]
     _check_distinct(loaded)
     model, stored = ModelDirectory.read(base), stored_tensors(base)
@@ -143,7 +156,8 @@ def apply_packages(
     }
     applied = tuple(map(_applied, loaded, copies))
     expansion = plan.expansion.model_copy(update={"packages": applied})
-    return write_plan(replace(plan, files=files, expansion=expansion), base, destination, meter.rest())
+    plan = replace(plan, files=files, expansion=expansion)
+    return write_plan(plan, base, destination, "delta apply", meter.rest(), overwrite=overwrite)
 
 
 @dataclass(frozen=True)
@@ -156,17 +170,23 @@ class Stripped:
     num_bytes: int
 
 
-def strip_copies(adapted: Path, destination: Path, progress: ProgressCallback | None = None) -> Stripped:
-    """Write the base of an adapted model to `destination`, which must not exist: the same files, byte for byte.
+def strip_copies(
+    adapted: Path, destination: Path, progress: ProgressCallback | None = None, *, overwrite: bool = False
+) -> Stripped:
+    """Write the base of an adapted model to `destination`: the same files, byte for byte.
+
+    Args:
+        overwrite: an earlier output in its place may be replaced (see `outputs.check_output`).
 
     Raises:
-        InputError: `adapted` is no adapted model, or its base's tensors were changed.
+        InputError: `adapted` is no adapted model, its base's tensors were changed, or `destination` is no place for a
+            new directory.
     """
-    check_new(destination)
+    check_output(destination, "delta strip", {"ADAPTED": adapted}, overwrite=overwrite)
     model = AdaptedModel.load(adapted)
     meter = Meter(2 * _num_bytes(model.base.values()), progress)
     fingerprint = _base_fingerprint(model, meter)
-    with new_directory(destination) as folder:
+    with new_output(destination, "delta strip", overwrite=overwrite) as folder:
         for file in model.files.headers:
             for num_bytes in model.files.restore_weights(file, folder / file, model.base):
                 meter.advance(num_bytes, file)
@@ -174,19 +194,6 @@ def strip_copies(adapted: Path, destination: Path, progress: ProgressCallback | 
         (folder / BASE_FILES_NAME).unlink()
         model.files.restore_texts(folder)
     return Stripped(fingerprint, tuple(model.files.headers), _num_bytes(model.base.values()))
-
-
-def check_new(destination: Path) -> None:
-    """Nothing is replaced: one path forgotten on the command line, and a package would be taken for OUT."""
-    if destination.is_symlink() or (destination.exists() and not _is_empty_directory(destination)):
-        raise InputError(f"OUT: '{destination}' exists; remove it, or give the name of a new directory")
-    parent = next(folder for folder in destination.absolute().parents if folder.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise InputError(f"OUT: '{destination}' cannot be written; choose another directory than '{parent}'")
-
-
-def _is_empty_directory(path: Path) -> bool:
-    return path.is_dir() and not any(path.iterdir())
 
 
 def _model_in(source: Path) -> Path:

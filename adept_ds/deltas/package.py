@@ -9,11 +9,12 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
+from adept_ds.base.digests import Digest, json_digest
 from adept_ds.base.errors import InputError
 from adept_ds.base.progress import Meter
 from adept_ds.base.records import Record
 from adept_ds.weights.expansion import LayerCopy, plan_copies
-from adept_ds.weights.fingerprints import Digest, TensorRecord, fingerprint_of, hash_tensors, json_digest
+from adept_ds.weights.fingerprints import TensorRecord, fingerprint_of, hash_tensors
 from adept_ds.weights.tensor_files import StoredTensor, read_header
 
 MANIFEST_NAME, TENSORS_NAME = "delta.json", "delta.safetensors"
@@ -99,10 +100,7 @@ class Package:
             if path.resolve().parent != directory.resolve():
                 raise InputError(f"'{path}' is a link to another directory; copy the package with cp -rL")
         manifest = PackageManifest.load(directory / MANIFEST_NAME)
-        try:
-            stored = read_header(directory / TENSORS_NAME)
-        except RecursionError:
-            raise InputError(f"'{directory / TENSORS_NAME}' is damaged; {_AGAIN}") from None
+        stored = read_header(directory / TENSORS_NAME)
         odd = sorted(stored.keys() ^ manifest.tensors.keys())
         if odd:
             raise InputError(

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from adept_ds.base.errors import InputError
+from adept_ds.models.completeness import complete_weights
+from adept_ds.models.config_values import check_form_of_weights, check_values
 from adept_ds.models.families import Family
 from adept_ds.models.family_table import FAMILIES
+from adept_ds.models.weight_files import INDEX_NAME, weight_files
 
 
 @dataclass(frozen=True)
@@ -26,15 +31,12 @@ class ModelDirectory:
 
     @classmethod
     def read(cls, path: Path) -> ModelDirectory:
-        """Raises `InputError`: config.json is missing or damaged, or its architecture is not in the table."""
+        """Raises `InputError`: config.json is missing or damaged, or of a model that cannot be expanded."""
         config = _read_config(path)
         family = _family(path, config)
-        count = config.get(family.layer_count_key)
-        if not isinstance(count, int) or count < 1:
-            raise InputError(
-                f"model: '{path}/config.json' has {family.layer_count_key}={count!r}; give a complete model"
-            )
-        return cls(path, config, family, count)
+        check_values(path, config, family)
+        check_form_of_weights(path, config)
+        return cls(path, config, family, config[family.layer_count_key])
 
     @classmethod
     def resolve(cls, key: str, model: str) -> ModelDirectory:
@@ -43,13 +45,15 @@ class ModelDirectory:
         Raises:
             InputError: neither a directory nor to be had from the hub; or no complete model.
         """
-        return cls.read(resolve_model_dir(key, model))
+        found = cls.read(resolve_model_dir(key, model))
+        complete_weights(found)
+        return found
 
 
 def _read_config(path: Path) -> dict[str, Any]:
     try:
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"model: '{path}/config.json' cannot be read ({error}); give a complete model") from None
     if not isinstance(config, dict):
         raise InputError(f"model: '{path}/config.json' holds no JSON object; give a complete model")
@@ -73,11 +77,28 @@ def _family(path: Path, config: dict[str, Any]) -> Family:
     return family
 
 
+@contextmanager
+def understood_by_transformers(path: Path) -> Iterator[None]:
+    """What transformers raises about a model's configuration or tensors becomes an `InputError` about its files."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise InputError(
+            f"model: transformers cannot make a model of '{path}' ({reason}); give a complete model"
+        ) from error
+
+
 def check_model_dir(name: str, model: Path) -> None:
-    """`model` holds a Hugging Face checkpoint whose weights can be read without running code from it."""
+    """`model` holds a Hugging Face checkpoint whose weights can be read without running code from it.
+
+    Raises:
+        InputError: it does not, or it is not clear which files they are.
+    """
     if not (model / "config.json").is_file():
         raise InputError(f"{name}: '{model}' has no config.json; give a Hugging Face model directory")
-    if any(model.glob("*.safetensors")):
+    if any(model.glob("*.safetensors")) or (model / INDEX_NAME).is_file():
+        weight_files(model)
         return
     pickled = [*model.glob("*.bin"), *model.glob("*.pt"), *model.glob("*.pth")]
     if pickled:

@@ -58,6 +58,10 @@ class Family:
     """Linear layers by path, in the order of their units; weight and bias belong together."""
     norms: tuple[str, ...]
     """Normalisations; each is one unit."""
+    outside: tuple[str, ...] = ("model.embed_tokens.weight", "model.norm.weight")
+    """Parameters outside the layers; the first is the embedding, a row per token."""
+    head: str = "lm_head.weight"
+    """The output head; it need not be in a file where it is tied to the embedding."""
     silent: float = 0.0
     """The value of `residual_writers` with which they write nothing."""
     transposed: bool = False
@@ -82,6 +86,12 @@ class Family:
     """Configuration key by which logits are divided."""
     logits_cap_key: str | None = None
     """Configuration key c of logits that are softly capped: c tanh(logits / c)."""
+    bos_per: Literal["document", "block"] = "document"
+    """What begins with the beginning-of-sequence token, where the tokenizer puts one: as the family was pretrained."""
+    learned_positions: tuple[str, int] | None = None
+    """Configuration key that counts the rows of a table of positions, and its default; None: positions are computed."""
+    tokens_without_rows: tuple[str, ...] = ()
+    """Special tokens that the published tokenizers have and the embedding has not: no text contains them."""
 
     def split_name(self, parameter: str) -> tuple[int, str] | None:
         """'model.layers.3.mlp.up_proj.weight' -> (3, 'mlp.up_proj.weight'); None outside the decoder layers."""
@@ -153,14 +163,14 @@ class Family:
             entries = config.get(key)
             if isinstance(entries, list):
                 expanded[key] = [entries[origin] for origin in origins]
-        dense = self._dense_layers(config)
+        dense = self.dense_layers(config)
         if self.dense_layers_key and self.sparse_step_key and dense:
             expanded[self.dense_layers_key] = [index for index, origin in enumerate(origins) if origin in dense]
             expanded[self.sparse_step_key] = 1
         expanded[self.layer_count_key] = len(origins)
         return expanded
 
-    def _dense_layers(self, config: Mapping[str, Any]) -> set[int]:
+    def dense_layers(self, config: Mapping[str, Any]) -> set[int]:
         """Layers without experts, in families that mix both kinds."""
         if not self.dense_layers_key or not self.sparse_step_key:
             return set()

@@ -80,7 +80,10 @@ def shifted_labels(labels: torch.Tensor) -> torch.Tensor:
 
 
 def install_row_losses(model: torch.nn.Module, divisor: float = 1.0, cap: float | None = None) -> None:
-    """Make `model(input_ids, labels)` return the summed next-token loss of each row, [rows] float32.
+    """Make `model(input_ids, labels, positions)` return the summed next-token loss of each row, [rows] float32.
+
+    `positions` [rows, tokens], where a row holds several texts, restarts at 0 with each of them; transformers then lets
+    none attend to another.
 
     Replaces the `forward` of this instance and of its output head. An instance attribute rather than a wrapping
     module, because a wrapper would rename every parameter in checkpoints; through the head's own call rather than
@@ -98,8 +101,10 @@ def install_row_losses(model: torch.nn.Module, divisor: float = 1.0, cap: float 
             labels = labels.repeat(hidden.shape[0] // labels.shape[0], 1)
         return _HeadLoss.apply(hidden, shifted_labels(labels), self.weight, self.bias, divisor, cap)
 
-    def model_forward(self: Any, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        hidden = self.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+    def model_forward(
+        self: Any, input_ids: torch.Tensor, labels: torch.Tensor, positions: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        hidden = self.base_model(input_ids=input_ids, position_ids=positions, use_cache=False).last_hidden_state
         return head(hidden, labels)
 
     head.forward = types.MethodType(head_forward, head)

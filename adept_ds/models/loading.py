@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 
-from adept_ds.models.directory import ModelDirectory
+from adept_ds.base.errors import InputError
+from adept_ds.models.completeness import SAVE_AGAIN, complete_weights
+from adept_ds.models.directory import ModelDirectory, understood_by_transformers
 from adept_ds.models.families import Family
 from adept_ds.models.head_loss import install_row_losses
 
@@ -20,18 +22,59 @@ def load_causal_lm(
     Args:
         ds_config: with ZeRO stage 3, each rank keeps only its partition from the first tensor on; None loads the
             whole model.
+
+    Raises:
+        InputError: the files and the architecture do not agree; seen before any weight is read.
     """
     from transformers import AutoModelForCausalLM
     from transformers.integrations import HfDeepSpeedConfig
 
+    check_architecture(source)
     # Exists for as long as loading takes: transformers asks it whether to partition while it reads.
     zero3 = HfDeepSpeedConfig(ds_config) if ds_config is not None else None
-    model = AutoModelForCausalLM.from_pretrained(source.path, dtype=dtype, local_files_only=True)
+    model = AutoModelForCausalLM.from_pretrained(
+        source.path, dtype=dtype, local_files_only=True, use_safetensors=True, trust_remote_code=False
+    )
     del zero3
     model.requires_grad_(False)
     model.config.use_cache = False
     install_row_losses(model, *source.family.logit_transform(model.config))
     return model
+
+
+def check_architecture(source: ModelDirectory) -> None:
+    """Load a model's tensors without their content, and see that they are all that there must be, and no others.
+
+    transformers itself says what it would make up, drop or reshape; what it drops on purpose (rotary buffers, a tied
+    head that is stored twice) is no mistake. Reads headers alone.
+
+    Raises:
+        InputError: naming a tensor that is missing, too many or of another shape; or config.json cannot be understood.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    entries = {name: entry for of in complete_weights(source).values() for name, entry in of.items()}
+    contentless = {name: torch.empty(entry.shape, device="meta") for name, entry in entries.items()}
+    with understood_by_transformers(source.path):
+        config = AutoConfig.from_pretrained(source.path, local_files_only=True, trust_remote_code=False)
+        _, found = AutoModelForCausalLM._model_mapping[type(config)].from_pretrained(
+            None,
+            config=config,
+            state_dict=contentless,
+            device_map={"": "meta"},
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    where, other = f"model: '{source.path}'", "give the config.json that belongs to these weights"
+    for name in sorted(found["missing_keys"]):
+        raise InputError(f"{where} lacks '{name}', which would be random numbers; {SAVE_AGAIN}")
+    for name, shape, wanted in sorted(found["mismatched_keys"]):
+        raise InputError(f"{where} holds '{name}' of shape {tuple(shape)}, where {tuple(wanted)} is needed; {other}")
+    for name in sorted(found["unexpected_keys"]):
+        raise InputError(
+            f"{where} holds '{name}', which the architecture of config.json has not; {other}, "
+            "or save the language model alone"
+        )
 
 
 def make_layers_trainable(model: torch.nn.Module, family: Family, layers: Sequence[int]) -> None:

@@ -20,11 +20,12 @@ from dataclasses import dataclass
 import torch
 
 from adept_ds.config.schema import ExpandSection, ProbeSection
+from adept_ds.data.blocks import Batch
 from adept_ds.data.mixture import Sample
 from adept_ds.data.order import FILLER, rank_batches
 from adept_ds.models.directory import ModelDirectory
 from adept_ds.models.families import Family
-from adept_ds.probing.passes import PassProgress, table_by_sequence
+from adept_ds.probing.passes import PassProgress, check_losses, table_by_sequence
 from adept_ds.probing.scores import LayerScores
 from adept_ds.probing.sweep import bypass_losses, install_layer_sweep
 from adept_ds.probing.taps import install_taps
@@ -141,8 +142,8 @@ class Taylor(Estimator):
         # pass too, are on the modules inside it, and nothing else is needed where no weight has a gradient.
         inner = getattr(model, "module", model)
 
-        def forward(input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-            losses = inner(input_ids, labels)
+        def forward(batch: Batch) -> torch.Tensor:
+            losses = inner(*batch)
             losses.sum().backward()
             return torch.stack([losses.detach().double(), *(products.pop(i) for i in range(num_layers))], dim=1)
 
@@ -183,6 +184,8 @@ class WeightGradients(Estimator):
             for number, batch in enumerate(batches.global_batches()):
                 progress.batch(number, count)
                 scores, row_losses = unit_sums.of_batch(batches, number)
+                if number == 0:
+                    check_losses(row_losses, probe.ranks)
                 sums.append(scores)
                 positions = _rows_of_rank(first, len(batch), batches.micro_batch_size, probe.ranks)
                 for position, loss in zip(positions, row_losses, strict=True):

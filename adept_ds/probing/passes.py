@@ -6,7 +6,9 @@ from collections.abc import Callable
 
 import torch
 
+from adept_ds.base.errors import NonFiniteLossError
 from adept_ds.base.progress import ProgressCallback
+from adept_ds.data.blocks import Batch
 from adept_ds.data.mixture import Sample
 from adept_ds.data.order import FILLER, rank_batches
 from adept_ds.ranks.collectives import Ranks
@@ -38,8 +40,14 @@ class PassProgress:
         )
 
 
+def check_losses(losses: torch.Tensor, ranks: Ranks) -> None:
+    """Raises `NonFiniteLossError`, on every rank, if the losses of any rank are not all finite."""
+    if ranks.max(float(not losses.isfinite().all()))[0]:
+        raise NonFiniteLossError("probe: the model's loss on the first sequences is NaN or infinite")
+
+
 def table_by_sequence(
-    forward: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    forward: Callable[[Batch], torch.Tensor],
     sample: Sample,
     width: int,
     ranks: Ranks,
@@ -48,18 +56,22 @@ def table_by_sequence(
     device: torch.device | str,
     progress: PassProgress | None = None,
 ) -> torch.Tensor:
-    """What `forward(input_ids, labels)` says about each row, [rows, width], for every sequence of the sample.
+    """What `forward(batch)` says about each row, [rows, width], for every sequence of the sample.
 
     Every rank takes its share of the sequences and gets the whole table, [sequences, width] float64. Each entry comes
     from one rank, so sums over the table do not depend on who computed what.
+
+    Raises:
+        NonFiniteLossError: the first column of the first batch, the model's own loss, is no number.
     """
     table = torch.zeros(len(sample), width, dtype=torch.float64)
     batches = rank_batches(range(len(sample)), ranks.rank, ranks.world_size, micro_batch_size)
     for number, positions in enumerate(batches):
         if progress:
             progress.batch(number, len(batches))
-        input_ids, labels = (tensor.to(device) for tensor in sample.batch(positions))
-        rows = forward(input_ids, labels).double().cpu()
+        rows = forward(sample.batch(positions).to(device)).double().cpu()
+        if number == 0:
+            check_losses(rows[:, 0], ranks)
         for row, position in zip(rows, positions, strict=True):
             if position != FILLER:
                 table[position] = row

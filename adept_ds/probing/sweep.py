@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from adept_ds.data.blocks import Batch
 from adept_ds.data.mixture import Sample
 from adept_ds.models.families import Family
 from adept_ds.probing.passes import PassProgress, table_by_sequence
@@ -39,8 +40,8 @@ def bypass_losses(
         micro_batch_size: sequences per rank that are swept together.
     """
 
-    def forward(input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        return model(input_ids, labels).view(num_layers + 1, len(input_ids)).T
+    def forward(batch: Batch) -> torch.Tensor:
+        return model(*batch).view(num_layers + 1, len(batch.input_ids)).T
 
     with torch.no_grad():
         return table_by_sequence(

@@ -26,6 +26,9 @@ WIDTH, MAX_POINTS, MAX_COLUMNS, MAX_UNITS = 10.4, 1200, 48, 40
 STYLE: Json = {"svg.fonttype": "path", "font.size": 8.5, "axes.titlesize": 9.5, "axes.edgecolor": GREY}
 
 
+STYLE |= {"text.parse_math": False}  # names of others' units and corpora are no formulas
+
+
 STYLE |= {"axes.grid": True, "axes.grid.axis": "y", "axes.axisbelow": True, "grid.color": "#e6eaef"}
 
 
@@ -241,7 +244,7 @@ def _draw_units(run: RunFiles, figure: Figure) -> None:
         axes.set_title(f"layer {copy}" + (f" (copy of {run.copies[copy]})" if copy in run.copies else ""), loc="left")
         ticks = range(0, len(steps), math.ceil(len(steps) * across * len(f"{steps[-1]:g}") / 64))
         axes.set_xticks([c + 0.5 for c in ticks], [f"{steps[c]:g}" for c in ticks])
-        axes.set_yticks(np.arange(len(names)) + 0.5, [name.replace("$", r"\$") for name in names])
+        axes.set_yticks(np.arange(len(names)) + 0.5, names)
         for (row, column), value in np.ndenumerate(grid if len(steps) * across <= 26 else grid[:0]):
             ink = "white" if abs(value - 1) > 0.57 else INK
             axes.text(column + 0.5, row + 0.5, f"{value:.2f}", ha="center", va="center", fontsize=7, color=ink)

@@ -21,6 +21,7 @@ from scipy.stats import spearmanr
 from adept_ds.base.errors import InputError
 from adept_ds.base.files import read_json
 from adept_ds.base.run_dir import RunDirectory
+from adept_ds.report.presence import check_something_to_report
 
 Json = dict[str, Any]
 
@@ -123,15 +124,12 @@ class RunFiles:
 
 
 def read_run(directory: Path) -> RunFiles:
-    run = RunDirectory(directory)
-    if not run.layer_importance.is_file() and not run.metrics.is_file():
-        raise InputError(
-            f"{directory}: no {run.layer_importance.name} and no {run.metrics.name}; make them: adept run CONFIG"
-        )
-    config = None
+    """Raises `InputError`: the directory has nothing to report, or a damaged record."""
+    check_something_to_report(directory)
+    run, config = RunDirectory(directory), None
     text = run.config.read_text(encoding="utf-8", errors="replace") if run.config.is_file() else ""
     with suppress(yaml.YAMLError):
-        config = yaml.safe_load(text)
+        config = _whole_characters(yaml.safe_load(text))
     records = (run.layer_importance, run.expansion, run.evaluation, run.summary)
     importance, expansion, evaluation, summary = map(_read_record, records)
     metrics, units = map(_read_lines, (run.metrics, run.unit_importance))
@@ -146,18 +144,27 @@ def read_run(directory: Path) -> RunFiles:
 
 def _read_record(path: Path) -> Json:
     try:
-        return dict(read_json(path)) if path.is_file() else {}
-    except (ValueError, TypeError) as error:
-        raise InputError(f"{path}: not a JSON object ({error}); delete it, then: adept run CONFIG") from error
+        return dict(_whole_characters(read_json(path))) if path.is_file() else {}
+    except (ValueError, TypeError, RecursionError) as error:
+        raise InputError(f"{path}: not a JSON object ({error}); put it aside, then: adept run CONFIG") from error
 
 
 def _read_lines(path: Path) -> list[Json]:
     """The whole lines: a crash cuts the last one, and a resumed run that appends leaves the cut in the middle."""
     lines, records = path.read_bytes().split(b"\n") if path.is_file() else [], []
     for line in lines:
-        with suppress(ValueError):
-            records.append(json.loads(line))
+        with suppress(ValueError, RecursionError):
+            records.append(_whole_characters(json.loads(line)))
     return [record for record in records if isinstance(record, dict) and finite(record.get("step"))]
+
+
+def _whole_characters(value: Any) -> Any:
+    """With a mark for each half of a character ("\\ud83d" alone), which JSON may hold and no file can."""
+    if isinstance(value, dict):
+        return {_whole_characters(key): _whole_characters(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_whole_characters(item) for item in value]
+    return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace") if isinstance(value, str) else value
 
 
 def _in_order(pairs: Iterable[tuple[Any, Any]]) -> list[tuple[float, Any]]:
@@ -199,6 +206,7 @@ def _measured(units: object) -> dict[str, Json]:
     """The units of a line that have all that is needed, by name; weights that overflowed have a distance of NaN."""
     numbers = ("numel", "multiplier", "moved", "moved_since_start")
     whole = [u for u in units if isinstance(u, dict) and "unit" in u] if isinstance(units, list) else []
+    whole = [u | {key: math.nan for key in numbers if key in u and u[key] is None} for u in whole]
     whole = [u for u in whole if all(isinstance(u.get(key), int | float) for key in numbers)]
     return {str(u["unit"]): u for u in whole if u["numel"] > 0 and math.isfinite(u["multiplier"])}
 

@@ -7,13 +7,16 @@ from functools import cached_property
 
 import torch
 
+from adept_ds.base.digests import FileDigests
 from adept_ds.base.run_dir import RunDirectory
 from adept_ds.base.terminal import Terminal
 from adept_ds.config.resolved import ResolvedConfig
 from adept_ds.models.device import resolve_precision
+from adept_ds.models.loading import check_architecture
 from adept_ds.ranks.collectives import Ranks
 from adept_ds.ranks.stopping import StopRequest
 from adept_ds.run.corpora import Corpora
+from adept_ds.run.identity import Identity
 from adept_ds.run.ledger import Ledger
 from adept_ds.run.progress import StageProgress
 from adept_ds.zero.build import EngineSettings
@@ -29,12 +32,17 @@ class Context:
     progress: StageProgress
     corpora: Corpora
     ledger: Ledger
+    identity: Identity
 
     @classmethod
     def of(cls, settings: ResolvedConfig, ranks: Ranks, terminal: Terminal, stop: StopRequest) -> Context:
+        if settings.deepspeed is not None:  # what is going to be loaded is whole, before texts are read
+            for model in filter(None, (settings.model, settings.reference_model)):
+                check_architecture(model)
         progress = StageProgress(terminal, stop, ranks)
         ledger = Ledger(settings.run_dir.ledger, ranks)
-        return cls(settings, ranks, terminal, progress, Corpora(settings, progress), ledger)
+        identity = Identity(FileDigests(settings.run_dir.digests), progress)
+        return cls(settings, ranks, terminal, progress, Corpora(settings, progress), ledger, identity)
 
     @cached_property
     def precision(self) -> torch.dtype:

@@ -1,39 +1,54 @@
-"""The texts of a run, packed when they are first asked for and kept beside the run."""
+"""The texts of a run: tokenised and packed when they are first asked for, and kept beside the run."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
+from adept_ds.base.digests import FileDigests
 from adept_ds.base.errors import InputError
 from adept_ds.config.resolved import ResolvedConfig
-from adept_ds.config.schema import CorpusSource, corpus_sources
-from adept_ds.data.blocks import Blocks, TrainingData
+from adept_ds.config.schema import CorpusFiles, CorpusSource, corpus_sources
+from adept_ds.data.blocks import Blocks
+from adept_ds.data.documents import TextSource
 from adept_ds.data.mixture import Mixture
-from adept_ds.data.packing import Packing, build_blocks
+from adept_ds.data.packing import Packing
+from adept_ds.data.streaming import StreamedCorpus, StreamedSource, WindowMaker
+from adept_ds.data.tokenizer import TextTokenizer
+from adept_ds.data.tokens import Tokenisation, tokens_of
+from adept_ds.data.training_data import TrainingData
 from adept_ds.run.progress import StageProgress
 from adept_ds.training.evaluation import EvalSet
 
 
 @dataclass(frozen=True)
 class Corpora:
-    """Every rank asks for the same ones, in the same order: rank 0 packs, the others wait."""
+    """Every rank asks for the same ones, in the same order: rank 0 tokenises, the others wait."""
 
     settings: ResolvedConfig
     progress: StageProgress
 
+    def prepare(self) -> dict[str, int]:
+        """Tokenise and pack all that the configuration names; how many blocks each corpus has. Streamed ones begin."""
+        counts = {"domain": len(self.domain.blocks)} if isinstance(self.domain, Mixture) else {}
+        counts |= {"replay": len(self.replay.blocks)} if self.replay else {}
+        counts |= {f"{eval_set.name} held out": len(eval_set.indices) for eval_set in self.held_out}
+        return counts | ({"general probe": len(self.general.blocks)} if self.settings.config.probe.corpus else {})
+
     @cached_property
-    def domain(self) -> Blocks:
+    def domain(self) -> Mixture | StreamedCorpus:
         config = self.settings.config
+        if config.data.streaming:
+            return self._streamed("data.domain", config.data.domain)
         return self._for_training("data.domain", config.data.domain, config.train.global_batch_size - config.replayed)
 
     @cached_property
-    def replay(self) -> Blocks | None:
+    def replay(self) -> Mixture | None:
         config = self.settings.config
-        files = config.data.replay
-        return self._for_training("data.replay", files, config.replayed) if files else None
+        sources = config.data.replay
+        return self._for_training("data.replay", sources, config.replayed) if sources else None
 
     @property
     def training_data(self) -> TrainingData:
@@ -42,45 +57,91 @@ class Corpora:
     @cached_property
     def general(self) -> Mixture:
         """General competence, as the probe sees it."""
-        return self.mixture("probe.corpus", self.settings.config.probe.corpus)
+        return self.for_probing("probe.corpus", self.settings.config.probe.corpus)
 
     @property
     def for_importance(self) -> Mixture:
         """General text that importances are estimated on in passes of their own."""
         online = self.settings.config.importance.source == "online"
-        return Mixture.of([self.replay]) if online and self.replay else self.general
+        return self.replay if online and self.replay else self.general
 
     @cached_property
     def held_out(self) -> list[EvalSet]:
         data = self.settings.config.data
         corpora = {"general": data.general_eval, "domain": data.domain_eval}
-        return [
-            EvalSet(name, self._blocks(f"data.{name}_eval", files, data.seq_len, keep_tail=True), data.eval_sequences)
-            for name, files in corpora.items()
-            if files
-        ]
+        found = {
+            name: self._mixture(f"data.{name}_eval", entries, data.seq_len, keep_tail=True)
+            for name, entries in corpora.items()
+            if entries
+        }
+        return [EvalSet(name, corpus.blocks, corpus.first(data.eval_sequences)) for name, corpus in found.items()]
 
-    def mixture(self, key: str, entries: Sequence[Path | CorpusSource]) -> Mixture:
+    def for_probing(self, key: str, entries: Sequence[Path | CorpusSource]) -> Mixture:
         """A corpus of weighted sources, in blocks for probing."""
-        sources, seq_len = corpus_sources(entries), self.settings.config.probe.seq_len
-        parts = [self._blocks(key, source.files, seq_len, keep_tail=True) for source in sources]
-        return Mixture.of(parts, [source.weight for source in sources], [source.title for source in sources])
+        return self._mixture(key, entries, self.settings.config.probe.seq_len, keep_tail=True)
 
-    def _for_training(self, key: str, files: Sequence[Path], needed: int) -> Blocks:
+    def _for_training(self, key: str, entries: Sequence[Path | CorpusSource], needed: int) -> Mixture:
         config = self.settings.config
-        blocks = self._blocks(key, files, config.data.seq_len, keep_tail=False)
-        if len(blocks) < needed:
+        corpus = self._mixture(key, entries, config.data.seq_len, keep_tail=False)
+        if len(corpus.blocks) < needed:
             raise InputError(
-                f"{key}: {len(blocks)} blocks of {config.data.seq_len} tokens cannot feed batches of "
+                f"{key}: {len(corpus.blocks)} blocks of {config.data.seq_len} tokens cannot feed batches of "
                 f"train.global_batch_size {config.train.global_batch_size}, {needed} of them from here; "
                 "add text, or lower train.global_batch_size or data.seq_len"
             )
+        return corpus
+
+    def _mixture(self, key: str, entries: Sequence[Path | CorpusFiles], seq_len: int, *, keep_tail: bool) -> Mixture:
+        sources = corpus_sources(entries)
+        packing = Packing(seq_len, keep_tail, self.settings.config.data.packing == "documents")
+        parts = [self._blocks(key, source, packing) for source in sources]
+        return Mixture.of(parts, [source.weight for source in sources], [source.title for source in sources])
+
+    def _streamed(self, key: str, entries: Sequence[Path | CorpusSource]) -> StreamedCorpus:
+        data, sources = self.settings.config.data, corpus_sources(entries)
+        packing = Packing(data.seq_len, documents=data.packing == "documents")
+        streams = [
+            StreamedSource(
+                partial(WindowMaker, self._text(key, source), self._tokenisation, packing),
+                packing,
+                number,
+                self._tokenisation.bos_of_blocks,
+                self.progress.ranks,
+            )
+            for number, source in enumerate(sources)
+        ]
+        corpus = StreamedCorpus(streams, [source.weight for source in sources])
+        with self.progress.on_main(f"tokenising the beginning of {key}"):
+            corpus.drawn(0, len(sources), self.settings.config.train.seed)  # where most mistakes show
+        return corpus
+
+    def _blocks(self, key: str, source: CorpusSource, packing: Packing) -> Blocks:
+        ranks, seq_len = self.progress.ranks, packing.seq_len
+        with self.progress.on_main(f"tokenising {key}") as bar:
+            tokens = tokens_of(self._text(key, source), self._tokenisation, ranks, bar)
+        skipped = tokens.manifest.skipped
+        if skipped:
+            first = tokens.manifest.skipped_places[0]
+            self.progress.terminal.stage("data", f"{key}: {skipped} bad records skipped, the first: {first}")
+        blocks = Blocks.of(tokens, packing, self._tokenisation.bos_of_blocks, ranks)
+        if not len(blocks):
+            raise InputError(
+                f"{key}: {', '.join(map(str, source.files))} has {tokens.manifest.tokens} tokens, less than one block "
+                f"of {seq_len}; add text or lower the sequence length"
+            )
         return blocks
 
-    def _blocks(self, key: str, files: Sequence[Path], seq_len: int, *, keep_tail: bool) -> Blocks:
-        settings = self.settings
-        packing = Packing(
-            key, tuple(files), settings.model.path, seq_len, keep_tail, settings.config.data.question_template
+    def _text(self, key: str, source: CorpusSource) -> TextSource:
+        return TextSource.of(key, source, self.settings.config.data)
+
+    @cached_property
+    def _tokenisation(self) -> Tokenisation:
+        settings, data = self.settings, self.settings.config.data
+        tokenizer = TextTokenizer(
+            settings.model.path,
+            bos=data.bos,
+            special_tokens_in_text=data.special_tokens_in_text,
+            # A document that is a sequence of its own begins like one.
+            bos_per="document" if data.packing == "documents" else settings.model.family.bos_per,
         )
-        with self.progress.on_main(f"packing {key}") as bar:
-            return build_blocks(packing, settings.run_dir.blocks, self.progress.ranks, bar)
+        return Tokenisation(tokenizer, settings.run_dir.tokens, FileDigests(settings.run_dir.digests), data.workers)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from adept_ds.base.errors import InputError
 from adept_ds.base.files import read_json, write_json
 from adept_ds.models.directory import ModelDirectory
 from adept_ds.run.context import Context
-from adept_ds.run.ledger import Stage, stamp_corpus, stamp_model
+from adept_ds.run.identity import reading_settings
+from adept_ds.run.ledger import Stage
+from adept_ds.run.non_finite import naming_what_is_not_finite
+from adept_ds.run.prerequisites import check_ready
 from adept_ds.training.evaluation import evaluate
 from adept_ds.zero.build import build_forward_engine
 from adept_ds.zero.engine import release
@@ -17,17 +19,19 @@ from adept_ds.zero.engine import release
 def eval_stage(run: Context) -> dict[str, Any]:
     """Losses of both models, each loaded from disk as a user would."""
     config, output = run.settings.config, run.run_dir.evaluation
-    if not run.corpora.held_out:
+    data = config.data
+    if not (data.general_eval or data.domain_eval):
         run.terminal.stage("eval", "[dim]no held-out corpora (data.general_eval, data.domain_eval)[/]")
         return {}
     models = {"base": run.settings.model, "adapted": run.ranks.on_main(lambda: _exported(run))}
 
     def inputs() -> dict[str, Any]:
-        data = config.data
+        corpora = {"data.general_eval": data.general_eval, "data.domain_eval": data.domain_eval}
         return {
-            "models": [stamp_model(model) for model in models.values()],
-            "corpora": [stamp_corpus(files) for files in (data.general_eval, data.domain_eval)],
-            "data": [data.seq_len, data.eval_sequences, data.question_template, config.train.precision],
+            "models": [run.identity.model(model) for model in models.values()],
+            "corpora": [run.identity.corpus(key, entries) for key, entries in corpora.items()],
+            "reading": reading_settings(data),
+            "data": [data.seq_len, data.eval_sequences, config.train.precision],
         }
 
     def make() -> None:
@@ -40,18 +44,21 @@ def eval_stage(run: Context) -> dict[str, Any]:
 
 
 def evaluate_model(run: Context, model_dir: ModelDirectory, title: str) -> dict[str, Any]:
-    """Loss and number of tokens of each held-out corpus."""
+    """Loss and number of tokens of each held-out corpus.
+
+    Raises:
+        InputError: a loss is no finite number; the message names the corpus, and the tensor that is to blame.
+    """
+    held_out = run.corpora.held_out  # first: a mistake in a text shows before a model is loaded
     model, device = build_forward_engine(run.engines, model_dir)
     micro_batch_size = run.settings.config.train.micro_batch_size
-    with run.progress.together(title) as bar:
-        results = evaluate(
-            model, run.corpora.held_out, run.ranks, micro_batch_size=micro_batch_size, device=device, progress=bar
-        )
-    release(model)
-    return results
+    try:
+        with naming_what_is_not_finite(run, model_dir), run.progress.together(title) as bar:
+            return evaluate(model, held_out, run.ranks, micro_batch_size=micro_batch_size, device=device, progress=bar)
+    finally:
+        release(model)
 
 
 def _exported(run: Context) -> ModelDirectory:
-    if not run.run_dir.export.is_dir():
-        raise InputError(f"eval: '{run.run_dir.export}' does not exist; run `adept export CONFIG` first")
+    check_ready(run.settings.config, "eval")
     return ModelDirectory.read(run.run_dir.export)

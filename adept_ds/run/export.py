@@ -4,34 +4,31 @@ from __future__ import annotations
 
 from typing import Any
 
-from adept_ds.base.errors import InputError
-from adept_ds.base.files import stamp_files
-from adept_ds.base.run_dir import checkpoint_steps, checkpoint_tag, manifest_of
+from adept_ds.base.run_dir import checkpoint_tag
 from adept_ds.run.context import Context
 from adept_ds.run.ledger import Stage
+from adept_ds.run.prerequisites import exported_step
+from adept_ds.run.replacing import keep_aside
+from adept_ds.training.checkpoint import check_same_expansion, check_whole
+from adept_ds.weights.expansion import Expansion
 from adept_ds.weights.export import export_checkpoint
 
 
 def export_stage(run: Context, step: int | None = None) -> None:
     """Write the adapted model, from the newest checkpoint or from `step`."""
     run_dir, dtype = run.run_dir, run.settings.config.export.dtype
-
-    def choose() -> int:
-        steps = checkpoint_steps(run_dir.checkpoints)
-        if not steps or (step is not None and step not in steps):
-            wanted = "any" if step is None else f"step {step}"
-            raise InputError(f"'{run_dir.checkpoints}' has not {wanted} checkpoint ({steps}); run `adept train` first")
-        return steps[-1] if step is None else step
-
-    chosen = run.ranks.on_main(choose)
+    chosen = run.ranks.on_main(lambda: exported_step(run.settings.config, step))
     checkpoint, trained = run_dir.checkpoints / checkpoint_tag(chosen), 0
 
     def inputs() -> dict[str, Any]:
-        return {"checkpoint": stamp_files([manifest_of(checkpoint)]), "dtype": dtype}
+        manifest = check_whole(checkpoint)
+        check_same_expansion(manifest, Expansion.read(run_dir.expanded).fingerprint, checkpoint)
+        return {"checkpoint": manifest.to_json(), "dtype": dtype}
 
     def write() -> int:
+        keep_aside(run, run_dir.export, "export")
         with run.progress.on_main("exporting") as bar:
-            return export_checkpoint(run_dir.expanded, checkpoint, run_dir.export, dtype, bar)
+            return export_checkpoint(run_dir.expanded, checkpoint, run_dir.export, dtype, bar, overwrite=True)
 
     def make() -> None:
         nonlocal trained

@@ -7,17 +7,16 @@ system that lags, ranks that looked by themselves would disagree, and wait for e
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic_core import from_json
+
 from adept_ds.base.errors import InputError
-from adept_ds.base.files import read_json, stamp_files, write_json
-from adept_ds.config.schema import CorpusSource, corpus_sources
-from adept_ds.models.directory import ModelDirectory
+from adept_ds.base.files import write_json
 from adept_ds.ranks.collectives import Ranks
-from adept_ds.weights.hf_directory import weight_files
 
 
 @dataclass(frozen=True)
@@ -50,9 +49,9 @@ class Ledger:
         self._ranks.on_main(lambda: write_json(self._file, self._recorded() | {stage.name: inputs}))
         return True
 
-    def is_current(self, stage: Stage) -> bool:
-        """Whether the output was made from these very inputs."""
-        return self._ranks.on_main(lambda: self._is_recorded(stage, plain(stage.inputs())))
+    def check(self) -> None:
+        """Raises `InputError`: the record is damaged."""
+        self._ranks.on_main(self._recorded)
 
     def _is_recorded(self, stage: Stage, inputs: Any) -> bool:
         return stage.output.exists() and self._recorded().get(stage.name) == inputs
@@ -61,32 +60,20 @@ class Ledger:
         if not self._file.is_file():
             return {}
         try:
-            record = read_json(self._file)
-        except ValueError as error:
+            record = from_json(self._file.read_bytes(), allow_inf_nan=False)
+        except (OSError, ValueError) as error:
             raise self._damaged(str(error)) from None
         if not isinstance(record, dict):
             raise self._damaged("no JSON object")
         return record
 
     def _damaged(self, reason: str) -> InputError:
-        return InputError(f"'{self._file}' is damaged ({reason}); move it away, and what it spoke of is made again")
+        return InputError(
+            f"'{self._file}' is damaged ({reason}); move this one file away: layers are probed, and the trained model "
+            "exported and evaluated, once more, and training goes on from its checkpoints"
+        )
 
 
 def plain(value: Any) -> Any:
     """As it comes back from a JSON file, so that both can be compared."""
     return json.loads(json.dumps(value))
-
-
-def stamp_model(model: ModelDirectory) -> list[Any]:
-    """Path, and stamps of weights and configuration."""
-    return [str(model.path.resolve()), stamp_files([*weight_files(model.path), model.path / "config.json"])]
-
-
-def stamp_corpus(files: Sequence[Path]) -> list[Any]:
-    """In the given order: packing follows it."""
-    return [stamp_files([file])[0] for file in files]
-
-
-def stamp_mixture(entries: Sequence[Path | CorpusSource]) -> list[Any]:
-    """Of each source its weight and its files."""
-    return [[source.weight, *stamp_corpus(source.files)] for source in corpus_sources(entries)]

@@ -15,12 +15,14 @@ from adept_ds.run.evaluate import eval_stage
 from adept_ds.run.expand import expand_stage
 from adept_ds.run.export import export_stage
 from adept_ds.run.probe import probe_stage
-from adept_ds.run.train import train_stage
+from adept_ds.run.train import check_can_go_on, train_stage
 
 
 def run_all(run: Context) -> None:
     """probe -> expand -> train -> export -> eval -> report; inputs are packed first, where most mistakes show."""
     _ = run.precision  # refuses what the device cannot, before anything takes time
+    run.ledger.check()
+    check_can_go_on(run)
     run.ranks.on_main(lambda: write_text(run.run_dir.config, dump_config(run.settings.config)))
     prepare_data(run)
     if run.settings.config.expand.needs_probe:
@@ -34,11 +36,7 @@ def run_all(run: Context) -> None:
 
 def prepare_data(run: Context) -> None:
     """Tokenise and pack every corpus of the run."""
-    corpora = run.corpora
-    counts = {"domain": len(corpora.domain)} | ({"replay": len(corpora.replay)} if corpora.replay else {})
-    counts |= {eval_set.name + " held out": len(eval_set.indices) for eval_set in corpora.held_out}
-    if run.settings.config.probe.corpus:
-        counts["general probe"] = len(corpora.general.blocks)
+    counts = run.corpora.prepare()
     run.terminal.stage("data", ", ".join(f"{name} {count}" for name, count in counts.items()) + " blocks")
 
 

@@ -17,12 +17,16 @@ from adept_ds.probing.result import LayerImportance
 from adept_ds.probing.scores import LayerScores
 from adept_ds.probing.stability import rank_correlations
 from adept_ds.run.context import Context
-from adept_ds.run.ledger import Stage, stamp_mixture, stamp_model
+from adept_ds.run.expand import check_same_model
+from adept_ds.run.identity import reading_settings
+from adept_ds.run.ledger import Stage
+from adept_ds.run.non_finite import naming_what_is_not_finite
 
 
 def probe_stage(run: Context) -> LayerImportance:
     """Estimate the importance of every layer, and choose which are copied."""
     section = run.settings.config.probe
+    run.ranks.on_main(lambda: check_same_model(run))
     probe = _probe(run)
     if section.stability == "halves":
         check_halves(probe)
@@ -62,8 +66,8 @@ def compare_methods(run: Context, result: LayerImportance) -> dict[str, Any]:
 
 def _probe(run: Context) -> Probe:
     config = run.settings.config
-    sample = run.corpora.general.sample(config.probe.sequences, config.train.seed)
-    return Probe(run.engines, config.probe, config.expand, config.train.seed, run.settings.model, sample)
+    sample = run.corpora.general.sample(config.probe.sequences, config.probe.seed)
+    return Probe(run.engines, config.probe, config.expand, config.probe.seed, run.settings.model, sample)
 
 
 def _reference(run: Context, probe: Probe) -> Reference:
@@ -71,7 +75,7 @@ def _reference(run: Context, probe: Probe) -> Reference:
     section, other = run.settings.config.probe, run.settings.reference_model
     assert isinstance(section.stability, Stability)
     if section.stability.corpus is not None:
-        corpus = run.corpora.mixture("probe.stability.corpus", section.stability.corpus)
+        corpus = run.corpora.for_probing("probe.stability.corpus", section.stability.corpus)
         sample = corpus.sample(section.sequences, probe.seed)
         scores = _layer_scores(run, replace(probe, sample=sample), section.stability.corpus, "corpus")
         return Reference("corpus", ", ".join(sample.names), scores)
@@ -85,17 +89,18 @@ def _layer_scores(
 ) -> LayerScores:
     """From the file, if it was made from these very inputs; another k then needs no second probe."""
     config, section = run.settings.config, probe.section
+    key = "probe.stability.corpus" if reference == "corpus" else "probe.corpus"
     output = run.run_dir.layer_scores(reference)
 
     def inputs() -> dict[str, Any]:
         keys = {"method", "sequences", "seq_len", *ESTIMATORS[section.method].depends_on}
         return {
             # Tokenised for one, probed by the other.
-            "models": [stamp_model(run.settings.model), stamp_model(probe.model)],
+            "models": [run.identity.model(run.settings.model), run.identity.model(probe.model)],
             "probe": section.model_dump(mode="json", include=keys),
-            "corpus": stamp_mixture(corpus),
-            "template": config.data.question_template,
-            "seed": config.train.seed,
+            "corpus": run.identity.corpus(key, corpus),
+            "reading": reading_settings(config.data),
+            "seed": probe.seed,
             "precision": config.train.precision,
         }
 
@@ -110,6 +115,6 @@ def _layer_scores(
 
 def _passes(run: Context, probe: Probe, method: str) -> LayerScores:
     title = f"probing, {method}"
-    with run.terminal.progress(title) as bar:
+    with naming_what_is_not_finite(run, probe.model), run.terminal.progress(title) as bar:
         check = run.progress.stop.checked("probing", bar, run.ranks)
         return ESTIMATORS[method].score(probe, PassProgress(probe.model.num_layers, check, bar))

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 
+from adept_ds.base.errors import NonFiniteLossError
 from adept_ds.base.files import read_json, read_json_lines, remove_abandoned, write_json
-from adept_ds.base.run_dir import RunDirectory, checkpoint_steps
+from adept_ds.base.run_dir import RunDirectory, checkpoint_steps, checkpoint_tag
 from adept_ds.base.version import __version__
 from adept_ds.config.loading import dump_config
 from adept_ds.config.schema import Config
@@ -18,9 +21,17 @@ from adept_ds.models.directory import ModelDirectory
 from adept_ds.models.flops import count_step_flops, measure_matmul_rate
 from adept_ds.models.frozen_prefix import FrozenPrefix
 from adept_ds.run.context import Context
-from adept_ds.run.expand import current_expansion
-from adept_ds.run.ledger import plain, stamp_corpus, stamp_mixture
-from adept_ds.training.checkpoint import CheckpointManifest, check_resumable
+from adept_ds.run.expand import check_same_model, current_expansion, selected_layers
+from adept_ds.run.identity import Identity, reading_settings
+from adept_ds.run.ledger import plain
+from adept_ds.run.non_finite import check_finite, naming_what_is_not_finite
+from adept_ds.training.checkpoint import (
+    CheckpointManifest,
+    check_same_ranks,
+    check_same_training,
+    check_whole,
+    newest_manifest,
+)
 from adept_ds.training.movement import UnitMovement
 from adept_ds.training.trainer import Trainer
 from adept_ds.units.adamw import UnitAdamW
@@ -47,25 +58,10 @@ def train_stage(run: Context) -> None:
     """Train the copies, from the newest checkpoint if there is one."""
     config, run_dir = run.settings.config, run.run_dir
     expansion = current_expansion(run)
-    settings = run.ranks.on_main(lambda: training_settings(config))
-
-    def manifest_at(step: int) -> CheckpointManifest:
-        return CheckpointManifest(
-            step=step,
-            world_size=run.ranks.world_size,
-            zero_stage=run.settings.zero_stage,
-            fingerprint=expansion.fingerprint,
-            settings=settings,
-        )
-
-    def newest_checkpoint() -> int:
-        newest = max(checkpoint_steps(run_dir.checkpoints), default=0)
-        if newest:
-            check_resumable(run_dir.checkpoints, manifest_at(newest))
-        return newest
-
+    settings = run.ranks.on_main(lambda: training_settings(config, run.identity))
+    manifest_at = partial(_manifest, run, expansion.fingerprint, settings)
     run.ranks.on_main(lambda: remove_abandoned(run_dir.checkpoints))
-    first_step = run.ranks.on_main(newest_checkpoint)
+    first_step = run.ranks.on_main(lambda: _first_step(run, manifest_at))
     if first_step == config.train.steps:
         run.ranks.on_main(lambda: _complete_summary(run_dir))
         run.terminal.stage("train", "[dim]finished before, not run again[/]")
@@ -76,20 +72,65 @@ def train_stage(run: Context) -> None:
     _train(run, expansion, manifest_at, first_step, importance)
 
 
-def training_settings(config: Config) -> dict[str, Any]:
+def check_can_go_on(run: Context) -> None:
+    """Before anything is done anew: training that was begun can go on with this model, these texts and settings.
+
+    Raises:
+        InputError: naming what it began with, and how to go on.
+    """
+
+    def check() -> None:
+        newest = newest_manifest(run.run_dir.checkpoints)
+        if newest is not None:
+            check_same_model(run, None if run.settings.config.expand.needs_probe else selected_layers(run))
+            settings = training_settings(run.settings.config, run.identity)
+            _first_step(
+                run, partial(_manifest, run, newest.fingerprint, settings)
+            )  # of the expansion: when it is there
+
+    run.ranks.on_main(check)
+
+
+def _manifest(run: Context, fingerprint: str, settings: dict[str, Any], step: int) -> CheckpointManifest:
+    return CheckpointManifest(
+        step=step,
+        world_size=run.ranks.world_size,
+        zero_stage=run.settings.zero_stage,
+        fingerprint=fingerprint,
+        settings=settings,
+    )
+
+
+def _first_step(run: Context, manifest_at: Callable[[int], CheckpointManifest]) -> int:
+    """After how many steps training goes on. Raises `InputError` if it cannot go on like this."""
+    checkpoints = run.run_dir.checkpoints
+    newest = max(checkpoint_steps(checkpoints), default=0)
+    if newest:
+        check_same_training(checkpoints, manifest_at(newest))
+        if newest < run.settings.config.train.steps:
+            check_same_ranks(checkpoints, manifest_at(newest))
+            check_whole(checkpoints / checkpoint_tag(newest))
+    return newest
+
+
+def training_settings(config: Config, identity: Identity) -> dict[str, Any]:
     """Everything that determines the course of training, by dotted key: a resumed run must have the same."""
+    data, importance = config.data, config.importance
     sections = {
         "train": config.train.model_dump(mode="json", exclude=_NOT_PART_OF_TRAINING),
-        "importance": config.importance.model_dump(mode="json", exclude={"prefix_cache_mib"}),
+        "importance": importance.model_dump(mode="json", exclude={"prefix_cache_mib"}),
         "lr_policy": config.lr_policy.model_dump(mode="json"),
+        "data": reading_settings(data),
     }
     settings = {f"{section}.{key}": value for section, values in sections.items() for key, value in values.items()}
-    settings["data.seq_len"] = config.data.seq_len
-    settings["data.domain"] = stamp_corpus(config.data.domain)
-    settings["data.replay"] = stamp_corpus(config.data.replay)
-    settings["data.replay_share"] = config.data.replay_share if config.data.replay else None
-    settings["data.question_template"] = config.data.question_template
-    settings["probe.corpus"] = stamp_mixture(config.probe.corpus)
+    settings["data.seq_len"] = data.seq_len
+    settings["data.domain"] = identity.corpus("data.domain", data.domain)
+    settings["data.replay"] = identity.corpus("data.replay", data.replay)
+    settings["data.replay_share"] = data.replay_share if data.replay else None
+    if config.lr_policy.map != "constant" and importance.source == "corpus":
+        settings["probe.corpus"] = identity.corpus("probe.corpus", config.probe.corpus)
+        settings["probe.seq_len"] = config.probe.seq_len
+        settings["probe.seed"] = config.probe.seed
     return dict(plain(settings))
 
 
@@ -107,12 +148,14 @@ def _initial_importance(run: Context, expansion: Expansion) -> list[float] | Non
         run.engines,
         model,
         expansion.source_indices,
-        seed=config.train.seed,
+        seed=config.probe.seed,
         recompute_activations=config.train.activation_checkpointing,
     )
     registry = _registry(config, engine, model, expansion.source_indices)
-    with run.progress.together("estimating importance") as bar:
+    with naming_what_is_not_finite(run, model), run.progress.together("estimating importance") as bar:
         importance = estimate_importance(engine, registry, _gradient_batches(run), run.ranks, bar)
+        if not all(map(math.isfinite, importance)):
+            raise NonFiniteLossError("importance: a gradient of the source layers is NaN or infinite")
     release(engine)
     return importance
 
@@ -160,7 +203,11 @@ def _train(
         "adept_ds": __version__,
     }
     ranks.on_main(lambda: write_json(run_dir.summary, facts))
-    trainer.run(first_step, importance, dump_config(config))
+    try:
+        trainer.run(first_step, importance, dump_config(config))
+    except NonFiniteLossError:
+        check_finite(run, expanded)
+        raise
     peaks = ranks.gather(peak_memory_bytes())
     ranks.on_main(lambda: _complete_summary(run_dir, peak_memory_bytes=peaks))
     release(engine)
@@ -193,7 +240,7 @@ def _gradient_batches(run: Context) -> GradientBatches:
     section, corpus = run.settings.config.importance, run.corpora.for_importance
     return GradientBatches(
         corpus.blocks,
-        corpus.sample(section.sequences, run.settings.config.train.seed).indices,
+        corpus.sample(section.sequences, run.settings.config.probe.seed).indices,
         section.batch_sequences,
         run.settings.config.train.micro_batch_size,
     )

@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import random
 import shutil
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import Field, NonNegativeInt
 
 from adept_ds.base.errors import InputError
 from adept_ds.base.files import NewDirectory, write_text
@@ -24,6 +26,8 @@ from adept_ds.base.run_dir import checkpoint_steps, checkpoint_tag, manifest_of
 from adept_ds.models.device import device_rng_state, set_device_rng_state
 from adept_ds.ranks.collectives import Ranks
 from adept_ds.zero.engine import Engine
+
+_GO_ON = "set it back to go on with this run, or start another one in a run_dir of its own"
 
 
 class CheckpointManifest(Record):
@@ -36,10 +40,14 @@ class CheckpointManifest(Record):
     """Of the expanded checkpoint that training started from."""
     settings: dict[str, Any]
     """Everything that determines the course of training (see `run.train.training_settings`)."""
+    id: str | None = None
+    """Of this very checkpoint, wherever it is copied; older ones have none."""
+    files: dict[str, NonNegativeInt] = Field(default_factory=dict)
+    """What it consists of, by path, in bytes; of older ones nothing."""
 
     @classmethod
     def remedy(cls) -> str:
-        return "move this checkpoint away to resume from an older one"
+        return "copy it again, or put this checkpoint aside to resume from the one before it"
 
 
 def save_checkpoint(
@@ -62,12 +70,13 @@ def save_checkpoint(
 
     def begin() -> str:
         nonlocal new
-        new = NewDirectory(directory / tag)
+        new = NewDirectory(directory / tag, _refuse_if_whole)
         return new.temporary.name
 
     def publish() -> None:
         assert new is not None
-        manifest.save(manifest_of(new.temporary))
+        files = {file.relative_to(new.temporary).as_posix(): size for file, size in _sizes(new.temporary)}
+        manifest.model_copy(update={"id": uuid.uuid4().hex, "files": files}).save(manifest_of(new.temporary))
         new.publish()
         write_text(directory / "latest", tag)
         for step in checkpoint_steps(directory)[:-keep]:
@@ -92,6 +101,12 @@ def save_checkpoint(
             new.discard()
 
 
+def _refuse_if_whole(place: Path) -> None:
+    """What is no checkpoint was left by a process that was killed while it removed an old one."""
+    if manifest_of(place).exists():
+        raise InputError(f"'{place}' is a whole checkpoint already; put it aside to train these steps again")
+
+
 def load_checkpoint(engine: Engine, directory: Path, expected: CheckpointManifest, ranks: Ranks) -> dict[str, Any]:
     """Restore weights of the copies, optimizer, multipliers and random state; returns this rank's state.
 
@@ -102,33 +117,80 @@ def load_checkpoint(engine: Engine, directory: Path, expected: CheckpointManifes
         str(directory), tag=checkpoint_tag(expected.step), load_module_strict=False, load_lr_scheduler_states=False
     )
     if path is None:
-        raise InputError(
-            f"'{directory / checkpoint_tag(expected.step)}' cannot be loaded; move it away to resume from an older one"
-        )
+        place = directory / checkpoint_tag(expected.step)
+        raise InputError(f"'{place}' cannot be loaded; put it aside to resume from the one before it")
     rng, state = client_state["adept_ds"]["ranks"][ranks.rank]
     _restore_rng_state(rng)
     return dict(state)
 
 
-def check_resumable(directory: Path, expected: CheckpointManifest) -> None:
-    """Raises `InputError`, naming the difference and the remedy, if a checkpoint does not fit this run."""
+def check_whole(checkpoint: Path) -> CheckpointManifest:
+    """The manifest of a checkpoint that is complete, as far as sizes of files tell.
+
+    Raises:
+        InputError: copying it broke off.
+    """
+    manifest, found = CheckpointManifest.load(manifest_of(checkpoint)), dict(_sizes(checkpoint))
+    for name, size in manifest.files.items():
+        if found.get(checkpoint / name) != size:
+            have = found.get(checkpoint / name, "no")
+            raise InputError(f"'{checkpoint / name}' has {have} bytes of {size}; {manifest.remedy()}")
+    return manifest
+
+
+def _sizes(directory: Path) -> Iterator[tuple[Path, int]]:
+    return ((path, path.stat().st_size) for path in sorted(directory.rglob("*")) if path.is_file())
+
+
+def newest_manifest(directory: Path) -> CheckpointManifest | None:
+    """Of the newest checkpoint. Raises `InputError` if it is damaged."""
+    steps = checkpoint_steps(directory)
+    return CheckpointManifest.load(manifest_of(directory / checkpoint_tag(steps[-1]))) if steps else None
+
+
+def check_same_training(directory: Path, expected: CheckpointManifest) -> None:
+    """The checkpoint of step `expected.step` is one of this very training.
+
+    Raises:
+        InputError: it is one of another; the message names the difference and how to go on.
+    """
     place = directory / checkpoint_tag(expected.step)
     found = CheckpointManifest.load(manifest_of(place))
-    remedy = "set it back, or choose another run_dir"
+    for key, value in found.settings.items():
+        now = expected.settings.get(key)
+        if now != value:
+            how = "on other texts" if _are_texts(value) or _are_texts(now) else f"with {value!r}, not {now!r}"
+            raise InputError(f"{key}: '{place}' was trained {how}; {_GO_ON}")
+    check_same_expansion(found, expected.fingerprint, place)
+
+
+def check_same_expansion(found: CheckpointManifest, fingerprint: str, place: Path) -> None:
+    """Raises `InputError` if the checkpoint `found` at `place` trains copies of another expanded model."""
+    if found.fingerprint != fingerprint:
+        raise InputError(
+            f"model: '{place}' trains copies of another expanded model than the one there now; give the model and the "
+            "layers (expand.layers) that this run began with, or start another one in a run_dir of its own"
+        )
+
+
+def check_same_ranks(directory: Path, expected: CheckpointManifest) -> None:
+    """Raises `InputError`, with the remedy, if these ranks cannot read the checkpoint of step `expected.step`."""
+    place = directory / checkpoint_tag(expected.step)
+    found = CheckpointManifest.load(manifest_of(place))
     if found.world_size != expected.world_size:
         raise InputError(
             f"'{place}' was written by {found.world_size} ranks and this run has {expected.world_size}; "
-            f"start {found.world_size} ranks, or choose another run_dir"
+            f"start {found.world_size} ranks"
         )
     if found.zero_stage != expected.zero_stage:
-        raise InputError(f"deepspeed: '{place}' was written with ZeRO stage {found.zero_stage}; {remedy}")
-    for key, value in found.settings.items():
-        if expected.settings.get(key) != value:
-            raise InputError(
-                f"{key}: '{place}' was trained with {value!r}, not {expected.settings.get(key)!r}; {remedy}"
-            )
-    if found.fingerprint != expected.fingerprint:
-        raise InputError(f"'{place}' belongs to another expanded checkpoint; choose another run_dir")
+        raise InputError(
+            f"deepspeed: '{place}' was written with ZeRO stage {found.zero_stage}, not {expected.zero_stage}; {_GO_ON}"
+        )
+
+
+def _are_texts(value: Any) -> bool:
+    """Whose digests say nothing to people (see `run.identity`)."""
+    return isinstance(value, list) and any(isinstance(source, dict) for source in value)
 
 
 def _rng_state() -> dict[str, Any]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from adept_ds.base.errors import InputError, NonFiniteLossError
 from adept_ds.base.progress import ProgressCallback
 from adept_ds.data.blocks import Blocks
 from adept_ds.data.order import rank_batches
@@ -16,15 +18,25 @@ from adept_ds.ranks.collectives import Ranks
 
 @dataclass(frozen=True)
 class EvalSet:
-    """A held-out corpus: 'general' or 'domain'."""
+    """A held-out corpus: 'general' or 'domain'.
+
+    Raises:
+        InputError: it has no token that is predicted.
+    """
 
     name: str
     blocks: Blocks
-    max_sequences: int
+    indices: tuple[int, ...]
+    """Of the blocks that are evaluated."""
+
+    def __post_init__(self) -> None:
+        if not self.blocks.predicted_tokens(self.indices):
+            raise InputError(f"{self.key}: no token of it has one before it that it is predicted from; add text")
 
     @property
-    def indices(self) -> range:
-        return range(min(len(self.blocks), self.max_sequences))
+    def key(self) -> str:
+        """Of the configuration."""
+        return f"data.{self.name}_eval"
 
 
 def evaluate(
@@ -39,6 +51,9 @@ def evaluate(
     """Mean token loss of each corpus, in nats: {"general": {"loss", "tokens"}, ...}; the same on every rank.
 
     The result does not depend on the number of ranks, nor on how blocks fall on them.
+
+    Raises:
+        NonFiniteLossError: on every rank.
     """
     schedule = [
         (eval_set, batch)
@@ -50,11 +65,12 @@ def evaluate(
         for number, (eval_set, batch) in enumerate(schedule):
             if progress:
                 progress(number / len(schedule), f"{eval_set.name} text")
-            input_ids, labels = (tensor.to(device) for tensor in eval_set.blocks.batch(batch))
-            loss = float(model(input_ids, labels).double().sum())
+            loss = float(model(*eval_set.blocks.batch(batch).to(device)).double().sum())
             sums[eval_set.name] += torch.tensor([loss, eval_set.blocks.predicted_tokens(batch)], dtype=torch.float64)
     results = {}
-    for name, local in sums.items():
-        loss, tokens = ranks.sum(local).tolist()
-        results[name] = {"loss": loss / tokens, "tokens": int(tokens)}
+    for eval_set in eval_sets:
+        loss, tokens = ranks.sum(sums[eval_set.name]).tolist()
+        if not math.isfinite(loss):
+            raise NonFiniteLossError(f"{eval_set.key}: the held-out loss is {loss}")
+        results[eval_set.name] = {"loss": loss / tokens, "tokens": int(tokens)}
     return results

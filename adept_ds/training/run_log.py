@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from adept_ds.base.files import read_json_lines, write_text
+from adept_ds.base.files import json_text, read_json_lines, write_text
 from adept_ds.base.run_dir import RunDirectory
 from adept_ds.units.registry import Unit
 
@@ -113,11 +112,11 @@ class RunLog:
 
 def _append(path: Path, record: dict[str, Any]) -> None:
     with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
+        file.write(json_text(record) + "\n")
 
 
 def _keep_until(path: Path, step: int) -> None:
     """Drop the records after `step`; of step 0 itself (the start) nothing is kept, it is written again."""
     if path.is_file():
         kept = [record for record in read_json_lines(path) if record["step"] <= step and step > 0]
-        write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
+        write_text(path, "".join(json_text(record) + "\n" for record in kept))

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
 
 from adept_ds.config.schema import TrainSection
-from adept_ds.data.blocks import TrainingData
+from adept_ds.data.training_data import BatchEntry, TrainingData, micro_batches
 from adept_ds.ranks.collectives import Ranks
 from adept_ds.units.importance import OnlineImportance
 from adept_ds.zero.engine import Engine
@@ -30,29 +30,31 @@ def lr_factor(step: int, train: TrainSection) -> float:
 def accumulate_gradient(
     engine: Engine,
     data: TrainingData,
-    step: int,
+    entries: Sequence[BatchEntry],
     train: TrainSection,
     ranks: Ranks,
     online: OnlineImportance | None = None,
 ) -> tuple[float, float]:
-    """The gradient of optimizer step `step` (from 0); weights change when the engine's `step` is called after it.
+    """The gradient of the mean token loss over the global batch `entries`; weights change when the engine steps next.
 
-    Returns this rank's losses, mean over each sequence's tokens, summed over domain sequences and over replayed ones.
+    Returns the sum of this rank's token losses over domain sequences, and over replayed ones.
 
     Args:
         online: sees the gradient of the replayed rows alone; they must then fill whole micro-batches of every rank.
     """
-    batches = data.micro_batches(step, train, ranks.rank, ranks.world_size)
-    replayed = sum(entries[-1].replayed for entries in batches)
+    batches = micro_batches(entries, train, ranks.rank, ranks.world_size)
+    replayed = sum(rows[-1].replayed for rows in batches)
+    # The engine averages rows over micro-batches and ranks; all tokens of the batch shall count alike.
+    tokens = data.predicted_tokens(entries)
+    tokens_per_row = tokens / len(entries)
     add_replayed: Callable[[], None] | None = None
     row_losses: list[torch.Tensor] = []
-    for number, entries in enumerate(batches, start=1):
-        input_ids, labels = (tensor.to(engine.device) for tensor in data.batch(entries))
-        losses = engine(input_ids, labels) / (data.domain.seq_len - 1)  # blocks are full: all but the first token count
+    for number, rows in enumerate(batches, start=1):
+        losses = engine(*data.batch(rows).to(engine.device))
         row_losses.append(losses.detach())
-        backward = partial(engine.backward, losses.mean())
+        backward = partial(engine.backward, (losses / tokens_per_row).mean())
         if online and number == replayed:
-            share = data.replayed / train.global_batch_size
+            share = data.predicted_tokens([entry for entry in entries if entry.replayed]) / tokens
             add_replayed = end_segment(engine, backward, partial(online.observe, share))
         else:
             backward()
@@ -62,7 +64,7 @@ def accumulate_gradient(
         add_replayed()
     domain_loss = replay_loss = 0.0
     flat = torch.cat(row_losses).tolist()  # the only time that the host waits for the device
-    for entry, loss in zip((entry for entries in batches for entry in entries), flat, strict=True):
+    for entry, loss in zip((entry for rows in batches for entry in rows), flat, strict=True):
         if entry.replayed:
             replay_loss += loss
         else:

@@ -12,11 +12,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from adept_ds.base.errors import InputError, StopRequestedError
+from adept_ds.base.errors import InputError, NonFiniteLossError, StopRequestedError
 from adept_ds.base.run_dir import RunDirectory, checkpoint_tag
 from adept_ds.base.terminal import Terminal
 from adept_ds.config.schema import Config
-from adept_ds.data.blocks import TrainingData
+from adept_ds.data.training_data import TrainingData
 from adept_ds.models.device import free_memory_bytes, peak_memory_bytes
 from adept_ds.models.flops import StepFlops
 from adept_ds.models.frozen_prefix import FrozenPrefix
@@ -58,6 +58,8 @@ class Trainer:
     """Operations per second of one rank's device."""
     terminal: Terminal
     stop: StopRequest
+    _tokens: int = 0
+    """Trained on so far, interruptions included."""
 
     def run(self, first_step: int, initial_importance: list[float] | None, config_text: str) -> None:
         """Train from `first_step` (0: from the start) to the end.
@@ -96,7 +98,8 @@ class Trainer:
         self._evaluate(0, log)
 
     def _save(self, step: int) -> None:
-        state = {"movement_since": self.movement.since, "online": self.online and self.online.state_dict()}
+        online = self.online and self.online.state_dict()
+        state = {"movement_since": self.movement.since, "online": online, "tokens": self._tokens}
         save_checkpoint(
             self.engine,
             self.run_dir.checkpoints,
@@ -109,6 +112,7 @@ class Trainer:
 
     def _resume(self, step: int) -> None:
         state = load_checkpoint(self.engine, self.run_dir.checkpoints, self.manifest_at(step), self.ranks)
+        self._tokens = state["tokens"]
         self.unit_lr.check_ranks_agree()
         self.movement.load(self.run_dir.checkpoints / checkpoint_tag(step), step, state["movement_since"])
         if self.online:
@@ -129,32 +133,34 @@ class Trainer:
         start = time.perf_counter()
         lr = train.lr * lr_factor(step, train)
         set_learning_rate(self.engine, lr)
-        domain, replay = accumulate_gradient(self.engine, self.data, step, train, self.ranks, self.online)
+        entries = self.data.global_batch(step, train)
+        domain, replay = accumulate_gradient(self.engine, self.data, entries, train, self.ranks, self.online)
         domain, replay, stops = self.ranks.sum([domain, replay, float(self.stop.requested)]).tolist()
         if not math.isfinite(domain + replay):
-            raise InputError(
+            raise NonFiniteLossError(
                 f"train.lr: with {train.lr:g} the loss of step {step + 1} is {domain + replay}, before any weight "
                 "changed; lower it in another run_dir, and look at the texts if that does not help"
             )
         self.engine.step()
         grad_norm = _finite(self.engine.get_global_grad_norm())
         seconds = time.perf_counter() - start
-        size, replayed = train.global_batch_size, self.data.replayed
-        tokens = size * self.data.domain.seq_len
-        loss = (domain + replay) / size
+        replayed = [entry for entry in entries if entry.replayed]
+        tokens, predicted = self.data.num_tokens(entries), self.data.predicted_tokens(entries)
+        self._tokens += tokens
         record = {
             "step": step + 1,
-            "loss": loss,
+            "loss": (domain + replay) / predicted,
             "lr": lr,
             "grad_norm": grad_norm,
-            "tokens": (step + 1) * tokens,
+            "tokens": self._tokens,
             "seconds": seconds,
             "tokens_per_second": tokens / seconds,
             "mfu": self.flops.total * tokens / seconds / (self.matmul_rate * self.ranks.world_size),
             "peak_memory_bytes": peak_memory_bytes(),
         }
         if replayed:
-            record |= {"domain_loss": domain / (size - replayed), "replay_loss": replay / replayed}
+            replay_tokens = self.data.predicted_tokens(replayed)
+            record |= {"domain_loss": domain / (predicted - replay_tokens), "replay_loss": replay / replay_tokens}
         if train.precision == "fp16":
             record |= {"loss_scale": loss_scale(self.engine)}
         return record, stops > 0
@@ -194,14 +200,19 @@ class Trainer:
         if not self.eval_sets:
             return
         with outside_training(self.engine), self.terminal.progress("evaluating") as bar:
-            results = evaluate(
-                self.engine,
-                self.eval_sets,
-                self.ranks,
-                micro_batch_size=self.config.train.micro_batch_size,
-                device=self.engine.device,
-                progress=bar,
-            )
+            try:
+                results = evaluate(
+                    self.engine,
+                    self.eval_sets,
+                    self.ranks,
+                    micro_batch_size=self.config.train.micro_batch_size,
+                    device=self.engine.device,
+                    progress=bar,
+                )
+            except NonFiniteLossError as error:
+                raise NonFiniteLossError(
+                    f"train.lr: with {self.config.train.lr:g}, after step {step}, {error}; lower it in another run_dir"
+                ) from None
         log.evaluation(step, results)
         losses = ", ".join(f"{name} {result['loss']:.4f}" for name, result in results.items())
         self.terminal.stage("", f"step {step}: held-out loss {losses}")

@@ -114,11 +114,11 @@ def backward_global_batch(
     micro_batches = rank_batches(batch, ranks.rank, ranks.world_size, batches.micro_batch_size)
     row_losses = []
     for position, indices in enumerate(micro_batches):
-        input_ids, labels = (tensor.to(engine.device) for tensor in batches.blocks.batch(indices))
+        inputs = batches.blocks.batch(indices).to(engine.device)
         engine.set_gradient_accumulation_boundary(position == len(micro_batches) - 1)
         # DeepSpeed averages over ranks; times world_size, the sum over ranks is left.
         with prefix.at((number, position)) if prefix else nullcontext():
-            losses = engine(input_ids, labels)
+            losses = engine(*inputs)
             engine.backward(losses.sum() * (ranks.world_size / total_tokens), scale_wrt_gas=False)
         row_losses.append(losses.detach())
     return torch.cat(row_losses).cpu()

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import struct
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path, PurePosixPath
-from typing import Annotated, Literal, get_args
+from pathlib import Path
+from typing import Literal, get_args
 
-from pydantic import AfterValidator, ValidationError, model_validator
+from pydantic import ValidationError, model_validator
 
 from adept_ds.base.errors import InputError
 from adept_ds.base.files import write_text
 from adept_ds.base.records import Record, first_mistake
+from adept_ds.models.safetensors_header import parse_header
+from adept_ds.models.weight_files import WeightName
 from adept_ds.weights.tensor_files import StoredTensor, read_header
 
 BASE_FILES_NAME = "base_files.json"
@@ -22,20 +23,12 @@ BaseText = Literal["config.json", "model.safetensors.index.json", "expansion.jso
 """Files that an expansion writes anew. The last two exist where the base is an expanded checkpoint itself."""
 
 
-def _inside(name: str) -> str:
-    """A weight file stays in its directory, whatever the record says: it may have come from anywhere."""
-    path = PurePosixPath(name)
-    if path.is_absolute() or ".." in path.parts or path.suffix != ".safetensors" or "\\" in name or "\0" in name:
-        raise ValueError(f"{name!r} is no name of a weight file")
-    return name
-
-
 class BaseFiles(Record):
     """The record that stands in an expanded checkpoint (base_files.json)."""
 
     format: Literal[1] = 1
     texts: dict[BaseText, str]
-    headers: dict[Annotated[str, AfterValidator(_inside)], str]
+    headers: dict[WeightName, str]
     """Each weight file's header, as it stands there: names, dtypes, shapes, order and metadata."""
 
     @model_validator(mode="after")
@@ -80,9 +73,12 @@ class BaseFiles(Record):
             InputError: a header cannot be read.
         """
         try:
-            return {file: dict(_entries(header)) for file, header in self.headers.items()}
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            raise InputError(f"{BASE_FILES_NAME}: a header cannot be read ({error!r}); copy the model again") from None
+            return {
+                file: {name: (entry.dtype, entry.shape) for name, entry in parse_header(header).items()}
+                for file, header in self.headers.items()
+            }
+        except ValueError as error:
+            raise InputError(f"{BASE_FILES_NAME}: a header cannot be read ({error}); copy the model again") from None
 
     def restore_weights(self, name: str, destination: Path, tensors: Mapping[str, StoredTensor]) -> Iterator[int]:
         """Write one of the base's weight files; yields the number of bytes of each chunk.
@@ -97,7 +93,7 @@ class BaseFiles(Record):
         destination.parent.mkdir(parents=True, exist_ok=True)
         with destination.open("wb", buffering=0) as file:
             file.write(struct.pack("<Q", len(header)) + header)
-            for tensor, _ in _entries(self.headers[name]):
+            for tensor in parse_header(self.headers[name]):
                 yield from tensors[tensor].copy_to(file)
         try:
             read_header(destination)
@@ -105,13 +101,6 @@ class BaseFiles(Record):
             raise InputError(
                 f"{BASE_FILES_NAME}: the header of '{name}' does not fit its tensors; copy the model again"
             ) from None
-
-
-def _entries(header: str) -> Iterator[tuple[str, tuple[str, tuple[int, ...]]]]:
-    entries = json.loads(header)
-    entries.pop("__metadata__", None)
-    for name in sorted(entries, key=lambda name: (entries[name]["data_offsets"], name)):
-        yield name, (entries[name]["dtype"], tuple(entries[name]["shape"]))
 
 
 def _header(path: Path) -> str:

@@ -17,11 +17,13 @@ from typing import Any
 from pydantic import Field, NonNegativeInt, PositiveInt
 
 from adept_ds.base.errors import InputError
-from adept_ds.base.files import new_directory, write_json
+from adept_ds.base.files import write_json
+from adept_ds.base.outputs import Command, check_output, new_output
 from adept_ds.base.progress import ProgressCallback
 from adept_ds.base.records import Record
 from adept_ds.base.run_dir import EXPANSION_NAME
-from adept_ds.models.directory import ModelDirectory
+from adept_ds.models.completeness import complete_weights
+from adept_ds.models.directory import ModelDirectory, understood_by_transformers
 from adept_ds.models.families import Family
 from adept_ds.weights.base_files import BASE_FILES_NAME, BaseFiles
 from adept_ds.weights.fingerprints import TensorRecord, fingerprint_of
@@ -31,7 +33,7 @@ from adept_ds.weights.tensor_files import (
     StoredTensor,
     TensorContent,
     in_library_order,
-    read_header,
+    located,
     write_tensors,
 )
 
@@ -125,20 +127,24 @@ def plan_expansion(source: Path, selected: Sequence[int]) -> Plan:
 
     Args:
         selected: source layers to copy.
+
+    Raises:
+        InputError: `source` is no complete model (see `complete_weights`).
     """
     model = ModelDirectory.read(source)
+    sources = complete_weights(model)
     family, config = model.family, dict(model.config)
     if any(config.get(key) is None for key in family.derived_config):
         # Old files leave such lists to be derived from the number of layers.
         from transformers import AutoConfig
 
-        complete = AutoConfig.from_pretrained(source)
+        with understood_by_transformers(source):
+            complete = AutoConfig.from_pretrained(source, local_files_only=True, trust_remote_code=False)
         config |= {key: getattr(complete, key) for key in family.derived_config}
     copies = plan_copies(selected)
-    sources = weight_files(source)
     files, silenced = {}, list[str]()
-    for number, file in enumerate(sources):
-        contents, silent = _expand_shard(read_header(file), family, copies)
+    for number, (file, entries) in enumerate(sources.items()):
+        contents, silent = _expand_shard(located(file, entries), family, copies)
         files[_shard_name(number, len(sources))] = in_library_order(contents)
         silenced += silent
     expansion = Expansion(
@@ -147,12 +153,16 @@ def plan_expansion(source: Path, selected: Sequence[int]) -> Plan:
     return Plan(expansion, files, family.expand_config(config, layer_origins(model.num_layers, selected)))
 
 
-def describe_expansion(source: Path, destination: Path, selected: Sequence[int]) -> dict[str, Any]:
-    """What `expand_checkpoint` would write: layers, parameters, bytes and files."""
+def describe_expansion(
+    source: Path, destination: Path, selected: Sequence[int], *, overwrite: bool = False
+) -> dict[str, Any]:
+    """What `expand_checkpoint` would write: layers, parameters, bytes and files; and which files it would replace."""
+    replaced = check_output(destination, "expand", {"MODEL": source}, overwrite=overwrite)
     before, after = plan_expansion(source, []), plan_expansion(source, selected)
     files = {name: sum(content.num_bytes for content in contents.values()) for name, contents in after.files.items()}
     return {
         "destination": str(destination),
+        "replaces": replaced,
         "source_layers": after.expansion.source_layers,
         "copies": [copy.to_json() for copy in after.expansion.copies],
         "zeroed_tensors": len(after.expansion.silenced),
@@ -165,9 +175,14 @@ def describe_expansion(source: Path, destination: Path, selected: Sequence[int])
 
 
 def expand_checkpoint(
-    source: Path, destination: Path, selected: Sequence[int], progress: ProgressCallback | None = None
+    source: Path,
+    destination: Path,
+    selected: Sequence[int],
+    progress: ProgressCallback | None = None,
+    *,
+    overwrite: bool = False,
 ) -> Expansion:
-    """Write the expanded checkpoint of `source` to `destination` (replaced if it exists), and describe it.
+    """Write the expanded checkpoint of `source` to `destination`, and describe it.
 
     Bytes go from file to file: whatever the size of the model, next to no memory is needed. Only a finished directory
     has a config.json.
@@ -175,16 +190,29 @@ def expand_checkpoint(
     Args:
         selected: source layers to copy.
         progress: called with the finished share of the work and the name of the shard.
+        overwrite: an earlier expansion in its place may be replaced (see `outputs.check_output`).
+
+    Raises:
+        InputError: `source` is no complete model, or `destination` no place for a new directory.
     """
+    check_output(destination, "expand", {"MODEL": source}, overwrite=overwrite)
     plan = plan_expansion(source, selected)
-    return write_plan(plan, source, destination, progress)
+    return write_plan(plan, source, destination, "expand", progress, overwrite=overwrite)
 
 
-def write_plan(plan: Plan, source: Path, destination: Path, progress: ProgressCallback | None = None) -> Expansion:
-    """Write what `plan` says to `destination` (see `expand_checkpoint`)."""
+def write_plan(
+    plan: Plan,
+    source: Path,
+    destination: Path,
+    command: Command,
+    progress: ProgressCallback | None = None,
+    *,
+    overwrite: bool = False,
+) -> Expansion:
+    """Write what `plan` says to `destination`, as an output of `command` (see `expand_checkpoint`)."""
     total, done = plan.num_bytes, 0
     digests: dict[str, str] = {}
-    with new_directory(destination) as folder:
+    with new_output(destination, command, overwrite=overwrite) as folder:
         for name, contents in plan.files.items():
 
             def advance(num_bytes: int, name: str = name) -> None:

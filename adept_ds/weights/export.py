@@ -15,7 +15,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from adept_ds.base.errors import InputError
-from adept_ds.base.files import new_directory, read_json, write_json
+from adept_ds.base.files import read_json, write_json
+from adept_ds.base.outputs import check_output, new_output
 from adept_ds.base.progress import ProgressCallback
 from adept_ds.base.run_dir import EXPANSION_NAME
 from adept_ds.models.directory import ModelDirectory
@@ -60,20 +61,25 @@ def export_checkpoint(
     destination: Path,
     dtype: str = "source",
     progress: ProgressCallback | None = None,
+    *,
+    overwrite: bool = False,
 ) -> int:
-    """Write the adapted model to `destination` (replaced if it exists); returns how many tensors were trained.
+    """Write the adapted model to `destination`; returns how many tensors were trained.
 
     Args:
         expanded: the checkpoint that training started from.
         dtype: of all floating-point tensors; 'source' keeps each tensor's own.
+        overwrite: an earlier export in its place may be replaced (see `outputs.check_output`).
 
     Raises:
-        InputError: the training checkpoint does not belong to `expanded`.
+        InputError: the training checkpoint does not belong to `expanded`, or `destination` is no place for a new
+            directory.
     """
+    check_output(destination, "export", {"CHECKPOINT": checkpoint, "--base": expanded}, overwrite=overwrite)
     files = weight_files(expanded)
     trained = _as_stored(read_zero_checkpoint(checkpoint), expanded, checkpoint)
     missing = set(trained)
-    with new_directory(destination) as folder:
+    with new_output(destination, "export", overwrite=overwrite) as folder:
         for number, file in enumerate(files):
             if progress:
                 progress(number / len(files), file.name)

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import Field, NonNegativeInt
+from pydantic import NonNegativeInt
 
+from adept_ds.base.digests import Digest, json_digest
 from adept_ds.base.records import Record
 from adept_ds.weights.tensor_files import StoredTensor
 
 _NOT_OF_THE_FUNCTION = {"_name_or_path", "transformers_version"}
 """Keys of config.json that only say where a model comes from."""
-
-
-Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 class TensorRecord(Record):
@@ -55,7 +52,3 @@ def fingerprint_of(records: Mapping[str, TensorRecord]) -> str:
 def config_digest(config: Mapping[str, Any]) -> str:
     """SHA-256 of what a config.json says, however it is written; without what says only where the model comes from."""
     return json_digest({key: value for key, value in config.items() if key not in _NOT_OF_THE_FUNCTION})
-
-
-def json_digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import math
 import os
 import struct
 from collections.abc import Callable, Iterator, Mapping
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from adept_ds.base.errors import InputError
+from adept_ds.models.safetensors_header import TensorEntry, read_entries
 
 _CHUNK = 1 << 23
 _SYNC_BYTES = 1 << 27
@@ -28,18 +28,6 @@ _SYNC_BYTES = 1 << 27
 
 _NOT_IN_KERNEL = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, None}
 """How file systems say that they cannot copy from file to file by themselves; None: Python has no such call here."""
-
-
-_MAX_HEADER = 100 << 20
-"""The format's own limit."""
-
-
-_ITEM_BYTES = {
-    **dict.fromkeys(("F64", "I64", "U64", "C64"), 8),
-    **dict.fromkeys(("F32", "I32", "U32"), 4),
-    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 2),
-    **dict.fromkeys(("BOOL", "I8", "U8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1),
-}
 
 
 _LIBRARY_ORDER = (
@@ -164,36 +152,12 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     Raises:
         InputError: the file is cut short, or no safetensors file.
     """
+    return located(path, read_entries(path))
 
-    def damaged(reason: str) -> InputError:
-        return InputError(f"model: '{path}' is damaged ({reason}); complete the download")
 
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        head = file.read(8)
-        if len(head) < 8:
-            raise damaged("no header")
-        (length,) = struct.unpack("<Q", head)
-        if length > min(_MAX_HEADER, size - 8):
-            raise damaged("the header is longer than the file")
-        try:
-            header: dict[str, Any] = json.loads(file.read(length))
-            entries = sorted((entry["data_offsets"], name) for name, entry in header.items() if name != "__metadata__")
-            tensors = {}
-            for (begin, end), name in entries:
-                dtype, shape = header[name]["dtype"], tuple(header[name]["shape"])
-                tensors[name] = StoredTensor(path, 8 + length + begin, end - begin, dtype, shape)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise damaged(f"header: {error}") from None
-    position = 8 + length
-    for name, tensor in tensors.items():
-        item = _ITEM_BYTES.get(tensor.dtype)
-        if tensor.start != position or (item and tensor.num_bytes != item * math.prod(tensor.shape)):
-            raise damaged(f"'{name}' does not lie where it should")
-        position += tensor.num_bytes
-    if position != size:
-        raise damaged(f"{size} bytes, where its header wants {position}")
-    return tensors
+def located(path: Path, entries: Mapping[str, TensorEntry]) -> dict[str, StoredTensor]:
+    """What the header of a file lists, with the file."""
+    return {name: StoredTensor(path, of.start, of.num_bytes, of.dtype, of.shape) for name, of in entries.items()}
 
 
 def write_tensors(

@@ -12,6 +12,7 @@ from adept_ds.base.errors import InputError
 from adept_ds.base.files import read_json
 from adept_ds.base.progress import ProgressCallback
 from adept_ds.base.run_dir import EXPANSION_NAME
+from adept_ds.models.directory import ModelDirectory
 from adept_ds.weights.expansion import Expansion, plan_expansion
 from adept_ds.weights.hf_directory import stored_tensors
 
@@ -88,8 +89,11 @@ def _compare_logits(source: Path, expanded: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
+    from adept_ds.models.loading import check_architecture
+
     outputs = []
     for directory in (source, expanded):
+        check_architecture(ModelDirectory.read(directory))
         model = AutoModelForCausalLM.from_pretrained(directory, dtype="auto", local_files_only=True).eval()
         tokens = torch.randint(model.config.vocab_size, (_ROWS, _TOKENS), generator=torch.Generator().manual_seed(0))
         with torch.no_grad():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import signal
 import stat
@@ -22,7 +23,6 @@ from adept_ds.base.files import (
     new_directory,
     read_json_lines,
     remove_abandoned,
-    stamp_files,
     write_bytes,
     write_json,
     write_text,
@@ -45,7 +45,7 @@ if kind == "file":
     Path.replace = lambda self, target: (wait(self), replace(self, target))[1]
     files.write_text(path, text)
 else:
-    with files.new_directory(path) as folder:
+    with files.new_directory(path, lambda old: None) as folder:
         (folder / "half").write_text(text)
         wait(folder)
         (folder / "whole").write_text(text)
@@ -76,6 +76,10 @@ class Writer:
         self._process.kill()
         self._process.communicate(timeout=60)
         assert self._process.returncode == -signal.SIGKILL
+
+
+def anything(_: Path) -> None:
+    """Whatever stands there may be removed."""
 
 
 @pytest.fixture
@@ -186,7 +190,7 @@ def test_an_interrupted_replacement_leaves_the_old_directory(tmp_path: Path) -> 
     target = tmp_path / "out"
     target.mkdir()
     (target / "old").write_text("old")
-    with pytest.raises(RuntimeError), new_directory(target) as folder:
+    with pytest.raises(RuntimeError), new_directory(target, anything) as folder:
         (folder / "new").write_text("new")
         raise RuntimeError
     assert names(tmp_path) == ["out"]
@@ -197,11 +201,51 @@ def test_a_replaced_directory_keeps_nothing_of_the_old_one(tmp_path: Path) -> No
     target = tmp_path / "out"
     target.mkdir()
     (target / "old").write_text("old")
-    with new_directory(target) as folder:
+    with new_directory(target, anything) as folder:
         (folder / "new").write_text("new")
         assert names(target) == ["old"]
     assert names(tmp_path) == ["out"]
     assert names(target) == ["new"]
+
+
+def test_an_empty_directory_is_taken_without_asking(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    with new_directory(tmp_path / "out") as folder:
+        (folder / "new").write_text("new")
+    assert names(tmp_path / "out") == ["new"]
+
+
+def test_a_filled_directory_is_not_replaced_unless_its_removal_is_approved(tmp_path: Path) -> None:
+    target = tmp_path / "thesis"
+    target.mkdir()
+    (target / "notes.txt").write_text("x")
+    with pytest.raises(InputError, match=f"^'{target}' is there and not empty; give the name of a new directory$"):
+        NewDirectory(target)
+    assert (target / "notes.txt").read_text() == "x"
+    assert names(tmp_path) == ["thesis"]
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_what_somebody_puts_there_meanwhile_stays(tmp_path: Path, asked: bool) -> None:
+    """Filling takes hours: what may be removed is asked again at the end."""
+
+    def only_ours(old: Path) -> None:
+        if names(old) != ["ours"]:
+            raise InputError("not ours alone")
+
+    target = tmp_path / "out"
+    if asked:
+        target.mkdir()
+        (target / "ours").write_text("old")
+    with (
+        pytest.raises(InputError, match="not ours alone" if asked else "is there and not empty"),
+        new_directory(target, only_ours if asked else None) as folder,
+    ):
+        (folder / "new").write_text("new")
+        target.mkdir(exist_ok=True)
+        (target / "notes.txt").write_text("x")
+    assert (target / "notes.txt").read_text() == "x"
+    assert names(tmp_path) == ["out"]
 
 
 def test_what_a_killed_process_left_behind_does_not_leak_into_a_new_directory(tmp_path: Path) -> None:
@@ -247,12 +291,12 @@ def test_what_a_killed_process_left_behind_is_removed_and_what_a_living_one_fill
     path = tmp_path / "out[1]*"  # no pattern of names
     with Writer("directory", path, "killed") as killed, Writer("directory", path, "living") as living:
         for _ in range(2):
-            with new_directory(path) as folder:
+            with new_directory(path, anything) as folder:
                 (folder / "mine").write_text("1")
             assert (killed.temporary / "half").read_text() == "killed", "it was still at work"
         killed.kill()
         assert (killed.temporary / "half").exists(), "a killed process cannot remove anything"
-        with new_directory(path):
+        with new_directory(path, anything):
             assert not killed.temporary.exists()
         assert (living.temporary / "half").read_text() == "living"
         living.finish()
@@ -309,8 +353,9 @@ def test_a_whole_tree_is_synced_before_it_takes_its_name_and_the_directory_above
     path = tmp_path / "out"
     if existed:
         path.mkdir()
+        (path / "old").touch()
     before = inode(path) if existed else None
-    with new_directory(path) as folder:
+    with new_directory(path, anything) as folder:
         (folder / "deep" / "er").mkdir(parents=True)
         for place in ("a", "deep/b", "deep/er/c"):
             (folder / place).write_text(place)
@@ -413,17 +458,13 @@ def test_a_missing_log_is_an_empty_one(tmp_path: Path) -> None:
     assert read_json_lines(tmp_path / "nothing.jsonl") == []
 
 
-def test_a_stamp_changes_with_size_or_time_and_not_with_the_order(tmp_path: Path) -> None:
-    a, b = tmp_path / "a", tmp_path / "b"
-    a.write_text("1")
-    b.write_text("2")
-    os.utime(a, ns=(0, 10**9))
-    first = stamp_files([a, b])
-    assert stamp_files([b, a]) == first
-    os.utime(a, ns=(0, 10**9 + 1))
-    assert stamp_files([a, b]) != first
-    os.utime(a, ns=(0, 10**9))
-    assert stamp_files([a, b]) == first
-    a.write_text("11")
-    os.utime(a, ns=(0, 10**9))
-    assert stamp_files([a, b]) != first
+def test_json_is_valid_for_every_reader_and_what_is_no_number_is_null(tmp_path: Path) -> None:
+    """`json` writes NaN as a word that JSON does not have."""
+    value = {"a": [1.5, math.nan, (math.inf, -math.inf)], "b": {"c": math.nan, "d": "NaN"}, "e": 10**400}
+    write_json(tmp_path / "file.json", value)
+
+    def refuse(word: str) -> None:
+        raise AssertionError(word)
+
+    read = json.loads((tmp_path / "file.json").read_text(), parse_constant=refuse)
+    assert read == {"a": [1.5, None, [None, None]], "b": {"c": None, "d": "NaN"}, "e": 10**400}

@@ -255,7 +255,11 @@ FORMATS = {
     ),
     "manifest.json": FileFormat(
         CheckpointManifest,
-        {"step": 3, "world_size": 2, "zero_stage": 3, "fingerprint": DIGEST, "settings": {"train.lr": 0.001}},
+        {"step": 3, "world_size": 2, "zero_stage": 3, "fingerprint": DIGEST, "settings": {"train.lr": 0.001}}
+        | {"id": DIGEST[:32], "files": {"states.pt": 6}},
+        optional=frozenset({"id", "files"}),
+        nullable=frozenset({"id"}),
+        tables=frozenset({"files"}),
         free=frozenset({"settings"}),
     ),
     "layer_importance.json": FileFormat(

@@ -9,7 +9,8 @@ from adept_ds.base.run_dir import RunDirectory, checkpoint_steps, checkpoint_tag
 NAMES = {
     "config": "config.yaml",
     "ledger": "stages.json",
-    "blocks": "cache/blocks",
+    "tokens": "cache/tokens",
+    "digests": "cache/digests.json",
     "layer_importance": "layer_importance.json",
     "layer_methods": "layer_methods.json",
     "expanded": "expanded",

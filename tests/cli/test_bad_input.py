@@ -7,6 +7,7 @@ imported, so most of these take half a second.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -79,6 +80,12 @@ def bad(workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "unclosed.yaml": "model: m\ntrain: {lr: 1e-4\nrun_dir: r\n",
         "list.yaml": "- model\n- run_dir\n",
         "empty.yaml": "",
+        "twice.yaml": "model: m\nrun_dir: r\ntrain:\n  lr: 1\n  lr: 2\n",
+        "tagged.yaml": "model: !!python/object/apply:os.getcwd []\nrun_dir: r\n",
+        "control.yaml": "model: 'a\ab'\nrun_dir: r\n",
+        "brackets.yaml": "[" * 100_000,
+        "loop.yaml": "model: m\nrun_dir: r\ndata: &d {domain: *d}\n",
+        "large.yaml": "#" * (1 << 20) + "\nmodel: m\n",
         "no_run_dir.yaml": "model: m\n",
         "owned.json": '{"zero_optimization": {"stage": 3}, "train_batch_size": 4}',
         "stage0.json": '{"zero_optimization": {"stage": 0}}',
@@ -86,12 +93,19 @@ def bad(workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "nvme.json": '{"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}',
         "half.json": '{"zero_optimization": {"stage": 3',
         "list.json": "[1, 2]",
+        "brackets.json": "[" * 100_000,
+        "twice.json": '{"zero_optimization": {"stage": 3, "stage": 1}}',
+        "misspelt_top.json": '{"zero_optimization": {"stage": 3}, "wall_clock_breakdwn": true}',
+        "misspelt.json": '{"zero_optimization": {"stage": 3, "overlap_com": true}}',
         "stage_only.json": '{"zero_optimization": 3}',
         "offload_text.json": '{"zero_optimization": {"stage": 3, "offload_optimizer": "cpu"}}',
     }
     for name, text in texts.items():
         (root / name).write_text(text)
     (root / "latin1.yaml").write_bytes(b"model: caf\xe9\n")
+    (root / "utf16.yaml").write_text("model: m\n", encoding="utf-16")
+    (root / "folder.yaml").mkdir()
+    os.mkfifo(root / "pipe.yaml")
     return root
 
 
@@ -116,7 +130,19 @@ CHEAP = [
     # the configuration file
     case("no such file", "run", "{bad}/nothing.yaml", words=["nothing.yaml", "no such", "give"]),
     case("invalid YAML", "run", "{bad}/unclosed.yaml", words=["unclosed.yaml", "not valid YAML", "line 3"]),
-    case("not UTF-8", "run", "{bad}/latin1.yaml", words=["latin1.yaml", "not valid YAML"]),
+    case("not UTF-8", "run", "{bad}/latin1.yaml", words=["latin1.yaml", "line 1 is no UTF-8", "convert"]),
+    case("UTF-16", "show", "{bad}/utf16.yaml", words=["utf16.yaml", "UTF-16", "save it as UTF-8"]),
+    case("a directory", "run", "{bad}/folder.yaml", words=["folder.yaml", "directory", "give"]),
+    case("a pipe, of either form", "expand", "{bad}/pipe.yaml", words=["pipe.yaml", "a pipe", "give"]),
+    case("a pipe", "show", "{bad}/pipe.yaml", words=["pipe.yaml", "a pipe", "give"]),
+    case("a name without end", "show", "x" * 5000, words=["xxx...", "name too long", "give"]),
+    case("a name without end, of either form", "probe", "x" * 5000, words=["xxx...", "name too long", "give"]),
+    case("a key twice", "show", "{bad}/twice.yaml", words=["twice.yaml: line 5", "'lr' stands twice", "remove"]),
+    case("a tag", "show", "{bad}/tagged.yaml", words=["tagged.yaml: line 1", "'!!python/object/apply:os.getcwd'"]),
+    case("a control character", "show", "{bad}/control.yaml", words=["control.yaml: line 1", "U+0007", "remove it"]),
+    case("brackets", "show", "{bad}/brackets.yaml", words=["brackets.yaml: line 1", "more than 32 levels"]),
+    case("an alias in itself", "show", "{bad}/loop.yaml", words=["loop.yaml: line 3", "aliases", "write out"]),
+    case("a large file", "show", "{bad}/large.yaml", words=["large.yaml", "larger than 1 MiB", "give"]),
     case("a list", "run", "{bad}/list.yaml", words=["list.yaml", "model:", "list"]),
     case("an empty file", "run", "{bad}/empty.yaml", words=["empty.yaml", "expected keys"]),
     case("a missing key", "run", "{bad}/no_run_dir.yaml", words=["'run_dir' is missing", "add it"]),
@@ -128,6 +154,27 @@ CHEAP = [
     override("out of range", "train.lr=0", words=["train.lr", "0", "greater than 0"]),
     override("unknown choice", "train.precision=fp64", words=["train.precision", "'fp64'", "'bf16'"]),
     override("exclusive keys", "expand.layers=[1]", words=["expand", "k and layers", "remove one"]),
+    override("a truth for a number", "expand.k=true", words=["override 'expand.k=true': expand.k: True", "an integer"]),
+    override("a truth for a rate", "train.lr=True", words=["override 'train.lr=True': train.lr: True", "a number"]),
+    override("a seed of twenty digits", "train.seed=12345678901234567890", words=["train.seed", "4294967295"]),
+    override("a date that is none", "train.lr=2020-13-45", words=["train.lr: '2020-13-45'", "a number"]),
+    override("an override's tag", "train.lr=!!bool 7", words=["override 'train.lr=!!bool 7'", "write the value alone"]),
+    override("an override's line break", "train.lr='a\n\nb'", words=["override 'train.lr='a\\n\\nb''", "a number"]),
+    override("a section without a name", "a..b=1", words=["'a..b=1'", "key=value"]),
+    override("a section's value", "train=5", words=["override 'train=5': train: 5 is no section", "keys below it"]),
+    override(
+        "a template that explodes",
+        "data.question_template='{{ question * 10 ** 10 }}'",
+        words=["data.question_template", "'{{ question * 10 ** 10 }}'", "512 MiB", "simplify it"],
+    ),
+    # where the run would be
+    override("a file for a run", "run_dir={ws}/general.jsonl", words=["run_dir", "/general.jsonl' is a file", "give"]),
+    override("below a file", "run_dir={ws}/general.jsonl/a", words=["run_dir", "/general.jsonl' is a file", "give"]),
+    override("a run for the root", "run_dir=/", words=["run_dir: '/' is or holds", "give"]),
+    override("a run where the user is", "run_dir=.", words=["run_dir: '.' is or holds", "give"]),
+    override("a run in the model", "run_dir={ws}/model/run", words=["run_dir", "lies in model", "give"]),
+    override("a run around the model", "run_dir={ws}", words=["run_dir", "holds model", "give"]),
+    override("an empty name", "run_dir=''", words=["run_dir: '' is no path", "write one"]),
     override("no override", "train.lr", words=["'train.lr'", "key=value"]),
     override("override below a value", "train.lr.x=1", words=["train.lr.x=1", "not a section"]),
     override("override that is no YAML", "train.betas=[0.9", words=["train.betas", "[0.9"]),
@@ -151,7 +198,11 @@ CHEAP = [
     # corpora
     override("missing corpus", "data.domain=[{bad}/no.jsonl]", words=["data.domain", "/no.jsonl'", "give"]),
     override("empty corpus", "probe.corpus=[{bad}/empty.jsonl]", words=["probe.corpus", "/empty.jsonl'", "is empty"]),
-    override("a directory as corpus", "data.domain_eval=[{ws}]", words=["data.domain_eval", "give"]),
+    override(
+        "a directory of other things as corpus",
+        "data.domain_eval=[{ws}]",
+        words=["data.domain_eval", "config.json", "data.format"],
+    ),
     override("no corpus", "data.domain=[]", words=["data.domain", "no corpus", "list"]),
     # batches and ranks
     override("uneven batch", "train.global_batch_size=5", words=["train.global_batch_size", "5", "use 4"]),
@@ -204,6 +255,18 @@ CHEAP = [
     override("stage 0", "deepspeed={bad}/stage0.json", words=["stage is 0", "1, 2 or 3"]),
     override("no stage", "deepspeed={bad}/no_stage.json", words=["stage is None", "1, 2 or 3"]),
     override("NVMe", "deepspeed={bad}/nvme.json", words=["offload_param", "'nvme'", "use 'cpu'"]),
+    override("brackets for DeepSpeed", "deepspeed={bad}/brackets.json", words=["brackets.json", "nested too deeply"]),
+    override("a key twice for DeepSpeed", "deepspeed={bad}/twice.json", words=["twice.json", "'stage' stands twice"]),
+    override(
+        "a misspelt key for DeepSpeed",
+        "deepspeed={bad}/misspelt_top.json",
+        words=["'wall_clock_breakdwn'", "did you mean 'wall_clock_breakdown'"],
+    ),
+    override(
+        "a misspelt key for ZeRO",
+        "deepspeed={bad}/misspelt.json",
+        words=["'zero_optimization.overlap_com'", "did you mean 'zero_optimization.overlap_comm'"],
+    ),
     override("invalid JSON", "deepspeed={bad}/half.json", words=["deepspeed", "half.json", "not valid JSON"]),
     override("a list for DeepSpeed", "deepspeed={bad}/list.json", words=["deepspeed", "list.json"]),
     override("a number for ZeRO", "deepspeed={bad}/stage_only.json", words=["deepspeed", "zero_optimization"]),

@@ -112,7 +112,7 @@ def test_a_corpus_has_files_and_each_of_them_says_something(tmp_path: Path) -> N
     check_files("data.domain", [good])
     refused: dict[str, list[Path]] = {
         r"^data\.domain: no corpus given; list": [],
-        r"^data\.domain: '.*empty\.txt' is empty; give": [good, empty],
+        r"^data\.domain: '.*empty\.txt' is empty; leave it out": [good, empty],
         r"^data\.domain: '.*missing\.txt' does not exist; give": [good, missing],
     }
     for words, files in refused.items():

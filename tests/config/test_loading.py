@@ -76,6 +76,69 @@ def test_an_override_may_contain_equals_signs_and_be_empty(config_file: Path) ->
     assert load_config(config_file, ["deepspeed=x.json", "deepspeed="]).deepspeed is None
 
 
+# --- who is to blame -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("overrides", "blamed"),
+    [
+        pytest.param(["train.lr=abc"], 0, id="a wrong value"),
+        pytest.param(["train.stpes=1"], 0, id="an unknown key"),
+        pytest.param(["train.steps=1", "train.lr=abc", "run_dir=x"], 1, id="one of several"),
+        pytest.param(["train.lr=1", "train.lr=abc", "train.lr=xyz"], 1, id="the first of several mistakes"),
+        pytest.param(["data.domain=[a, 5]"], 0, id="an item of a list"),
+        pytest.param(["expand.k=2", "expand.layers=[1]"], 1, id="the one with which both are there"),
+        pytest.param(["lr_policy.preset=official"], 0, id="what another section does not allow"),
+        pytest.param(["train=5"], 0, id="a value for a section"),
+        pytest.param(["train.betas.x=1"], 0, id="below a list"),
+        pytest.param(["train.steps.x=1"], 0, id="below a value"),
+        pytest.param(["train.lr=[1"], 0, id="no YAML"),
+        pytest.param(["train.lr=!!bool 7"], 0, id="a tag"),
+        pytest.param(["train={lr: 1, lr: 2}"], 0, id="a key twice"),
+        pytest.param(["a..b=1"], 0, id="a section without a name"),
+        pytest.param(["=1"], 0, id="no name"),
+        pytest.param([".=1"], 0, id="a dot"),
+        pytest.param(["train.=1"], 0, id="no last name"),
+        pytest.param(["train.lr"], 0, id="no value"),
+    ],
+)
+def test_the_mistake_of_an_override_is_blamed_on_it(config_file: Path, overrides: list[str], blamed: int) -> None:
+    with pytest.raises(InputError) as refusal:
+        load_config(config_file, overrides)
+    assert str(refusal.value).startswith(f"override '{overrides[blamed]}'"), refusal.value
+
+
+@pytest.mark.parametrize(
+    ("mistake", "override"),
+    [
+        pytest.param("  lr: abc\n", "train.steps=5", id="a wrong value"),
+        pytest.param("  stpes: 5\n", "train.stpes=6", id="an unknown key that both have"),
+        pytest.param("  lr: abc\n", "train.lr=xyz", id="a wrong value for another"),
+        pytest.param("expand: {k: 2, layers: [1]}\n", "expand.k=3", id="keys against each other"),
+        pytest.param("expand: 5\n", "expand.k=3", id="a value for a section"),
+    ],
+)
+def test_what_the_file_has_wrong_too_is_blamed_on_the_file(config_file: Path, mistake: str, override: str) -> None:
+    config_file.write_text(config_file.read_text() + mistake)
+    with pytest.raises(InputError) as refusal:
+        load_config(config_file, [override])
+    assert str(refusal.value).startswith(f"{config_file}: ")
+    assert "xyz" not in str(refusal.value), "the file's own value"
+
+
+def test_an_override_mends_the_file(config_file: Path) -> None:
+    config_file.write_text(config_file.read_text() + "  lr: abc\n")
+    assert load_config(config_file, ["train.lr=1e-3"]).train.lr == 1e-3
+
+
+def test_texts_that_look_like_something_else_are_read_back_the_same(config_file: Path, tmp_path: Path) -> None:
+    files = ["1e-4", "no", "010", "2020-01-31", "~/x", "a: b", "[x]", "é", "null"]
+    config = parse_config({"model": "5", "run_dir": "yes", "data": {"domain": files}})
+    path = tmp_path / "dumped.yaml"
+    path.write_text(dump_config(config))
+    assert load_config(path) == config
+
+
 def test_a_section_left_empty_in_the_file_has_its_defaults_and_takes_overrides(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_text(MINIMAL + "train:\n")

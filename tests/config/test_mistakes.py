@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,75 @@ def config_file(tmp_path: Path) -> Path:
     path = tmp_path / "config.yaml"
     path.write_text("model: m\nrun_dir: r\ntrain:\n  steps: 10\n  betas: [0.8, 0.99]\n", encoding="utf-8")
     return path
+
+
+NO_NUMBERS = ["true", "'5'", "five", "[5]", "{a: 5}", "2020-13-45", "0x10", "1:30", ".nan", ".inf", "-.inf"]
+NO_COUNTS = [*NO_NUMBERS, "1.5", "5.0", "5e0", "-1", "1000000001", "9" * 30]
+NO_SEEDS = [*NO_NUMBERS, "1.0", "-1", "4294967296", "12345678901234567890"]
+NO_TEXTS = ["5", "1e5", "true", "no", "[a]", "{a: b}"]
+
+WRONG_KINDS = {
+    "train.lr": [*NO_NUMBERS, "0", "1e999", "11"],
+    "train.weight_decay": [*NO_NUMBERS, "-1", "1e300"],
+    "train.clip_grad_norm": [*NO_NUMBERS, "1e300"],
+    "train.keep_gathered_gib": [*NO_NUMBERS, "-1", "1e300", "most"],
+    "train.steps": [*NO_COUNTS, "0"],
+    "train.seed": NO_SEEDS,
+    "train.betas": ["5", "x", "[true, 0.9]", "['0.9', 0.9]", "[0.9]", "[0.9, 0.9, 0.9]", "[0.9, 1.0]"],
+    "train.activation_checkpointing": ["1", "0", "1.0", "'true'", "maybe", "[true]"],
+    "train.schedule": [*NO_TEXTS, "Cosine"],
+    "data.seq_len": [*NO_COUNTS, "7", "1000000000000"],
+    "data.workers": [*NO_COUNTS, "5000"],
+    "data.streaming": ["1", "'yes'", "streaming"],
+    "data.text_key": [*NO_TEXTS, "''"],
+    "data.domain": ["5", "a.txt", "{files: [a]}", "[5]", "[no]", "[[a]]", "[{files: a}]", "[{files: [1e5]}]"],
+    "data.question_template": NO_TEXTS,
+    "probe.seed": NO_SEEDS,
+    "probe.stability": ["5", "true", "[halves]", "{corpus: a}", "{model: 5}"],
+    "expand.k": [*NO_NUMBERS, "1.5", "0", "-1"],
+    "expand.layers": ["5", "[true]", "[1.0]", "['1']", "[x]"],
+    "expand.choose": ["5", "[true]", "[x]"],
+    "dist_timeout_minutes": [*NO_NUMBERS, "1e300"],
+    "model": NO_TEXTS,
+    "run_dir": [*NO_TEXTS, "~"],
+    "deepspeed": NO_TEXTS,
+}
+
+
+@pytest.mark.parametrize(("key", "text"), [(key, text) for key, texts in WRONG_KINDS.items() for text in texts])
+def test_a_value_of_another_kind_or_size_is_refused_and_never_converted(config_file: Path, key: str, text: str) -> None:
+    with pytest.raises(InputError) as refusal:
+        load_config(config_file, [f"{key}={text}"])
+    message = str(refusal.value)
+    assert message.startswith(f"override '{key}={text}': {key.split('.')[0]}"), message
+    assert len(message) < 400
+
+
+@pytest.mark.parametrize(
+    ("override", "hint"),
+    [
+        ("train.steps='5'", "write it without quotes"),
+        ("train.lr='1e-4'", "write it without quotes"),
+        ("data.streaming='yes'", "write it without quotes"),
+        ("data.text_key=no", "needs quotes"),
+        ("data.domain=[2024]", "needs quotes"),
+        ("train.steps=1.5", "should be an integer"),
+        ("expand.k=true", "should be an integer, or 'auto'"),
+        ("train.keep_gathered_gib=most", "should be a number, or 'auto'"),
+        ("data.domain=a.txt", "should be a list, [...]"),
+    ],
+)
+def test_the_remedy_says_what_to_write(config_file: Path, override: str, hint: str) -> None:
+    with pytest.raises(InputError, match=re.escape(hint)):
+        load_config(config_file, [override])
+
+
+@pytest.mark.parametrize("key", ["model", "probe.method", "data", "expand.k"])
+def test_a_message_is_short_however_large_the_value_is(config_file: Path, key: str) -> None:
+    for value in ("[" + "x, " * 10_000 + "]", "x" * 100_000, "{a: " + "[" * 20 + "]" * 20 + "}"):
+        with pytest.raises(InputError) as refusal:
+            load_config(config_file, [f"{key}={value}"])
+        assert len(str(refusal.value)) < 700
 
 
 @pytest.mark.parametrize(

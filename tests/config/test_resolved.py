@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from harness.models import save_tiny_model
 from harness.workspace import Workspace
 
 from adept_ds.base.errors import InputError
@@ -37,12 +38,11 @@ def test_files_of_sources_must_exist(workspace: Workspace, tmp_path: Path) -> No
 def test_another_model_must_have_the_same_architecture(
     workspace: Workspace, tmp_path: Path, key: str, value: Any
 ) -> None:
-    other = tmp_path / "other"
-    shutil.copytree(workspace.model, other)
+    same, other = shutil.copytree(workspace.model, tmp_path / "same"), tmp_path / "other"
+    resolve(parse_config(workspace.tree(tmp_path / "run", probe={"stability": {"model": str(same)}})), "probe")
+    options: dict[str, Any] = {key: value}
+    save_tiny_model(other, **options)
     config = parse_config(workspace.tree(tmp_path / "run", probe={"stability": {"model": str(other)}}))
-    resolve(config, "probe")
-    record = json.loads((other / "config.json").read_text()) | {key: value}
-    (other / "config.json").write_text(json.dumps(record))
     with pytest.raises(InputError, match=rf"^probe\.stability\.model: .* has {key} .*{value}.*; give another"):
         resolve(config, "probe")
 
@@ -160,6 +160,7 @@ def test_everything_is_looked_up_once(workspace: Workspace, tmp_path: Path) -> N
     deepspeed.write_text(json.dumps({"zero_optimization": {"stage": 1, "reduce_bucket_size": 77}}))
     tree = workspace.tree(tmp_path / "run", deepspeed=str(deepspeed), train={"global_batch_size": 12})
     resolved = resolve(parse_config(tree | {"model": str(model)}), "run", num_ranks=3)
+    engines = Context.of(resolved, Ranks(), Terminal(None), StopRequest()).engines
     deepspeed.unlink()
     shutil.rmtree(model)
     assert resolved.zero_stage == 1
@@ -167,7 +168,6 @@ def test_everything_is_looked_up_once(workspace: Workspace, tmp_path: Path) -> N
     assert resolved.model.num_layers == 5
     assert resolved.reference_model is None
     assert resolved.run_dir.root == tmp_path / "run"
-    engines = Context.of(resolved, Ranks(), Terminal(None), StopRequest()).engines
     shape = StepShape(12, 2, resolved.accumulation_steps)
     zero = training_ds_config(engines, shape)["zero_optimization"]
     assert zero == {"stage": 1, "reduce_bucket_size": 77}

@@ -6,23 +6,25 @@ import math
 
 import pytest
 
-from adept_ds.data.order import FILLER, global_batch, rank_batches
+from adept_ds.data.order import FILLER, endless_order, rank_batches
 
 
 @pytest.mark.parametrize(("size", "num_blocks"), [(4, 10), (5, 10), (12, 12), (7, 5), (25, 4)])
 def test_every_epoch_is_a_permutation_of_all_blocks(size: int, num_blocks: int) -> None:
     steps = 3 * num_blocks  # whole epochs, wherever the batches cut them
-    order = [index for step in range(steps) for index in global_batch(step, size, num_blocks, seed=3)]
+    starts = range(0, steps * size, size)
+    order = [index for start in starts for index in endless_order(start, start + size, num_blocks, seed=3)]
     assert len(order) == steps * size
     epochs = [order[start : start + num_blocks] for start in range(0, len(order), num_blocks)]
     assert all(sorted(epoch) == list(range(num_blocks)) for epoch in epochs)
 
 
 def test_epochs_and_seeds_have_different_orders_and_the_same_seed_the_same() -> None:
-    first = global_batch(0, 30, 30, seed=0)
-    assert first == global_batch(0, 30, 30, seed=0)
-    assert first != global_batch(1, 30, 30, seed=0)
-    assert first != global_batch(0, 30, 30, seed=7)
+    first = endless_order(0, 30, 30, seed=0)
+    assert first == endless_order(0, 30, 30, seed=0)
+    assert first != endless_order(30, 60, 30, seed=0)
+    assert first != endless_order(0, 30, 30, seed=7)
+    assert first != endless_order(0, 30, 30, seed=0, source=1)
     assert first != list(range(30))
 
 

@@ -1,19 +1,16 @@
-"""From documents to blocks: packed once, and again only where an input has changed."""
+"""From tokens to blocks: as one stream, or as whole documents."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
+from collections import Counter
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import pytest
-from harness.models import save_byte_tokenizer
-from harness.packing import TEXTS, pack, stream, tokens_of, write_texts
-from harness.workspace import write_corpus
+from harness.packing import TEXTS, block_tokens, pack, stream, tokenised, write_texts
 
-from adept_ds.base.errors import InputError
-from adept_ds.data import packing
+from adept_ds.data.packing import WholeDocuments, whole_documents
+from adept_ds.ranks.collectives import Ranks
 
 
 def test_packing_keeps_every_token_in_order_with_separators(
@@ -22,114 +19,69 @@ def test_packing_keeps_every_token_in_order_with_separators(
     first, second = write_texts(tmp_path / "1.jsonl", *TEXTS[:3]), write_texts(tmp_path / "2.jsonl", *TEXTS[3:])
     expected = stream(TEXTS, ids)
     assert len(expected) == 42
-    whole = tokens_of(pack([first, second], tokenizer_dir, tmp_path / "cache", keep_tail=True))
+    whole = block_tokens(pack([first, second], tokenizer_dir, tmp_path / "cache", keep_tail=True))
     assert [len(block) for block in whole] == [8, 8, 8, 8, 8, 2]
     assert [token for block in whole for token in block] == expected
-    cut = tokens_of(pack([first, second], tokenizer_dir, tmp_path / "cache"))
+    cut = block_tokens(pack([first, second], tokenizer_dir, tmp_path / "cache"))
     assert cut == whole[:5], "training drops the tail and nothing else"
-
-
-def test_packing_does_not_depend_on_how_documents_are_read(
-    tmp_path: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    corpus = write_corpus(tmp_path / "c.jsonl", seed=5, documents=17)
-    whole = tokens_of(pack([corpus], tokenizer_dir, tmp_path / "a", keep_tail=True))
-    monkeypatch.setattr(packing, "_DOCUMENTS_PER_CALL", 3)
-    assert tokens_of(pack([corpus], tokenizer_dir, tmp_path / "b", keep_tail=True)) == whole
 
 
 def test_a_tail_of_one_token_predicts_nothing_and_is_left_out(tmp_path: Path, tokenizer_dir: Path) -> None:
     corpus = write_texts(tmp_path / "c.jsonl", "12345678")  # nine tokens with the separator
-    assert [len(block) for block in tokens_of(pack([corpus], tokenizer_dir, tmp_path / "cache", keep_tail=True))] == [8]
+    blocks = pack([corpus], tokenizer_dir, tmp_path / "cache", keep_tail=True)
+    assert [len(block) for block in block_tokens(blocks)] == [8]
 
 
-# --- the cache ------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def files_read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The corpus files that are really read."""
-    runs: list[str] = []
-    real = packing.read_documents
-
-    def counting(key: str, path: Path, *rest: Any) -> Iterator[str]:
-        runs.append(path.name)
-        return real(key, path, *rest)
-
-    monkeypatch.setattr(packing, "read_documents", counting)
-    return runs
-
-
-def test_packed_blocks_are_reused(tmp_path: Path, tokenizer_dir: Path, files_read: list[str]) -> None:
-    corpus = write_corpus(tmp_path / "c.jsonl", seed=1, documents=5)
-    first = tokens_of(pack([corpus], tokenizer_dir, tmp_path / "cache"))
-    assert "c.jsonl" in files_read
-    files_read.clear()
-    assert tokens_of(pack([corpus], tokenizer_dir, tmp_path / "cache")) == first
-    assert files_read == []
-
-
-def test_a_changed_corpus_is_packed_again(tmp_path: Path, tokenizer_dir: Path) -> None:
-    corpus = write_corpus(tmp_path / "c.jsonl", seed=1, documents=5)
-    first = tokens_of(pack([corpus], tokenizer_dir, tmp_path / "cache"))
-    changed = corpus.read_text().replace("matrix", "xirtam").replace("the", "eht")
-    stamp = corpus.stat().st_mtime_ns
-    corpus.write_text(changed)
-    os.utime(corpus, ns=(stamp, stamp + 1_000_000))  # the same size, a millisecond later
-    second = tokens_of(pack([corpus], tokenizer_dir, tmp_path / "cache"))
-    assert first != second
-
-
-@pytest.mark.parametrize("change", ["seq_len", "keep_tail", "files", "tokenizer"])
-def test_what_determines_the_blocks_determines_the_cache(
-    tmp_path: Path, tokenizer_dir: Path, files_read: list[str], change: str
+def test_a_token_at_the_beginning_of_every_block_takes_a_place_in_it(
+    tmp_path: Path, tokenizer_dir: Path, ids: dict[str, int]
 ) -> None:
-    corpus, other = (write_corpus(tmp_path / f"{seed}.jsonl", seed=seed, documents=5) for seed in (1, 2))
-    options: dict[str, Any] = {"seq_len": 8, "keep_tail": False}
-    pack([corpus], tokenizer_dir, tmp_path / "cache", **options)
-    files_read.clear()
-    files, directory = [corpus], tokenizer_dir
-    if change == "seq_len":
-        options["seq_len"] = 9
-    elif change == "keep_tail":
-        options["keep_tail"] = True
-    elif change == "files":
-        files = [corpus, other]
-    else:
-        directory = tmp_path / "tokenizer"
-        save_byte_tokenizer(directory)
-    pack(files, directory, tmp_path / "cache", **options)
-    assert set(files_read) == {file.name for file in files}
+    corpus, expected = write_texts(tmp_path / "c.jsonl", *TEXTS), stream(TEXTS, ids)
+    blocks = block_tokens(pack([corpus], tokenizer_dir, tmp_path / "cache", keep_tail=True, bos_id=7))
+    assert all(block[0] == 7 and len(block) <= 8 for block in blocks)
+    assert [token for block in blocks for token in block[1:]] == expected
 
 
-@pytest.mark.parametrize("error", [RuntimeError("disk"), KeyboardInterrupt(), InputError("line 3 is not JSON")])
-def test_an_interrupted_build_leaves_nothing_and_the_next_one_is_whole(
-    tmp_path: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
-) -> None:
-    corpus = write_corpus(tmp_path / "c.jsonl", seed=1, documents=5)
-    expected = tokens_of(pack([corpus], tokenizer_dir, tmp_path / "elsewhere"))
-    real = packing._pack
-
-    def interrupted(*args: Any, **kwargs: Any) -> Iterator[dict[str, list[int]]]:
-        for number, block in enumerate(real(*args, **kwargs)):
-            if number == 3:
-                raise error
-            yield block
-
-    with monkeypatch.context() as patch:
-        patch.setattr(packing, "_pack", interrupted)
-        with pytest.raises(BaseException) as caught:
-            pack([corpus], tokenizer_dir, tmp_path / "cache")
-    if isinstance(error, InputError):
-        assert caught.value is error, "the user sees the line about the input, not the library's wrapping"
-    assert list((tmp_path / "cache").iterdir()) == []
-    assert tokens_of(pack([corpus], tokenizer_dir, tmp_path / "cache")) == expected
+# --- whole documents ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("content", ['{"text": "abc"}\n', "\n\n"], ids=["short", "blank lines"])
-def test_a_corpus_without_one_whole_block_is_refused(tmp_path: Path, tokenizer_dir: Path, content: str) -> None:
-    corpus = tmp_path / "c.jsonl"
-    corpus.write_text(content)
-    with pytest.raises(InputError, match=r"data\.domain: .*c\.jsonl.* less than one block of 8 tokens; add text"):
-        pack([corpus], tokenizer_dir, tmp_path / "cache")
-    assert list((tmp_path / "cache").iterdir()) == []
+def packed_lengths(lengths: list[int], block_tokens: int) -> list[list[int]]:
+    layout = WholeDocuments.of(np.cumsum(lengths), block_tokens)
+    return [[stop - start for start, stop in layout.segments(block)] for block in range(len(layout))]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_every_document_stands_whole_in_one_block_and_every_token_once(seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    lengths = generator.geometric(1 / 9, size=500)
+    layout = WholeDocuments.of(np.cumsum(lengths), 16)
+    found = [segment for block in range(len(layout)) for segment in layout.segments(block)]
+    assert all(sum(stop - start for start, stop in layout.segments(b)) <= 16 for b in range(len(layout)))
+    counted = Counter(token for start, stop in found for token in range(start, stop))
+    assert set(counted.values()) == {1}
+    ends = np.cumsum(lengths)
+    for start, end in zip(ends - lengths, ends, strict=True):
+        mine = sorted(segment for segment in found if start <= segment[0] < end)
+        expected = [(at, min(at + 16, end)) for at in range(start, end, 16)]
+        assert mine == [segment for segment in expected if segment[1] - segment[0] > 1], "cut only where it must be"
+
+
+def test_documents_go_into_the_fullest_block_that_has_room() -> None:
+    # Longest first: 9, 7 and 6 begin a block each; 4 fills the room of 4 behind 6, and 3 that of 3 behind 7.
+    assert packed_lengths([6, 3, 9, 4, 7], 10) == [[9], [7, 3], [6, 4]]
+
+
+def test_blocks_are_as_full_as_documents_allow() -> None:
+    """Best fit leaves less than 1.25 blocks for one that is needed; on mixed lengths next to no padding."""
+    lengths = np.random.default_rng(1).integers(2, 200, size=2000).tolist()
+    assert len(packed_lengths(lengths, 256)) <= 1.02 * sum(lengths) / 256 + 1
+
+
+def test_the_fit_is_kept_and_made_again_where_it_is_damaged(tmp_path: Path, tokenizer_dir: Path) -> None:
+    file = tokenised([write_texts(tmp_path / "c.jsonl", *TEXTS)], tokenizer_dir, tmp_path / "cache")
+    first = whole_documents(file, 8, Ranks())
+    (kept,) = file.directory.glob("documents_8*")
+    stamp = kept.stat().st_mtime_ns
+    assert np.array_equal(whole_documents(file, 8, Ranks()).parts, first.parts)
+    assert kept.stat().st_mtime_ns == stamp
+    kept.write_bytes(kept.read_bytes()[:-40])
+    assert np.array_equal(whole_documents(file, 8, Ranks()).parts, first.parts)

@@ -28,7 +28,10 @@ def test_the_commands_do_it_and_refuse_with_code_2_and_one_line(llama: Domains, 
     assert json.loads(done("strip", tmp_path / "both", tmp_path / "back", "--json"))["num_bytes"] > 0
     assert content(tmp_path / "back") == content(llama.base)
     for words, arguments in (
-        (["d_law' exists"], ["apply", llama.base, tmp_path / "d_math", tmp_path / "d_law"]),  # OUT forgotten
+        (
+            ["OUT", "d_law' was written by `adept delta pack`"],
+            ["apply", llama.base, tmp_path / "d_math", tmp_path / "d_law"],
+        ),  # OUT forgotten
         (["another base"], ["apply", llama.law, tmp_path / "d_math", tmp_path / "new"]),
     ):
         result = adept(1, "delta", *arguments)

@@ -271,7 +271,9 @@ def test_combinations_that_make_no_sense_are_refused(
     assert_refused(
         tmp_path, ["layers is 9, not 5", "strip", "at once"], lambda out: apply_packages(both, [d_math], out)
     )
-    assert_refused(tmp_path, ["OUT", "exists", "new directory"], lambda _: apply_packages(llama.base, [d_math], full))
+    assert_refused(
+        tmp_path, ["OUT", "by `adept delta pack`", "new"], lambda _: apply_packages(llama.base, [d_math], full)
+    )
     assert_refused(tmp_path, ["(math, law)", "--only NAME"], lambda out: pack_copies(both, out))
     assert_refused(tmp_path, ["--only", "'art'", "math, law"], lambda out: pack_copies(both, out, only="art"))
     assert_refused(tmp_path, ["--only", "none that has"], lambda out: pack_copies(llama.math, out, only="art"))

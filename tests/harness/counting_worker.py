@@ -17,8 +17,8 @@ from harness.lab import Lab, training_engine
 from harness.workspace import Workspace
 
 from adept_ds.config.deepspeed import check_deepspeed_file
-from adept_ds.data.blocks import TrainingData
 from adept_ds.data.mixture import Mixture
+from adept_ds.data.training_data import TrainingData
 from adept_ds.probing.sweep import bypass_losses, install_layer_sweep
 from adept_ds.ranks.groups import join
 from adept_ds.ranks.launchers import rank_from_environment
@@ -80,7 +80,8 @@ def backward(lab: Lab) -> dict[str, Any]:
                 leaves[index] = output.requires_grad
 
             layer.register_forward_hook(note)
-        accumulate_gradient(engine, TrainingData(lab.domain), 0, config.train, lab.ranks)
+        data = TrainingData(lab.domain)
+        accumulate_gradient(engine, data, data.global_batch(0, config.train), config.train, lab.ranks)
         release(engine)
     return found
 

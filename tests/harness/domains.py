@@ -14,6 +14,7 @@ from harness.models import VOCABULARY, save_tiny_model
 from safetensors.torch import load_file, save_file
 
 from adept_ds.base.files import read_json, write_json
+from adept_ds.base.outputs import MARK_NAME
 from adept_ds.deltas.operations import pack_copies
 from adept_ds.weights.expansion import expand_checkpoint
 
@@ -96,9 +97,9 @@ def run_dir(domains: Domains, directory: Path) -> Path:
 
 
 def content(directory: Path) -> dict[str, bytes]:
-    return {
-        path.relative_to(directory).as_posix(): path.read_bytes() for path in directory.rglob("*") if path.is_file()
-    }
+    """Of all files but the mark, which says when they were written."""
+    files = {path.relative_to(directory).as_posix(): path for path in directory.rglob("*") if path.is_file()}
+    return {name: path.read_bytes() for name, path in files.items() if name != MARK_NAME}
 
 
 def all_tensors(directory: Path) -> dict[str, torch.Tensor]:

@@ -11,7 +11,8 @@ from typing import Any
 import oracle
 import torch
 from deepspeed.utils import safe_get_full_fp32_param
-from harness.workspace import Workspace, packed
+from harness.packing import pack
+from harness.workspace import Workspace
 
 from adept_ds.base.errors import UnitMismatchError
 from adept_ds.base.files import write_json
@@ -19,8 +20,9 @@ from adept_ds.config.checks import accumulation_steps
 from adept_ds.config.deepspeed import check_deepspeed_file
 from adept_ds.config.loading import parse_config
 from adept_ds.config.schema import Config
-from adept_ds.data.blocks import TrainingData
+from adept_ds.data.mixture import Mixture
 from adept_ds.data.order import block_order
+from adept_ds.data.training_data import TrainingData
 from adept_ds.models.device import resolve_precision
 from adept_ds.models.directory import ModelDirectory
 from adept_ds.models.frozen_prefix import FrozenPrefix
@@ -100,7 +102,7 @@ def take_step(
     ranks: Ranks,
     online: OnlineImportance | None = None,
 ) -> tuple[float, float]:
-    losses = accumulate_gradient(engine, data, step, config.train, ranks, online)
+    losses = accumulate_gradient(engine, data, data.global_batch(step, config.train), config.train, ranks, online)
     engine.step()
     return losses
 
@@ -128,12 +130,12 @@ class Lab:
         expansion = ranks.on_main(lambda: expand_checkpoint(workspace.model, scratch / "expanded", [1, 3]))
         self.source, self.expanded = ModelDirectory.read(workspace.model), ModelDirectory.read(scratch / "expanded")
         self.layers = expansion.copy_indices
-        base = self.config()
         general = [workspace.root / "general.jsonl"]
         cache = scratch / "blocks"
-        self.domain = packed(base.data.domain, workspace.model, 32, cache, ranks=ranks)
-        self.general = packed(general, workspace.model, 24, cache, keep_tail=True, ranks=ranks)
-        self.replay = packed(general, workspace.model, 32, cache, ranks=ranks)
+        domain = [workspace.root / "domain.jsonl"]
+        self.domain = Mixture.of([pack(domain, workspace.model, cache, seq_len=32, ranks=ranks)])
+        self.general = pack(general, workspace.model, cache, seq_len=24, keep_tail=True, ranks=ranks)
+        self.replay = Mixture.of([pack(general, workspace.model, cache, seq_len=32, ranks=ranks)])
 
     def config(self, **sections: Any) -> Config:
         return parse_config(self.workspace.tree(self.scratch / "run", **sections))

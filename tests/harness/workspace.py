@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-
-from adept_ds.data.blocks import Blocks
-from adept_ds.data.packing import Packing, build_blocks
-from adept_ds.ranks.collectives import Ranks
 
 
 def write_corpus(path: Path, seed: int, documents: int = 60) -> Path:
@@ -25,19 +20,6 @@ def write_corpus(path: Path, seed: int, documents: int = 60) -> Path:
             picks = torch.randint(len(words), (12,), generator=generator).tolist()
             file.write(json.dumps({"text": " ".join(words[pick] for pick in picks)}) + "\n")
     return path
-
-
-def packed(
-    files: Sequence[Path],
-    tokenizer_dir: Path,
-    seq_len: int,
-    cache: Path,
-    *,
-    keep_tail: bool = False,
-    ranks: Ranks | None = None,
-) -> Blocks:
-    """The blocks of a corpus."""
-    return build_blocks(Packing("corpus", tuple(files), tokenizer_dir, seq_len, keep_tail), cache, ranks)
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
+from harness.packing import made_up_blocks
 from harness.workspace import Workspace
 
 from adept_ds.base.errors import InputError
 from adept_ds.config.schema import ExpandSection, ProbeSection
-from adept_ds.data.blocks import Blocks
 from adept_ds.data.mixture import Mixture
 from adept_ds.models.directory import ModelDirectory
 from adept_ds.probing.decision import Reference, check_halves, result_of, select
@@ -33,7 +32,7 @@ def made_up_probe(
     workspace: Workspace, *, counts: Sequence[int] = SEQUENCES, expand: dict[str, Any] | None = None, **section: Any
 ) -> Probe:
     """No engine is built and no text read: twelve sequences of nine tokens."""
-    parts = [Blocks(Dataset.from_dict({"input_ids": [[1] * 10] * count}), 10) for count in counts]
+    parts = [made_up_blocks(np.ones((count, 10))) for count in counts]
     mixture = Mixture.of(parts, [1.0] * len(counts), [f"source {number}" for number in range(len(counts))])
     engines = EngineSettings({}, torch.float32, Ranks())
     chosen = ExpandSection(**(expand or {"k": 2}))

@@ -15,6 +15,7 @@ import oracle
 import pytest
 import torch
 from harness.launching import ROOT, launch
+from harness.packing import rows
 from harness.probe_worker import open_run, probe_config, small_workspace
 from harness.workspace import Workspace
 from safetensors.numpy import load_file
@@ -51,11 +52,11 @@ def roots(workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> dic
 @pytest.fixture(scope="module")
 def sample(workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Sample:
     config = probe_config(workspace, tmp_path_factory.mktemp("sample") / "run")
-    return open_run(config).corpora.general.sample(config.probe.sequences, config.train.seed)
+    return open_run(config).corpora.general.sample(config.probe.sequences, config.probe.seed)
 
 
 def batches_of(sample: Sample, source: int) -> list[oracle.Batch]:
-    return [sample.blocks.batch([i]) for i, of in zip(sample.indices, sample.sources, strict=True) if of == source]
+    return [rows(sample.blocks, [i]) for i, of in zip(sample.indices, sample.sources, strict=True) if of == source]
 
 
 def mixed(value: Callable[[list[oracle.Batch]], Any], sample: Sample) -> Any:
@@ -96,7 +97,7 @@ def expected(workspace: Workspace, sample: Sample) -> dict[str, np.ndarray]:
     """The deltas of every method by its formula."""
     model = oracle.load(workspace.model)
     chunks = [sample.indices[start : start + 5] for start in (0, 5, 10)]
-    batches = [sample.blocks.batch(chunk) for chunk in chunks]
+    batches = [rows(sample.blocks, chunk) for chunk in chunks]
     mask = mixed(lambda part: np.array(oracle.layer_deltas(model, part)[1]), sample)
     scores = {
         "gradient": gradient_scores(model, batches, lambda weight, grad: (weight * grad).abs()),

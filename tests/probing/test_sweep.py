@@ -11,7 +11,8 @@ import pytest
 import torch
 from harness.launching import counted
 from harness.models import save_tiny_model
-from harness.workspace import Workspace, packed
+from harness.packing import pack
+from harness.workspace import Workspace
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from adept_ds.data.mixture import Mixture
@@ -59,7 +60,8 @@ def test_the_sweep_moves_its_bar_layer_by_layer(workspace: Workspace, tmp_path: 
     model_dir = ModelDirectory.read(workspace.model)
     model = load_causal_lm(model_dir, torch.float32).eval()
     install_layer_sweep(model, model_dir.family, 8192, progress.layer)
-    two = Mixture.of([packed([workspace.root / "general.jsonl"], workspace.model, 24, tmp_path)]).sample(2, seed=0)
+    blocks = pack([workspace.root / "general.jsonl"], workspace.model, tmp_path, seq_len=24)
+    two = Mixture.of([blocks]).sample(2, seed=0)
     bypass_losses(model, 5, two, Ranks(), micro_batch_size=1, device="cpu", progress=progress)
     assert checks == [(0.0, "batch 1 of 2"), (0.5, "batch 2 of 2")]
     assert [text for _, text in moves] == [

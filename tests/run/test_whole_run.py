@@ -7,47 +7,24 @@ neither 2 nor 3; the oracle repeats it in one process.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import oracle
 import pytest
 import torch
+from harness.finished_run import Finished
 from harness.launching import adept
-from harness.workspace import Workspace, packed
+from harness.packing import pack, rows, rows_of_step
+from harness.workspace import Workspace
 from safetensors.torch import load_file
 
 from adept_ds.base.files import read_json, read_json_lines
 from adept_ds.config.loading import load_config
-from adept_ds.config.schema import corpus_files
-from adept_ds.data.order import block_order, global_batch
+from adept_ds.data.order import block_order
 from adept_ds.weights.expansion import Expansion
 
 WORLD_SIZES = [1, 2, 3]
-
-
-@dataclass(frozen=True)
-class Finished:
-    """The directory of a finished run, and what is read from it."""
-
-    directory: Path
-
-    def losses(self) -> list[float]:
-        return [record["loss"] for record in read_json_lines(self.directory / "metrics.jsonl") if "loss" in record]
-
-    def evaluations(self) -> list[dict[str, Any]]:
-        return [record["eval"] for record in read_json_lines(self.directory / "metrics.jsonl") if "eval" in record]
-
-    def units(self, key: str) -> list[dict[str, float]]:
-        records = read_json_lines(self.directory / "unit_importance.jsonl")
-        return [{unit["unit"]: unit[key] for unit in record["units"]} for record in records]
-
-    def movement(self) -> list[dict[str, Any]]:
-        return read_json_lines(self.directory / "unit_movement.jsonl")
-
-    def weights(self) -> dict[str, torch.Tensor]:
-        return load_file(self.directory / "export" / "model.safetensors")
 
 
 @pytest.fixture(scope="module")
@@ -68,16 +45,16 @@ def plain(workspace: Workspace, runs: dict[int, Finished]) -> dict[str, Any]:
     config = load_config(directory.with_suffix(".yaml"))
     cache = directory / "oracle"
     train, section = config.train, config.importance
-    general = corpus_files(config.probe.corpus)
-    probe = packed(general, workspace.model, config.probe.seq_len, cache, keep_tail=True)
-    domain = packed(config.data.domain, workspace.model, config.data.seq_len, cache)
-    sample = block_order(len(probe), train.seed)[: section.sequences]
+    general = [workspace.root / "general.jsonl"]
+    probe = pack(general, workspace.model, cache, seq_len=config.probe.seq_len, keep_tail=True)
+    domain = pack([workspace.root / "domain.jsonl"], workspace.model, cache, seq_len=config.data.seq_len)
+    sample = block_order(len(probe), config.probe.seed)[: section.sequences]
     probe_batches = [
-        probe.batch(sample[start : start + section.batch_sequences])
+        rows(probe, sample[start : start + section.batch_sequences])
         for start in range(0, section.sequences, section.batch_sequences)
     ]
     source = oracle.load(workspace.model)
-    base, deltas = oracle.layer_deltas(source, [probe.batch(sample)])
+    base, deltas = oracle.layer_deltas(source, [rows(probe, sample)])
     expansion = Expansion.read(directory / "expanded")
     first = oracle.importance(source, expansion.source_indices, probe_batches)
     renamed = {
@@ -86,10 +63,7 @@ def plain(workspace: Workspace, runs: dict[int, Finished]) -> dict[str, Any]:
         for copy in expansion.copies
         if unit.startswith(f"layers.{copy.source}.")
     }
-    batches = [
-        domain.batch(global_batch(step, train.global_batch_size, len(domain), train.seed))
-        for step in range(train.steps)
-    ]
+    batches = [rows_of_step(domain, step, train.global_batch_size, train.seed) for step in range(train.steps)]
     rates = [record["lr"] for record in read_json_lines(directory / "metrics.jsonl") if "lr" in record]
     training = oracle.train(
         oracle.load(directory / "expanded"),

@@ -14,6 +14,7 @@ from harness.trained_run import train_two_steps
 from harness.workspace import Workspace
 from safetensors.torch import load_file
 
+from adept_ds.base.errors import InputError
 from adept_ds.base.run_dir import RunDirectory, checkpoint_tag
 
 
@@ -59,7 +60,6 @@ def test_a_file_is_synced_before_it_takes_its_name_and_its_directory_after(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, events = tmp_path / "out.safetensors", list[str]()
-    out.write_bytes(b"old")
     real_fsync, real_replace = os.fsync, Path.replace
 
     def fsync(descriptor: int) -> None:
@@ -69,7 +69,7 @@ def test_a_file_is_synced_before_it_takes_its_name_and_its_directory_after(
     def replace(self: Path, target: Any) -> Path:
         events.append("rename")
         assert load_file(self).keys() == {"weight", "tied", "norm"}
-        assert out.read_bytes() == b"old"
+        assert not out.exists()
         return real_replace(self, target)
 
     monkeypatch.setattr(checkpoint_to_hf, "read_zero_checkpoint", three_tensors)
@@ -81,9 +81,8 @@ def test_a_file_is_synced_before_it_takes_its_name_and_its_directory_after(
     assert [path.name for path in tmp_path.iterdir()] == ["out.safetensors"]
 
 
-def test_an_interrupted_conversion_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_conversion_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out.safetensors"
-    out.write_bytes(b"old")
 
     def interrupted(tensors: Any, path: Path, **_: Any) -> None:
         path.write_bytes(b"half")
@@ -93,5 +92,15 @@ def test_an_interrupted_conversion_leaves_the_old_file(tmp_path: Path, monkeypat
     monkeypatch.setattr(checkpoint_to_hf, "save_file", interrupted)
     with pytest.raises(KeyboardInterrupt):
         checkpoint_to_hf.convert(tmp_path, out, None, "source")
-    assert [path.name for path in tmp_path.iterdir()] == ["out.safetensors"]
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_exists_is_never_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The weights of a model, for example."""
+    out = tmp_path / "model.safetensors"
+    out.write_bytes(b"old")
+    monkeypatch.setattr(checkpoint_to_hf, "read_zero_checkpoint", three_tensors)
+    for overwrite in (False, True):
+        with pytest.raises(InputError, match=f"^OUT: '{out}' exists; give the name of a new file$"):
+            checkpoint_to_hf.convert(tmp_path, out, None, "source", overwrite=overwrite)
     assert out.read_bytes() == b"old"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,10 +13,19 @@ from adept_ds.base.errors import InputError
 from adept_ds.base.files import write_json
 from adept_ds.base.run_dir import checkpoint_steps, checkpoint_tag, manifest_of
 from adept_ds.ranks.collectives import Ranks
-from adept_ds.training.checkpoint import CheckpointManifest, check_resumable, save_checkpoint
+from adept_ds.training.checkpoint import (
+    CheckpointManifest,
+    check_same_ranks,
+    check_same_training,
+    check_whole,
+    newest_manifest,
+    save_checkpoint,
+)
 
+TEXTS = {"data.domain": [{"texts": ["0" * 64], "share": 1.0}], "data.replay": []}
+OTHER_TEXTS = {"data.domain": [{"texts": ["1" * 64], "share": 1.0}]}
 MANIFEST = CheckpointManifest(
-    step=20, world_size=2, zero_stage=3, fingerprint="f", settings={"train.lr": 0.1, "train.steps": 50}
+    step=20, world_size=2, zero_stage=3, fingerprint="f", settings={"train.lr": 0.1, "train.steps": 50} | TEXTS
 )
 
 
@@ -36,31 +47,48 @@ def test_without_a_directory_there_are_no_checkpoints(tmp_path: Path) -> None:
     assert checkpoint_steps(tmp_path / "nothing") == []
 
 
+def check(directory: Path, expected: CheckpointManifest) -> None:
+    """All that resuming asks for."""
+    check_same_training(directory, expected)
+    check_same_ranks(directory, expected)
+
+
 def test_a_manifest_is_read_back_the_same(tmp_path: Path) -> None:
-    make_checkpoint(tmp_path, 20)
-    assert CheckpointManifest.load(manifest_of(tmp_path / checkpoint_tag(20))) == MANIFEST
-    check_resumable(tmp_path, MANIFEST)
+    assert newest_manifest(tmp_path) is None
+    for step in (9, 20):
+        make_checkpoint(tmp_path, step)
+    assert newest_manifest(tmp_path) == MANIFEST
+    check(tmp_path, MANIFEST)
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        pytest.param({"world_size": 4}, ["2 ranks", "has 4"], id="ranks"),
-        pytest.param({"zero_stage": 1}, ["ZeRO stage 3", "deepspeed"], id="stage"),
-        pytest.param({"fingerprint": "g"}, ["another expanded checkpoint"], id="expansion"),
-        pytest.param({"settings": {"train.lr": 0.2, "train.steps": 50}}, ["train.lr", "0.1", "0.2"], id="setting"),
-        pytest.param({"settings": {"train.steps": 50}}, ["train.lr", "0.1"], id="setting gone"),
+        pytest.param({"world_size": 4}, ["by 2 ranks", "has 4; start 2 ranks"], id="ranks"),
+        pytest.param({"zero_stage": 1}, ["deepspeed: ", "ZeRO stage 3, not 1; set it back"], id="stage"),
+        pytest.param({"fingerprint": "g"}, ["model: ", "another expanded model", "give the model"], id="expansion"),
+        pytest.param({"settings": {"train.lr": 0.2}}, ["train.lr: ", "with 0.1, not 0.2; set it back"], id="setting"),
+        pytest.param({"settings": {}}, ["train.lr: ", "with 0.1, not None"], id="setting gone"),
+        pytest.param({"settings": OTHER_TEXTS}, ["data.domain: ", "was trained on other texts; set it"], id="texts"),
+        pytest.param(
+            {"settings": {"data.replay": TEXTS["data.domain"]}},
+            ["data.replay: ", "was trained on other texts; set it"],
+            id="more texts",
+        ),
     ],
 )
-def test_a_checkpoint_that_does_not_fit_is_refused_with_a_remedy(
+def test_a_checkpoint_that_does_not_fit_is_refused_with_a_remedy_that_harms_nothing(
     tmp_path: Path, change: dict[str, Any], words: list[str]
 ) -> None:
     make_checkpoint(tmp_path, 20)
-    with pytest.raises(InputError, match="run_dir") as caught:
-        check_resumable(tmp_path, MANIFEST.model_copy(update=change))
+    if change.get("settings"):
+        change = {"settings": MANIFEST.settings | change["settings"]}
+    with pytest.raises(InputError) as caught:
+        check(tmp_path, MANIFEST.model_copy(update=change))
     for word in [*words, "step_20"]:
         assert word in str(caught.value)
     assert "\n" not in str(caught.value)
+    assert not re.search(r"\b(delete|remove|rm)\b", str(caught.value))
 
 
 # --- saving ---------------------------------------------------------------------------------------------------------
@@ -98,3 +126,37 @@ def test_saving_that_fails_leaves_the_checkpoints_as_they_were(tmp_path: Path) -
         save(tmp_path, 2, WritingEngine(OSError("no space left on device")))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step_1"]
     assert (tmp_path / "latest").read_text() == "step_1"
+
+
+def test_what_is_left_of_an_old_checkpoint_does_not_stop_a_new_one_but_a_whole_one_is_kept(tmp_path: Path) -> None:
+    (tmp_path / "step_1").mkdir()
+    (tmp_path / "step_1" / "states.pt").write_bytes(b"half removed")
+    save(tmp_path, 1, WritingEngine())
+    first = newest_manifest(tmp_path)
+    with pytest.raises(InputError, match=r"'.*step_1' is a whole checkpoint already; put it aside"):
+        save(tmp_path, 1, WritingEngine())
+    assert newest_manifest(tmp_path) == first
+
+
+def test_checkpoints_that_say_the_same_are_told_apart_wherever_they_are_copied(tmp_path: Path) -> None:
+    for name in ("one", "other"):
+        save(tmp_path / name, 1, WritingEngine())
+    shutil.copytree(tmp_path / "one", tmp_path / "copy")
+    one, other, copy = (newest_manifest(tmp_path / name) for name in ("one", "other", "copy"))
+    assert one == copy != other
+
+
+@pytest.mark.parametrize(("content", "words"), [(b"sta", "has 3 bytes of 6"), (None, "has no bytes of 6")])
+def test_a_checkpoint_that_was_copied_in_part_is_refused_by_the_file_that_lacks(
+    tmp_path: Path, content: bytes | None, words: str
+) -> None:
+    save(tmp_path, 1, WritingEngine())
+    checkpoint = tmp_path / "step_1"
+    assert check_whole(checkpoint).files == {"states.pt": 6}
+    (checkpoint / "states.pt").unlink()
+    if content is not None:
+        (checkpoint / "states.pt").write_bytes(content)
+    with pytest.raises(
+        InputError, match=rf"^'.*step_1/states\.pt' {words}; copy it again, or put this checkpoint aside"
+    ):
+        check_whole(checkpoint)

@@ -43,10 +43,13 @@ def watched(training, step):
         assert files == before[1], "a checkpoint was touched"
         raise
 
-def planted(engine, data, step, train, ranks, online=None):
-    losses = whole_gradient(engine, data, step, train, ranks, online)
+taken = 0
+
+def planted(engine, data, entries, train, ranks, online=None):
+    global taken
+    losses, taken = whole_gradient(engine, data, entries, train, ranks, online), taken + 1
     is_last = ranks.rank == ranks.world_size - 1
-    return (broken, losses[1]) if step == 4 and place == "loss" and is_last else losses
+    return (broken, losses[1]) if taken == 5 and place == "loss" and is_last else losses
 
 trainer.Trainer._train_step, trainer.accumulate_gradient = watched, planted
 main()

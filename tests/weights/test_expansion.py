@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from adept_ds.base.errors import InputError
 from adept_ds.base.files import read_json, write_json
+from adept_ds.base.outputs import MARK_NAME
 from adept_ds.models.families import Family
 from adept_ds.models.family_table import FAMILIES
 from adept_ds.weights import expansion as expansion_module
@@ -65,6 +66,11 @@ def logits(directory: Path, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 def all_tensors(directory: Path) -> dict[str, torch.Tensor]:
     return {name: tensor for file in directory.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def stamps(root: Path) -> dict[Path, tuple[int, int]]:
+    """All that lies there, and when it was written."""
+    return {path: (path.lstat().st_ino, path.lstat().st_mtime_ns) for path in root.rglob("*")}
 
 
 # --- the same function ---------------------------------------------------------------------------------------------
@@ -214,7 +220,7 @@ def test_lists_that_old_files_lack_are_inherited_and_not_derived_again(
     if "_sliding_window_pattern" in config:
         config["sliding_window_pattern"] = config.pop("_sliding_window_pattern")  # as files had it
     write_json(source / "config.json", config)
-    expand_checkpoint(source, tmp_path / "expanded", SELECTED)
+    expand_checkpoint(source, tmp_path / "expanded", SELECTED, overwrite=True)
     expanded = load(tmp_path / "expanded").config
     assert {key: getattr(expanded, key) for key in wanted} == wanted
     assert torch.equal(logits(tmp_path / "expanded"), logits(source))
@@ -310,19 +316,17 @@ def test_tokenizer_generation_config_and_licence_are_carried_over_and_weights_of
         "pytorch_model.bin.index.json",
         "model.gguf",
     }
-    assert {file.name for file in (tmp_path / "expanded").iterdir()} == kept | {"expansion.json", "base_files.json"}
+    ours = {"expansion.json", "base_files.json", MARK_NAME}
+    assert {file.name for file in (tmp_path / "expanded").iterdir()} == kept | ours
     for name in ("generation_config.json", "LICENSE", "tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / "expanded" / name).read_bytes() == (source / name).read_bytes()
 
 
-def test_an_existing_destination_is_replaced_whole(llama: Path, tmp_path: Path) -> None:
+def test_an_earlier_expansion_is_replaced_whole(llama: Path, sharded: Path, tmp_path: Path) -> None:
     destination = tmp_path / "expanded"
-    destination.mkdir()
-    (destination / "model-00001-of-00002.safetensors").write_text("an older model's")
-    (destination / "notes.txt").write_text("old")
-    expand_checkpoint(llama, destination, [1])
-    assert not (destination / "notes.txt").exists()
-    assert [file.name for file in destination.glob("*.safetensors")] == ["model.safetensors"]
+    expand_checkpoint(sharded, destination, SELECTED)
+    expand_checkpoint(llama, destination, [1], overwrite=True)
+    assert [file.name for file in destination.glob("*.safetensors*")] == ["model.safetensors"]
     assert [path.name for path in tmp_path.iterdir()] == ["expanded"]
 
 
@@ -333,8 +337,8 @@ def test_an_interrupted_expansion_leaves_what_was_there(
 ) -> None:
     destination = tmp_path / "expanded"
     if existed:
-        destination.mkdir()
-        (destination / "old").write_text("old")
+        expand_checkpoint(sharded, destination, [1])
+    before = stamps(tmp_path)
     written: list[str] = []
 
     def interrupted(path: Path, *arguments: Any) -> dict[str, str]:
@@ -347,11 +351,9 @@ def test_an_interrupted_expansion_leaves_what_was_there(
 
     monkeypatch.setattr(expansion_module, "write_tensors", interrupted)
     with pytest.raises(type(error)):
-        expand_checkpoint(sharded, destination, SELECTED)
+        expand_checkpoint(sharded, destination, SELECTED, overwrite=True)
     assert len(written) == 2
-    assert [path.name for path in tmp_path.iterdir()] == (["expanded"] if existed else [])
-    if existed:
-        assert [path.name for path in destination.iterdir()] == ["old"]
+    assert stamps(tmp_path) == before
 
 
 def test_a_missing_shard_is_an_input_error_and_leaves_nothing(sharded: Path, tmp_path: Path) -> None:

@@ -15,12 +15,11 @@ import torch
 from harness.cells_worker import REFRESH_AFTER
 from harness.lab import STEPS
 from harness.launching import ROOT, launch
-from harness.workspace import Workspace, packed
+from harness.packing import pack, rows, rows_of_step
+from harness.workspace import Workspace
 
 from adept_ds.config.loading import parse_config
-from adept_ds.config.schema import corpus_files
-from adept_ds.data.blocks import Blocks
-from adept_ds.data.order import block_order, global_batch
+from adept_ds.data.order import block_order
 
 STAGES = ["zero1", "zero2", "zero3", "zero3_offload"]
 GRANULARITIES = ["matrix", "module", "fine"]
@@ -61,18 +60,19 @@ def plain(
     """The oracle's training at each granularity, and with importances taken from what a batch replays."""
     config = parse_config(workspace.tree(tmp_path_factory.mktemp("plain") / "run"))
     cache, train = config.run_dir / "blocks", config.train
-    texts = corpus_files(config.probe.corpus)
-    domain = packed(config.data.domain, workspace.model, 32, cache)
-    replay = packed(texts, workspace.model, 32, cache)
-    general = packed(texts, workspace.model, 24, cache, keep_tail=True)
+    texts = [workspace.root / "general.jsonl"]
+    domain = pack([workspace.root / "domain.jsonl"], workspace.model, cache, seq_len=32)
+    replay = pack(texts, workspace.model, cache, seq_len=32)
+    general = pack(texts, workspace.model, cache, seq_len=24, keep_tail=True)
     sample = block_order(len(general), 0)[:7]
-    probe = [general.batch(sample[:5]), general.batch(sample[5:])]
-
-    def rows(blocks: Blocks, step: int, count: int) -> oracle.Batch:
-        return blocks.batch(global_batch(step, count, len(blocks), 0))
+    probe = [rows(general, sample[:5]), rows(general, sample[5:])]
 
     def training(granularity: str, replayed: int) -> oracle.Training:
-        parts = [(rows(replay, s, replayed), rows(domain, s, train.global_batch_size - replayed)) for s in range(STEPS)]
+        domain_rows = train.global_batch_size - replayed
+        parts = [
+            (rows_of_step(replay, step, replayed, 0), rows_of_step(domain, step, domain_rows, 0))
+            for step in range(STEPS)
+        ]
         return oracle.train_by_unit(
             oracle.load(Path(outcomes[1]["expanded"])),
             outcomes[1]["layers"],

@@ -1,0 +1,214 @@
+"""Texts -> tokens: one flat file for each source of a corpus, made once and memory-mapped.
+
+A corpus may be larger than memory, and is held once per host. What is cut of the tokens (see `packing`) costs nothing,
+so one file serves every sequence length.
+
+    tokens.bin     int32: document after document, each with its separators
+    ends.bin       int64: where each document ends in it
+    manifest.json  written last
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+
+from adept_ds.base.digests import FileDigests
+from adept_ds.base.errors import InputError
+from adept_ds.base.files import new_directory
+from adept_ds.base.progress import ProgressCallback
+from adept_ds.base.records import Record
+from adept_ds.data.documents import BadRecords, TextSource, read_pieces
+from adept_ds.data.tokenising import TokenisedPiece, tokenise
+from adept_ds.data.tokenizer import TextTokenizer
+from adept_ds.ranks.collectives import Ranks
+
+_TOKENS, _ENDS, _MANIFEST = "tokens.bin", "ends.bin", "manifest.json"
+_TOKEN, _END = np.dtype("<i4"), np.dtype("<i8")
+
+
+_SERIAL_BYTES = 4 << 20
+"""Of text: less is tokenised before other processes would have started."""
+
+
+class TokensManifest(Record):
+    """What a tokenised source says of itself."""
+
+    tokens: int
+    documents: int
+    skipped: int
+    """Records that could not be read."""
+    skipped_places: tuple[str, ...]
+    """What the first of them were."""
+
+
+@dataclass(frozen=True)
+class TokenFile:
+    """A tokenised source."""
+
+    directory: Path
+    manifest: TokensManifest
+
+    @classmethod
+    def open(cls, directory: Path) -> TokenFile:
+        """Raises `InputError`: it is damaged."""
+        return cls(directory, TokensManifest.load(directory / _MANIFEST))
+
+    @cached_property
+    def tokens(self) -> np.ndarray:
+        """[tokens] int32."""
+        return np.memmap(self.directory / _TOKENS, _TOKEN, "r", shape=(self.manifest.tokens,))
+
+    @cached_property
+    def ends(self) -> np.ndarray:
+        """[documents] int64: the first token after each document."""
+        return np.memmap(self.directory / _ENDS, _END, "r", shape=(self.manifest.documents,))
+
+    def is_whole(self) -> bool:
+        expected = {_TOKENS: self.manifest.tokens * _TOKEN.itemsize, _ENDS: self.manifest.documents * _END.itemsize}
+        files = {name: self.directory / name for name in expected}
+        return all(file.is_file() and file.stat().st_size == expected[name] for name, file in files.items())
+
+
+class TokenWriter:
+    """Writes a `TokenFile`, piece by piece, in bounded memory."""
+
+    def __init__(self, directory: Path, bad: BadRecords) -> None:
+        self._directory, self.bad = directory, bad
+        self._tokens, self._ends = (directory / _TOKENS).open("w+b"), (directory / _ENDS).open("wb")
+        self.num_tokens = self._documents = self._document_start = 0
+        self._dropping = False
+
+    def __enter__(self) -> TokenWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._tokens.close()
+        self._ends.close()
+
+    def add(self, piece: TokenisedPiece) -> None:
+        """Append a piece; one that was refused takes the whole of its document with it."""
+        if piece.begins:
+            self._document_start, self._dropping = self.num_tokens, False
+        if piece.refusal is not None and not self._dropping:
+            self.bad.add(piece.place, piece.refusal)
+            self._tokens.seek(self._document_start * _TOKEN.itemsize)
+            self._tokens.truncate()
+            self.num_tokens, self._dropping = self._document_start, True
+        if self._dropping:
+            return
+        self._tokens.write(piece.tokens.astype(_TOKEN, copy=False).tobytes())
+        self.num_tokens += len(piece.tokens)
+        if piece.ends:
+            self._end_document()
+
+    def finish(self) -> None:
+        """After the last piece. The whole is there only when its directory is published."""
+        if self.num_tokens > self._document_start and not self._dropping:
+            self._end_document()
+        places = tuple(self.bad.places)
+        manifest = TokensManifest(
+            tokens=self.num_tokens, documents=self._documents, skipped=self.bad.count, skipped_places=places
+        )
+        manifest.save(self._directory / _MANIFEST)
+
+    def last_tokens(self, count: int) -> np.ndarray:
+        """Of those that were written."""
+        self._tokens.seek((self.num_tokens - count) * _TOKEN.itemsize)
+        return np.frombuffer(self._tokens.read(), _TOKEN)
+
+    def _end_document(self) -> None:
+        self._ends.write(np.array(self.num_tokens, _END).tobytes())
+        self._documents += 1
+        self._document_start = self.num_tokens
+
+
+@dataclass(frozen=True)
+class Tokenisation:
+    """How sources become tokens, and where these are kept."""
+
+    tokenizer: TextTokenizer
+    cache: Path
+    digests: FileDigests
+    workers: int | None = None
+    """Processes; None: one per CPU that this process may use."""
+
+    @property
+    def bos_of_blocks(self) -> int | None:
+        """The first token of every block, where it is none of the first of every document."""
+        return self.tokenizer.bos_id if self.tokenizer.per_block else None
+
+    def name_of(self, source: TextSource) -> str:
+        """The same for the same tokens: it depends on contents, not on where files lie or when they were written."""
+        described = [
+            [self.digests.tree(path) if path.is_dir() else self.digests.file(path) for path in source.files],
+            [source.format, source.text_key, source.question_template, source.max_bad_records],
+            self.tokenizer.fingerprint(),
+        ]
+        return hashlib.sha256(json.dumps(described).encode()).hexdigest()[:32]
+
+    def workers_for(self, num_bytes: int) -> int:
+        if num_bytes < _SERIAL_BYTES and self.workers is None:
+            return 1
+        return self.workers or len(os.sched_getaffinity(0))
+
+
+def tokens_of(
+    source: TextSource, tokenisation: Tokenisation, ranks: Ranks, progress: ProgressCallback | None = None
+) -> TokenFile:
+    """The tokens of a source: rank 0 makes them, unless they are there; the others wait, and map them.
+
+    Raises:
+        InputError: a file that cannot be read, or more bad records than are allowed.
+    """
+
+    def make() -> str:
+        target = tokenisation.cache / tokenisation.name_of(source)
+        if not _is_there(target):
+            with new_directory(target) as folder:
+                _write(folder, source, tokenisation, progress)
+        return str(target)
+
+    target = Path(ranks.on_main(make))
+    remedy = f"all hosts must see '{tokenisation.cache}': use a file system that they share"
+    return ranks.on_each(lambda: TokenFile.open(target), remedy)
+
+
+def _is_there(target: Path) -> bool:
+    """Whole; what is damaged is taken away, for it can be made again."""
+    if not target.is_dir():
+        return False
+    try:
+        if TokenFile.open(target).is_whole():
+            return True
+    except InputError:
+        pass
+    shutil.rmtree(target)
+    return False
+
+
+def _write(folder: Path, source: TextSource, tokenisation: Tokenisation, progress: ProgressCallback | None) -> None:
+    total, done = source.num_bytes, 0
+
+    def advance(num_bytes: int) -> None:
+        nonlocal done
+        done += num_bytes
+
+    bad = BadRecords(source)
+    pieces = read_pieces(source, advance, bad=bad)
+    with TokenWriter(folder, bad) as writer:
+        for number, piece in enumerate(tokenise(pieces, tokenisation.tokenizer, tokenisation.workers_for(total))):
+            writer.add(piece)
+            if progress and number % 64 == 0:
+                progress(min(1.0, done / max(total, 1)), piece.place)
+        writer.finish()

@@ -1,0 +1,59 @@
+"""What the commands on a configuration need of the stages before them: looked at before anything takes time.
+
+Imports neither torch nor DeepSpeed.
+"""
+
+from __future__ import annotations
+
+from adept_ds.base.errors import InputError
+from adept_ds.base.run_dir import RunDirectory, checkpoint_steps
+from adept_ds.config.resolved import Purpose, corpora_read
+from adept_ds.config.schema import Config
+from adept_ds.data.documents import check_corpus
+
+
+def check_ready(config: Config, purpose: Purpose, step: int | None = None) -> None:
+    """The files that a command begins with are there.
+
+    Args:
+        step: of the checkpoint that is exported; None: the newest.
+
+    Raises:
+        InputError: they are not; the message names the command that makes them.
+    """
+    run = RunDirectory(config.run_dir)
+    if purpose == "expand" and config.expand.needs_probe and not run.layer_importance.is_file():
+        raise InputError(
+            f"expand: '{run.layer_importance}' does not exist; run `adept probe CONFIG` first, or set expand.layers"
+        )
+    if purpose == "train" and not run.expansion.is_file():
+        raise InputError(f"train: '{run.expansion}' does not exist; run `adept expand CONFIG` first")
+    if purpose == "export":
+        exported_step(config, step)
+    if purpose == "eval" and not (run.export / "config.json").is_file():
+        raise InputError(f"eval: '{run.export}' holds no model; run `adept export CONFIG` first")
+
+
+def check_texts(config: Config, purpose: Purpose) -> None:
+    """The corpora that a command reads begin with texts.
+
+    Raises:
+        InputError: as `check_corpus`.
+    """
+    for key, corpus in corpora_read(config, purpose).items():
+        check_corpus(key, corpus, config.data)
+
+
+def exported_step(config: Config, step: int | None = None) -> int:
+    """The step of the checkpoint that is exported: the newest, or the one that is asked for.
+
+    Raises:
+        InputError: there is none.
+    """
+    checkpoints = RunDirectory(config.run_dir).checkpoints
+    steps = checkpoint_steps(checkpoints)
+    if not steps:
+        raise InputError(f"export: '{checkpoints}' has no checkpoint; run `adept train CONFIG` first")
+    if step is not None and step not in steps:
+        raise InputError(f"--step: '{checkpoints}' has no checkpoint of step {step}; choose one of {steps}")
+    return steps[-1] if step is None else step

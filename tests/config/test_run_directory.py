@@ -1,0 +1,87 @@
+"""Where a run may write."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from harness.workspace import Workspace
+
+from adept_ds.base.errors import InputError
+from adept_ds.config.loading import parse_config
+from adept_ds.config.run_directory import check_run_dir
+
+
+def _check(workspace: Workspace, run_dir: Path, **sections: Any) -> None:
+    config = parse_config(workspace.tree(run_dir, **sections))
+    check_run_dir(config, workspace.model)
+
+
+PLACES: dict[str, tuple[Callable[[Path, Path], Path], str]] = {
+    "a file": (lambda model, cwd: model / "config.json", "is a file"),
+    "below a file": (lambda model, cwd: model / "config.json" / "a" / "b", "is a file; give"),
+    "the root": (lambda model, cwd: Path("/"), "is or holds the directory that you are in"),
+    "where the user is": (lambda model, cwd: Path(), "is or holds the directory that you are in"),
+    "above where the user is": (lambda model, cwd: Path(".."), "is or holds the directory that you are in"),
+    "the home": (lambda model, cwd: Path.home(), "is or holds your home directory"),
+    "the model": (lambda model, cwd: model, "is model"),
+    "inside the model": (lambda model, cwd: model / "runs" / "first", "lies in model"),
+    "above the model": (lambda model, cwd: model.parent, "holds model"),
+    "a circle of links": (lambda model, cwd: cwd / "circle" / "run", "cannot be written"),
+}
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The user works in cwd; both it and the home lie in a directory of the test's."""
+    for name in ("home", "cwd"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "cwd" / "circle").symlink_to(tmp_path / "cwd" / "circle")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path / "cwd")
+    return tmp_path / "home"
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_run_directory_that_is_somebody_elses_place_is_refused(place: str, workspace: Workspace, home: Path) -> None:
+    where, words = PLACES[place]
+    with pytest.raises(InputError, match=r"^run_dir: ") as refusal:
+        _check(workspace, where(workspace.model, Path.cwd()))
+    assert words in str(refusal.value)
+    assert "give" in str(refusal.value)
+
+
+CORPORA = ("data.domain", "data.replay", "data.general_eval", "data.domain_eval", "probe.corpus")
+
+
+@pytest.mark.parametrize("key", [*CORPORA, "probe.stability.corpus"])
+@pytest.mark.parametrize("inside", ["", "runs/first"])
+def test_a_run_in_a_directory_of_texts_is_refused_for_every_corpus(
+    key: str, inside: str, workspace: Workspace, home: Path
+) -> None:
+    texts = home / "texts"
+    texts.mkdir()
+    section, *rest = key.split(".")
+    entry: list[Any] = [{"files": [str(texts)]}]
+    values = {"stability": {"corpus": entry}} if "stability" in rest else {rest[0]: entry}
+    with pytest.raises(InputError, match=rf"^run_dir: '.*' lies in '.*texts', which {key} reads; give"):
+        _check(workspace, texts / inside, **{section: values})
+    _check(workspace, home / "texts_too", **{section: values})
+
+
+def test_a_run_may_be_new_or_go_on_wherever_it_is(workspace: Workspace, home: Path) -> None:
+    for run_dir in (home / "runs" / "math", Path("run"), Path("../cwd/run")):
+        _check(workspace, run_dir)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        _check(workspace, run_dir)
+    Path("stages.json").write_text("{}")
+    _check(workspace, Path())  # a run's directory, and the user has gone there to look at it
+
+
+def test_links_are_followed(workspace: Workspace, home: Path) -> None:
+    link = home / "link"
+    link.symlink_to(workspace.model)
+    with pytest.raises(InputError, match=r"^run_dir: .*lies in model"):
+        _check(workspace, link / "run")

@@ -1,0 +1,358 @@
+"""A run is what it is made of, not where that lies: copied or moved it goes on; made of something else it is refused.
+
+Whatever is refused leaves every file of the run as it was, and no complaint tells anybody to delete something.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from harness.complaints import assert_one_line
+from harness.launching import ROOT, adept
+from harness.spoiling import changed_json, flip_bit
+from harness.trained_run import TrainedRun
+from harness.workspace import write_corpus
+from safetensors.torch import load_file, save_file
+
+from adept_ds.base.files import read_json
+
+STAGES = 5
+"""probe, expand, train, export, eval."""
+LARGE = ("*.safetensors", "*.pt")
+
+
+def run(copy: TrainedRun, **sections: Any) -> subprocess.CompletedProcess[str]:
+    return adept(1, "run", copy.config(**sections))
+
+
+def contents(copy: TrainedRun) -> dict[str, bytes]:
+    """Every file of a run but its logs, and the cache of what can be found out again."""
+    root = copy.files.root
+    kept = [
+        path for path in root.rglob("*") if path.is_file() and path.relative_to(root).parts[0] not in ("logs", "cache")
+    ]
+    return {path.relative_to(root).as_posix(): path.read_bytes() for path in kept}
+
+
+def times(copy: TrainedRun) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for pattern in LARGE for path in copy.files.root.rglob(pattern)}
+
+
+def weights(copy: TrainedRun) -> dict[str, torch.Tensor]:
+    return load_file(copy.files.export / "model.safetensors")
+
+
+def assert_same_weights(found: TrainedRun, expected: TrainedRun) -> None:
+    assert all(torch.equal(tensor, weights(expected)[name]) for name, tensor in weights(found).items())
+    assert weights(found).keys() == weights(expected).keys()
+
+
+@pytest.fixture
+def copy(trained_run: TrainedRun, tmp_path: Path) -> TrainedRun:
+    return trained_run.copied(tmp_path / "elsewhere")
+
+
+# --- what is the same ----------------------------------------------------------------------------------------------
+
+
+def leave(copy: TrainedRun) -> None:
+    pass
+
+
+def split_weights(copy: TrainedRun) -> None:
+    """The same tensors in three files with an index, as a hub may offer them anew."""
+    model = copy.workspace.model
+    tensors = load_file(model / "model.safetensors")
+    names, weight_map = sorted(tensors), dict[str, str]()
+    for shard in range(3):
+        file = f"model-{shard + 1:05d}-of-00003.safetensors"
+        save_file({name: tensors[name] for name in names[shard::3]}, model / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(names[shard::3], file)
+    (model / "model.safetensors").unlink()
+    (model / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def rewrite_config(copy: TrainedRun) -> None:
+    """Other spaces, other order, and another place that it came from."""
+    path = copy.workspace.model / "config.json"
+    config = {"_name_or_path": "/elsewhere", **dict(reversed(read_json(path).items()))}
+    path.write_text(json.dumps(config, indent=7))
+
+
+def into_a_hub_snapshot(copy: TrainedRun) -> None:
+    """Links to files with names of digests."""
+    blobs = copy.workspace.root / "blobs"
+    blobs.mkdir()
+    for number, file in enumerate(sorted(copy.workspace.model.iterdir())):
+        file.rename(blobs / str(number))
+        file.symlink_to(Path("..") / "blobs" / str(number))
+
+
+def old_and_future_times(copy: TrainedRun) -> None:
+    for number, path in enumerate(path for path in copy.workspace.root.rglob("*") if path.is_file()):
+        seconds = number % 2 * 4_000_000_000
+        os.utime(path, (seconds, seconds))
+
+
+@pytest.mark.parametrize(
+    "move", [leave, split_weights, rewrite_config, into_a_hub_snapshot, old_and_future_times], ids=lambda f: f.__name__
+)
+def test_a_finished_run_that_was_copied_with_its_inputs_finds_every_stage_unchanged(
+    copy: TrainedRun, move: Callable[[TrainedRun], None]
+) -> None:
+    move(copy)
+    before, stamps = contents(copy), times(copy)
+    result = run(copy)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("not run again") == STAGES, result.stdout
+    assert times(copy) == stamps
+    changed = {name for name, content in contents(copy).items() if content != before.get(name)}
+    assert changed <= {"config.yaml", "report.html", "summary.json", "layer_importance.json"}
+
+
+def test_corpora_under_other_names_are_the_same_corpora(copy: TrainedRun) -> None:
+    root = copy.workspace.root
+    for name in ("domain", "general"):
+        (root / f"{name}.jsonl").rename(root / f"{name}_renamed.jsonl")
+    result = run(
+        copy,
+        data={"domain": [str(root / "domain_renamed.jsonl")]},
+        probe={"corpus": [str(root / "general_renamed.jsonl")]},
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("not run again") == STAGES, result.stdout
+
+
+def test_a_second_start_reads_no_large_file_again(copy: TrainedRun) -> None:
+    """What files are is kept beside the run, and known by their stamps."""
+    assert run(copy).returncode == 0
+    known = {Path(file["path"]).name for entry in read_json(copy.files.digests)["entries"] for file in entry["files"]}
+    assert {"model.safetensors", "domain.jsonl", "general.jsonl"} <= known
+
+
+def interrupt(copy: TrainedRun) -> None:
+    """As if the run had ended after its first checkpoint."""
+    shutil.rmtree(copy.files.checkpoints / "step_4")
+    shutil.rmtree(copy.files.export)
+    copy.files.evaluation.unlink()
+    copy.files.summary.unlink()
+
+
+def test_training_goes_on_in_the_copy_where_it_was_and_ends_with_the_same_weights(
+    copy: TrainedRun, trained_run: TrainedRun
+) -> None:
+    interrupt(copy)
+    split_weights(copy)
+    result = run(copy)
+    assert result.returncode == 0, result.stderr
+    assert "resuming after step 2" in result.stdout
+    assert_same_weights(copy, trained_run)
+
+
+def test_a_copy_that_broke_off_is_noticed_before_training_goes_on(copy: TrainedRun) -> None:
+    interrupt(copy)
+    (states, *_) = sorted((copy.files.checkpoints / "step_2").rglob("*optim_states.pt"))
+    os.truncate(states, states.stat().st_size // 2)
+    assert_refused_without_harm(copy, [states.name, "copy it again, or put this checkpoint aside"])
+
+
+def test_a_finished_run_needs_no_more_ranks_than_there_are(copy: TrainedRun) -> None:
+    """Only training that goes on needs those that it began with."""
+    result = adept(2, "run", copy.config())
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("not run again") == STAGES, result.stdout
+    interrupt(copy)
+    result = adept(2, "run", copy.config())
+    assert result.returncode == 2
+    assert_one_line(result.stderr, ["written by 1 ranks", "has 2", "start 1 ranks"])
+
+
+# --- what is not the same ------------------------------------------------------------------------------------------
+
+
+def one_weight(copy: TrainedRun) -> None:
+    flip_bit(copy.workspace.model / "model.safetensors")
+
+
+def one_setting_of_the_model(copy: TrainedRun) -> None:
+    changed_json(copy.workspace.model / "config.json", lambda config: config | {"rms_norm_eps": 2e-6})
+
+
+def the_tokenizer(copy: TrainedRun) -> None:
+    changed_json(copy.workspace.model / "tokenizer.json", lambda file: file | {"normalizer": {"type": "Lowercase"}})
+
+
+def rewritten(name: str) -> Callable[[TrainedRun], None]:
+    def change(copy: TrainedRun) -> None:
+        write_corpus(copy.workspace.root / f"{name}.jsonl", seed=99)
+
+    change.__name__ = f"text_of_{name}"
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (one_weight, ["model: ", "(weights differ)", "give the model that this run began with"]),
+        (one_setting_of_the_model, ["model: ", "(config.json differ)", "give the model"]),
+        (the_tokenizer, ["model: ", "(tokenizer differ)", "give the model"]),
+        (rewritten("domain"), ["data.domain: ", "was trained on other texts; set it back"]),
+        (rewritten("general"), ["probe.corpus: ", "was trained on other texts; set it back"]),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_another_input_is_noticed_and_refused_without_harm(
+    copy: TrainedRun, change: Callable[[TrainedRun], None], words: list[str]
+) -> None:
+    change(copy)
+    assert_refused_without_harm(copy, words)
+
+
+@pytest.mark.parametrize(
+    ("sections", "words"),
+    [
+        ({"train": {"lr": 5e-3}}, ["train.lr: ", "with 0.01, not 0.005; set it back"]),
+        ({"train": {"steps": 6}}, ["train.steps: ", "with 4, not 6; set it back"]),
+        ({"data": {"seq_len": 24}}, ["data.seq_len: ", "with 32, not 24"]),
+        ({"data": {"bos": "never"}}, ["data.bos: ", "'auto', not 'never'"]),
+        ({"data": {"special_tokens_in_text": "parse"}}, ["data.special_tokens_in_text: ", "'text', not 'parse'"]),
+        ({"data": {"packing": "documents"}}, ["data.packing: ", "'concat', not 'documents'"]),
+        ({"data": {"max_bad_records": 5}}, ["data.max_bad_records: ", "with 0, not 5"]),
+        ({"data": {"question_template": "{{ question }}"}}, ["data.question_template: "]),
+        ({"expand": {"k": None, "layers": [0, 4]}}, ["expand: ", "trains copies of layers", "set expand.layers to ["]),
+        ({"expand": {"k": 3}}, ["expand: ", "trains copies of layers", "set expand.layers to ["]),
+    ],
+    ids=lambda value: next(iter(next(iter(value.values())))) if isinstance(value, dict) else "",
+)
+def test_another_setting_of_a_run_that_has_trained_is_refused_without_harm(
+    copy: TrainedRun, sections: dict[str, Any], words: list[str]
+) -> None:
+    assert_refused_without_harm(copy, words, sections)
+
+
+def assert_refused_without_harm(copy: TrainedRun, words: list[str], sections: dict[str, Any] | None = None) -> None:
+    """Set back, it goes on as if nothing had been."""
+    before = contents(copy)
+    result = run(copy, **(sections or {}))
+    assert result.returncode == 2, result.stdout + result.stderr
+    assert_one_line(result.stderr, words)
+    assert not re.search(r"\b(delete|remove|erase)\b", result.stderr)
+    after = contents(copy)
+    assert before.keys() <= after.keys()
+    changed = {name for name, content in before.items() if after[name] != content}
+    assert changed <= {"config.yaml", "layer_importance.json"}, "what is written anew at every start"
+
+
+def test_the_way_out_that_a_complaint_names_is_one(copy: TrainedRun) -> None:
+    """After another k: the layers that are trained, by their numbers."""
+    result = run(copy, expand={"k": 3})
+    (layers,) = re.findall(r"set expand\.layers to (\[[\d, ]+\])", result.stderr)
+    result = run(copy, expand={"k": None, "layers": json.loads(layers)})
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("not run again") == STAGES - 1, "nothing needs the probe"
+    result = run(copy)
+    assert result.stdout.count("not run again") == STAGES, "and the old configuration still fits"
+
+
+def test_another_held_out_text_is_evaluated_and_nothing_else_is_done(copy: TrainedRun) -> None:
+    rewritten("domain_heldout")(copy)
+    stamps, losses = times(copy), read_json(copy.files.evaluation)
+    result = run(copy)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("not run again") == STAGES - 1, result.stdout
+    assert times(copy) == stamps
+    found = read_json(copy.files.evaluation)
+    assert found["adapted"]["general"] == losses["adapted"]["general"]
+    assert found["adapted"]["domain"]["loss"] != losses["adapted"]["domain"]["loss"]
+
+
+def test_another_model_is_noticed_by_the_probe_before_it_takes_the_place_of_the_old_one(copy: TrainedRun) -> None:
+    one_weight(copy)
+    before = contents(copy)
+    result = adept(1, "probe", copy.config())
+    assert result.returncode == 2
+    assert_one_line(result.stderr, ["model: ", "(weights differ)"])
+    assert contents(copy) == before
+
+
+# --- what was lost -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("damage", [b"", b"{", b"[1]", b"\xff\xfe{}", b"[" * 100_000])
+def test_a_damaged_ledger_costs_no_training(copy: TrainedRun, trained_run: TrainedRun, damage: bytes) -> None:
+    copy.files.ledger.write_bytes(damage)
+    assert_refused_without_harm(copy, ["stages.json' is damaged (", "move this one file away", "checkpoints"])
+
+
+def test_without_a_ledger_training_is_not_done_again_and_nothing_is_thrown_away(
+    copy: TrainedRun, trained_run: TrainedRun
+) -> None:
+    """In a copy, an export cannot be told from one that somebody worked on: it is kept beside the new one."""
+    copy.files.ledger.unlink()
+    result = run(copy)
+    assert result.returncode == 0, result.stderr
+    assert "finished before, not run again" in result.stdout
+    assert "kept as 'export.kept1'" in result.stdout
+    assert_same_weights(copy, trained_run)
+    assert (copy.files.root / "export.kept1" / "model.safetensors").is_file()
+
+
+def test_a_lost_expansion_is_made_again_and_training_goes_on_from_its_checkpoint(
+    copy: TrainedRun, trained_run: TrainedRun
+) -> None:
+    interrupt(copy)
+    shutil.rmtree(copy.files.expanded)
+    result = run(copy)
+    assert result.returncode == 0, result.stderr
+    assert "resuming after step 2" in result.stdout
+    assert_same_weights(copy, trained_run)
+
+
+def test_an_expansion_of_other_layers_in_its_place_is_noticed(copy: TrainedRun) -> None:
+    """Made while the right one was away: then the checkpoints say that they belong to another."""
+    shutil.rmtree(copy.files.expanded)
+    other = {"expand": {"k": None, "layers": [1]}}
+    result = run(copy, **other)
+    assert result.returncode == 2
+    assert_one_line(result.stderr, ["model: ", "another expanded model", "expand.layers"])
+    result = adept(1, "export", copy.config(**other))
+    assert result.returncode == 2
+    assert_one_line(result.stderr, ["another expanded model"])
+    result = run(copy)
+    assert result.returncode == 0, "with its own layers it goes on"
+
+
+# --- what complaints say -------------------------------------------------------------------------------------------
+
+
+def spoken(module: Path) -> list[str]:
+    """Every text of a module that is no docstring."""
+    tree = ast.parse(module.read_text(encoding="utf-8"))
+    silent = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    constants = (node for node in ast.walk(tree) if isinstance(node, ast.Constant) and id(node) not in silent)
+    return [constant.value for constant in constants if isinstance(constant.value, str)]
+
+
+def test_no_text_of_the_program_tells_anybody_to_delete_something() -> None:
+    """Files are put aside. `remove` is said of keys in a configuration, in the package that reads it."""
+    found = [
+        (module.relative_to(ROOT).as_posix(), text)
+        for module in (ROOT / "adept_ds").rglob("*.py")
+        for text in spoken(module)
+        if re.search(r"\b(delete|erase|wipe|rm -)\b", text)
+        or (
+            re.search(r"\b[Rr]emove (it|them|this|that)\b", text)
+            and module.parent.name in ("run", "training", "report")
+        )
+    ]
+    assert found == []
