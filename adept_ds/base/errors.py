@@ -11,6 +11,11 @@ EXIT_BAD_INPUT = 2
 
 EXIT_STOPPED = 3
 
+MOST_CHARACTERS = 1000
+"""Of a message about input."""
+
+_BEGINNING, _END = 700, 250
+
 
 class AdeptError(Exception):
     """Base of every error that adept-ds raises on purpose."""
@@ -20,8 +25,10 @@ class InputError(AdeptError, ValueError):
     """The user's input cannot work. The message is one line: the key, the value and the remedy."""
 
     def __init__(self, message: str) -> None:
-        """Whatever of the input stands in it: line breaks and control characters are escaped."""
-        super().__init__("".join(char if char.isprintable() else repr(char)[1:-1] for char in message))
+        """Whatever of the input stands in it: line breaks and control characters are escaped, and what is long is cut
+        in its middle, since it begins with the key and ends with the remedy."""
+        line = "".join(char if char.isprintable() else repr(char)[1:-1] for char in message)
+        super().__init__(line if len(line) <= MOST_CHARACTERS else f"{line[:_BEGINNING]} ... {line[-_END:]}")
 
 
 class NonFiniteLossError(InputError):

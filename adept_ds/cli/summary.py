@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from rich.markup import escape
 from rich.table import Table
 
-from adept_ds.base.files import read_json
 from adept_ds.base.run_dir import RunDirectory, checkpoint_steps
+from adept_ds.base.run_records import Evaluation, RunSummary
 from adept_ds.base.terminal import Terminal
 from adept_ds.config.resolved import ResolvedConfig
 from adept_ds.weights.expansion import Expansion
@@ -38,23 +39,33 @@ def print_expansion(facts: dict[str, Any], terminal: Terminal) -> None:
 def print_summary(run_dir: RunDirectory, terminal: Terminal) -> None:
     """The end of `adept run`: losses before and after, what was trained, how fast, and where everything lies."""
     if run_dir.evaluation.is_file():
-        print_losses(read_json(run_dir.evaluation), terminal)
-    summary, expansion = read_json(run_dir.summary), Expansion.read(run_dir.expanded)
+        print_losses(Evaluation.load(run_dir.evaluation).to_json(), terminal)
+    summary, expansion = RunSummary.load(run_dir.summary), Expansion.read(run_dir.expanded)
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    trained, total = summary["trainable_parameters"], summary["total_parameters"]
-    rows = {
-        "layers copied": ", ".join(map(str, expansion.source_indices)) + f" (of {expansion.source_layers})",
-        "trainable": f"{trained / 1e6:.1f} M of {total / 1e6:.1f} M parameters ({trained / total:.1%})",
-        "speed": f"{summary['tokens_per_second']:.0f} tokens/s on {summary['world_size']} ranks, "
-        f"{summary['tokens'] / 1e3:.0f} k tokens in {summary['seconds']:.0f} s",
-        "peak memory": ", ".join(f"{peak / 2**30:.2f} GiB" for peak in summary.get("peak_memory_bytes", []))
-        + " per rank",
-        "checkpoint": str(run_dir.export),
-        "report": str(run_dir.report),
-    }
+    layers = ", ".join(map(str, expansion.source_indices)) + f" (of {expansion.source_layers})"
+    rows = {"layers copied": layers} | _numbers_of(summary)
+    rows |= {"checkpoint": escape(str(run_dir.export)), "report": escape(str(run_dir.report))}
     for name, value in rows.items():
         table.add_row(f"[bold]{name}[/]", value)
     terminal.console.print(table)
+
+
+def _numbers_of(summary: RunSummary) -> dict[str, str]:
+    """As far as they are known."""
+    trained, total, rows = summary.trainable_parameters, summary.total_parameters, dict[str, str]()
+    if trained is not None and total:
+        rows["trainable"] = f"{trained / 1e6:.1f} M of {total / 1e6:.1f} M parameters ({trained / total:.1%})"
+    speed = []
+    if summary.tokens_per_second is not None and summary.world_size is not None:
+        speed.append(f"{summary.tokens_per_second:.0f} tokens/s on {summary.world_size} ranks")
+    if summary.tokens is not None and summary.seconds is not None:
+        speed.append(f"{summary.tokens / 1e3:.0f} k tokens in {summary.seconds:.0f} s")
+    if speed:
+        rows["speed"] = ", ".join(speed)
+    if summary.peak_memory_bytes:
+        peaks = ", ".join(f"{peak / 2**30:.2f} GiB" for peak in summary.peak_memory_bytes)
+        rows["peak memory"] = f"{peaks} per rank"
+    return rows
 
 
 def print_losses(results: dict[str, Any], terminal: Terminal) -> None:

@@ -198,7 +198,8 @@ def _is_there(target: Path) -> bool:
 
 
 def _write(folder: Path, source: TextSource, tokenisation: Tokenisation, progress: ProgressCallback | None) -> None:
-    total, done = source.num_bytes, 0
+    total = source.num_bytes
+    done = shown = 0
 
     def advance(num_bytes: int) -> None:
         nonlocal done
@@ -207,8 +208,9 @@ def _write(folder: Path, source: TextSource, tokenisation: Tokenisation, progres
     bad = BadRecords(source)
     pieces = read_pieces(source, advance, bad=bad)
     with TokenWriter(folder, bad) as writer:
-        for number, piece in enumerate(tokenise(pieces, tokenisation.tokenizer, tokenisation.workers_for(total))):
+        for piece in tokenise(pieces, tokenisation.tokenizer, tokenisation.workers_for(total)):
             writer.add(piece)
-            if progress and number % 64 == 0:
+            if progress and done > shown:  # files are read in larger steps than documents
                 progress(min(1.0, done / max(total, 1)), piece.place)
+                shown = done
         writer.finish()

@@ -12,9 +12,10 @@ from adept_ds.base.errors import InputError
 from adept_ds.base.run_dir import EXPANSION_NAME
 from adept_ds.models.directory import ModelDirectory
 from adept_ds.models.families import Family
+from adept_ds.models.weight_files import weight_files
 from adept_ds.weights.base_files import BASE_FILES_NAME, BaseFiles
 from adept_ds.weights.expansion import Expansion, base_name, plan_copies
-from adept_ds.weights.hf_directory import stored_tensors, weight_files
+from adept_ds.weights.hf_directory import stored_tensors
 from adept_ds.weights.tensor_files import StoredTensor
 
 Kind = tuple[str, tuple[int, ...]]
@@ -63,12 +64,7 @@ class AdaptedModel:
     @property
     def base_config(self) -> dict[str, Any]:
         """The base's config.json."""
-        try:
-            return dict(json.loads(self.files.texts["config.json"]))
-        except (KeyError, ValueError, TypeError, RecursionError):
-            raise InputError(
-                f"'{self.directory}/{BASE_FILES_NAME}' holds no config.json of the base; copy the model again"
-            ) from None
+        return self.files.config()
 
 
 def names_in(family: Family, names: Mapping[str, Any], layers: Container[int]) -> list[str]:

@@ -7,7 +7,6 @@ from file to file; no model is loaded. What is refused is refused before anythin
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,11 +16,11 @@ from typing import Any
 from pydantic import ValidationError
 
 from adept_ds.base.errors import InputError
-from adept_ds.base.files import read_json
 from adept_ds.base.outputs import check_output, new_output
 from adept_ds.base.progress import Meter, ProgressCallback
 from adept_ds.base.records import first_mistake
 from adept_ds.base.run_dir import EXPANSION_NAME, RunDirectory
+from adept_ds.base.run_records import Evaluation, RunSummary
 from adept_ds.base.version import __version__
 from adept_ds.deltas.adapted import AdaptedModel, names_in
 from adept_ds.deltas.package import (
@@ -213,10 +212,12 @@ def _metrics_of(source: Path) -> Metrics:
     export, evaluation, summary = run.export, run.evaluation, run.summary
     losses: dict[str, dict[str, float]] = {}
     if evaluation.is_file() and evaluation.stat().st_mtime >= (export / "config.json").stat().st_mtime:
-        for model, corpora in read_json(evaluation).items():
-            losses[model] = {corpus: of["loss"] for corpus, of in corpora.items() if math.isfinite(of["loss"])}
-    facts = read_json(summary) if summary.is_file() else {}
-    return Metrics(losses=losses, training={key: facts[key] for key in _TRAINING_FACTS if key in facts})
+        found = Evaluation.load(evaluation)
+        for model, corpora in {"base": found.base, "adapted": found.adapted}.items():
+            losses[model] = {corpus: of.loss for corpus, of in corpora.items()}
+    facts = RunSummary.load(summary) if summary.is_file() else RunSummary()
+    training = {key: getattr(facts, key) for key in _TRAINING_FACTS if getattr(facts, key) is not None}
+    return Metrics(losses=losses, training=training)
 
 
 def _recorded_metrics(applied: AppliedPackage) -> Metrics:

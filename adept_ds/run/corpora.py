@@ -30,9 +30,11 @@ class Corpora:
     settings: ResolvedConfig
     progress: StageProgress
 
-    def prepare(self) -> dict[str, int]:
+    def prepare(self) -> dict[str, int | str]:
         """Tokenise and pack all that the configuration names; how many blocks each corpus has. Streamed ones begin."""
-        counts = {"domain": len(self.domain.blocks)} if isinstance(self.domain, Mixture) else {}
+        counts: dict[str, int | str] = {
+            "domain": len(self.domain.blocks) if isinstance(self.domain, Mixture) else "(streamed)"
+        }
         counts |= {"replay": len(self.replay.blocks)} if self.replay else {}
         counts |= {f"{eval_set.name} held out": len(eval_set.indices) for eval_set in self.held_out}
         return counts | ({"general probe": len(self.general.blocks)} if self.settings.config.probe.corpus else {})

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from adept_ds.base.files import read_json, write_json
+from adept_ds.base.files import write_json
+from adept_ds.base.run_records import Evaluation
 from adept_ds.models.directory import ModelDirectory
 from adept_ds.run.context import Context
 from adept_ds.run.identity import reading_settings
@@ -40,7 +41,7 @@ def eval_stage(run: Context) -> dict[str, Any]:
 
     if not run.ledger.once(Stage("eval", output, inputs), make):
         run.unchanged("eval")
-    return dict(run.ranks.on_main(lambda: read_json(output)))
+    return run.ranks.on_main(lambda: Evaluation.load(output)).to_json()
 
 
 def evaluate_model(run: Context, model_dir: ModelDirectory, title: str) -> dict[str, Any]:

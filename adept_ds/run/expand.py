@@ -6,7 +6,6 @@ the ledger. One that checkpoints were trained from is never replaced; one that i
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -100,7 +99,7 @@ def _made_of(run: Context) -> dict[str, Any]:
     expansion, base = Expansion.read(expanded), BaseFiles.read(expanded)
     return {
         "weights": expansion.base_fingerprint,
-        "config.json": config_digest(json.loads(base.texts["config.json"])),
+        "config.json": config_digest(base.config()),
         "tokenizer": tokenizer_fingerprint(expanded),
         _LAYERS: expansion.source_indices,
     }

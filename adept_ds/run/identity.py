@@ -13,9 +13,10 @@ from adept_ds.config.corpus_files import find_files
 from adept_ds.config.schema import CorpusFiles, DataSection, corpus_sources
 from adept_ds.models.directory import ModelDirectory
 from adept_ds.models.tokenizer_files import tokenizer_fingerprint
+from adept_ds.models.weight_files import INDEX_NAME, weight_files
 from adept_ds.run.progress import StageProgress
 from adept_ds.weights.fingerprints import config_digest, fingerprint_of, hash_tensors
-from adept_ds.weights.hf_directory import INDEX_NAME, stored_tensors, weight_files
+from adept_ds.weights.hf_directory import stored_tensors
 
 _WHICH_TEXT = {"domain", "replay", "replay_share", "general_eval", "domain_eval", "eval_sequences", "seq_len"}
 _HOW_FAST = {"workers"}

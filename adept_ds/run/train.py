@@ -11,8 +11,9 @@ from typing import Any
 import torch
 
 from adept_ds.base.errors import NonFiniteLossError
-from adept_ds.base.files import read_json, read_json_lines, remove_abandoned, write_json
+from adept_ds.base.files import remove_abandoned, write_json
 from adept_ds.base.run_dir import RunDirectory, checkpoint_steps, checkpoint_tag
+from adept_ds.base.run_records import MetricsLine, RunSummary, read_log
 from adept_ds.base.version import __version__
 from adept_ds.config.loading import dump_config
 from adept_ds.config.schema import Config
@@ -255,22 +256,24 @@ def _frozen_prefix(run: Context, engine: Engine, batches: GradientBatches, lowes
 
 def _complete_summary(run_dir: RunDirectory, **facts: Any) -> None:
     """Add what is known only at the end to what was written at the start of training."""
-    summary = read_json(run_dir.summary) if run_dir.summary.is_file() else {}
-    write_json(run_dir.summary, summary | facts | _totals(run_dir))
+    known = RunSummary.load(run_dir.summary) if run_dir.summary.is_file() else RunSummary()
+    write_json(run_dir.summary, known.model_dump(mode="json", exclude_unset=True) | facts | _totals(run_dir))
 
 
 def _totals(run_dir: RunDirectory) -> dict[str, Any]:
     """Sums over the whole run, interruptions included, from what it wrote about itself."""
-    records = read_json_lines(run_dir.metrics)
-    steps = [record for record in records if "loss" in record]
-    refreshes = [record["refresh_seconds"] for record in records if record.get("refresh_seconds")]
+    lines = [line for _, line in read_log(run_dir.metrics, MetricsLine)]
+    steps = [line for line in lines if line.is_step]
+    if not steps:  # the log is gone
+        return {}
+    refreshes = [line.refresh_seconds for line in lines if line.refresh_seconds]
     return {
         "steps": len(steps),
-        "tokens": steps[-1]["tokens"],
-        "seconds": sum(record["seconds"] for record in steps),
-        "step_seconds": statistics.median(record["seconds"] for record in steps),
-        "tokens_per_second": statistics.median(record["tokens_per_second"] for record in steps),
-        "mfu": statistics.median(record["mfu"] for record in steps),
+        "tokens": steps[-1].tokens,
+        "seconds": sum(line.seconds for line in steps),
+        "step_seconds": statistics.median(line.seconds for line in steps),
+        "tokens_per_second": statistics.median(line.tokens_per_second for line in steps),
+        "mfu": statistics.median(line.mfu for line in steps),
         "refreshes": len(refreshes),
         "refresh_seconds": statistics.median(refreshes) if refreshes else None,
     }

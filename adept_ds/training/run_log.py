@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from adept_ds.base.files import json_text, read_json_lines, write_text
+from adept_ds.base.files import json_text, write_bytes
 from adept_ds.base.run_dir import RunDirectory
+from adept_ds.base.run_records import LogLine, read_log
 from adept_ds.units.registry import Unit
 
 
@@ -20,6 +21,9 @@ class RunLog:
         active: on other ranks than 0 every method does nothing.
         first_step: training (re)starts after this step. Later records are from a run that crashed after its last
             checkpoint: they are removed, so that every step appears once.
+
+    Raises:
+        InputError: a line of an earlier start is damaged.
     """
 
     def __init__(self, run_dir: RunDirectory, first_step: int, config_text: str, *, active: bool = True) -> None:
@@ -118,5 +122,5 @@ def _append(path: Path, record: dict[str, Any]) -> None:
 def _keep_until(path: Path, step: int) -> None:
     """Drop the records after `step`; of step 0 itself (the start) nothing is kept, it is written again."""
     if path.is_file():
-        kept = [record for record in read_json_lines(path) if record["step"] <= step and step > 0]
-        write_text(path, "".join(json_text(record) + "\n" for record in kept))
+        kept = [line + b"\n" for line, record in read_log(path, LogLine) if record.step <= step and step > 0]
+        write_bytes(path, b"".join(kept))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from pydantic import ValidationError, model_validator
 
@@ -35,7 +36,18 @@ class BaseFiles(Record):
     def _without_config_it_is_no_model(self) -> BaseFiles:
         if "config.json" not in self.texts or not self.headers:
             raise ValueError("config.json and weight files are needed")
+        self.config()
         return self
+
+    def config(self) -> dict[str, Any]:
+        """The base's config.json. Raises `ValueError`: it is none, which no record that was made is."""
+        try:
+            tree = json.loads(self.texts["config.json"])
+        except RecursionError:
+            raise ValueError("config.json: nested too deeply") from None
+        if not isinstance(tree, dict):
+            raise ValueError("config.json: no JSON object")
+        return tree
 
     @classmethod
     def of(cls, base: Path, files: Sequence[Path]) -> BaseFiles:

@@ -25,9 +25,10 @@ from adept_ds.base.run_dir import EXPANSION_NAME
 from adept_ds.models.completeness import complete_weights
 from adept_ds.models.directory import ModelDirectory, understood_by_transformers
 from adept_ds.models.families import Family
+from adept_ds.models.weight_files import INDEX_NAME, weight_files
 from adept_ds.weights.base_files import BASE_FILES_NAME, BaseFiles
 from adept_ds.weights.fingerprints import TensorRecord, fingerprint_of
-from adept_ds.weights.hf_directory import INDEX_NAME, copy_companions, weight_files
+from adept_ds.weights.hf_directory import copy_companions
 from adept_ds.weights.tensor_files import (
     ConstantTensor,
     StoredTensor,

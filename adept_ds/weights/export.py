@@ -7,6 +7,7 @@ are put together from DeepSpeed's partitions by DeepSpeed's own reader. No engin
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,12 +16,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from adept_ds.base.errors import InputError
-from adept_ds.base.files import read_json, write_json
 from adept_ds.base.outputs import check_output, new_output
 from adept_ds.base.progress import ProgressCallback
 from adept_ds.base.run_dir import EXPANSION_NAME
 from adept_ds.models.directory import ModelDirectory
-from adept_ds.weights.hf_directory import INDEX_NAME, copy_companions, stored_tensors, weight_files
+from adept_ds.models.weight_files import INDEX_NAME, weight_files
+from adept_ds.weights.hf_directory import copy_companions, stored_tensors
 
 _DTYPES = {"source": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -91,7 +92,7 @@ def export_checkpoint(
             save_file(tensors, folder / file.name, metadata={"format": "pt"})
         assert not missing
         if (expanded / INDEX_NAME).is_file():
-            write_json(folder / INDEX_NAME, read_json(expanded / INDEX_NAME))
+            shutil.copy2(expanded / INDEX_NAME, folder / INDEX_NAME)
         copy_companions(expanded, folder)
         (folder / EXPANSION_NAME).write_bytes((expanded / EXPANSION_NAME).read_bytes())
         _write_config(expanded, folder, dtype)
@@ -124,7 +125,7 @@ def _result_tensor(
 
 
 def _write_config(expanded: Path, folder: Path, dtype: str) -> None:
-    config = read_json(expanded / "config.json")
+    config = dict(ModelDirectory.read(expanded).config)
     if dtype != "source":
         config["dtype"] = dtype
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -7,9 +7,7 @@ from pathlib import Path
 
 from adept_ds.base.outputs import MARK_NAME
 from adept_ds.base.run_dir import EXPANSION_NAME
-from adept_ds.models.weight_files import INDEX_NAME as INDEX_NAME
-from adept_ds.models.weight_files import weight_entries
-from adept_ds.models.weight_files import weight_files as weight_files
+from adept_ds.models.weight_files import INDEX_NAME, weight_entries
 from adept_ds.weights.tensor_files import StoredTensor, located
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from adept_ds.base.errors import InputError
-from adept_ds.base.files import read_json
 from adept_ds.base.progress import ProgressCallback
 from adept_ds.base.run_dir import EXPANSION_NAME
 from adept_ds.models.directory import ModelDirectory
@@ -73,7 +72,7 @@ def verify_expansion(
 
 
 def _compare_config(expanded: Path, wanted: dict[str, Any]) -> None:
-    found, plain = read_json(expanded / "config.json"), json.loads(json.dumps(wanted, default=str))
+    found, plain = ModelDirectory.read(expanded).config, json.loads(json.dumps(wanted, default=str))
     for key in sorted(found.keys() | plain.keys()):
         if found.get(key) != plain.get(key):
             raise InputError(f"config.json of '{expanded}' has {key}={found.get(key)!r}; {plain.get(key)!r} is right")
@@ -94,7 +93,9 @@ def _compare_logits(source: Path, expanded: Path) -> None:
     outputs = []
     for directory in (source, expanded):
         check_architecture(ModelDirectory.read(directory))
-        model = AutoModelForCausalLM.from_pretrained(directory, dtype="auto", local_files_only=True).eval()
+        model = AutoModelForCausalLM.from_pretrained(
+            directory, dtype="auto", local_files_only=True, use_safetensors=True, trust_remote_code=False
+        ).eval()
         tokens = torch.randint(model.config.vocab_size, (_ROWS, _TOKENS), generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
             outputs.append(model(input_ids=tokens, use_cache=False).logits)

@@ -26,9 +26,9 @@ WITH_DIRECTORY: dict[str, dict[str, str | None]] = {
         "--seq-len": "256",
         "--work-dir": "work",
     },
-    "expand": {"--layers": "1", "--dry-run": None},
+    "expand": {"--layers": "1", "--dry-run": None, "--overwrite": None},
     "eval": {"--text": "heldout.jsonl", "--seq-len": "1024", "--work-dir": "work"},
-    "export": {"--base": "expanded", "--dtype": "source"},
+    "export": {"--base": "expanded", "--dtype": "source", "--overwrite": None},
     "report": {},
 }
 """Of each command with two forms, the options that go with a directory alone. Where there is a default, it is given:

@@ -21,18 +21,18 @@ TAKES = {
         *("CONFIG|MODEL", "[KEY=VALUE]...", "--method", "--out", "--json"),
         *("--corpus", "-k", "--sequences", "--seq-len", "--work-dir"),
     ],
-    "expand": ["CONFIG|MODEL", "[OUT | KEY=VALUE]...", "--layers", "--dry-run", "--json"],
+    "expand": ["CONFIG|MODEL", "[OUT | KEY=VALUE]...", "--layers", "--dry-run", "--overwrite", "--json"],
     "verify": ["MODEL", "EXPANDED", "--logits", "--no-logits", "--json"],
     "train": ["CONFIG", "[KEY=VALUE]..."],
     "eval": ["CONFIG|MODEL", "[KEY=VALUE]...", "--text", "--seq-len", "--work-dir", "--json"],
-    "export": ["CONFIG|CHECKPOINT", "[OUT | KEY=VALUE]...", "--step", "--base", "--dtype"],
+    "export": ["CONFIG|CHECKPOINT", "[OUT | KEY=VALUE]...", "--step", "--base", "--dtype", "--overwrite"],
     "report": ["CONFIG|RUN_DIR", "[KEY=VALUE]..."],
     "show": ["CONFIG", "[KEY=VALUE]...", "--json"],
     "version": [],
     "delta": [],
-    "delta pack": ["RUN|ADAPTED", "OUT", "--name", "--only", "--base", "--json"],
-    "delta apply": ["BASE", "PACKAGE...", "OUT", "--json"],
-    "delta strip": ["ADAPTED", "OUT", "--json"],
+    "delta pack": ["RUN|ADAPTED", "OUT", "--name", "--only", "--base", "--overwrite", "--json"],
+    "delta apply": ["BASE", "PACKAGE...", "OUT", "--overwrite", "--json"],
+    "delta strip": ["ADAPTED", "OUT", "--overwrite", "--json"],
 }
 """Of each command, what its help must show."""
 

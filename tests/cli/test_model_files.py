@@ -272,7 +272,7 @@ def test_nothing_is_left_of_a_command_that_is_stopped(
     arguments = [form.command, workspace.model, form.text, text, *options]
     if form is PROBE:
         arguments += ["--sequences", "30000", "--seq-len", "24", "-k", "2"]
-    sign = ".adept_*/cache/blocks/" + ("[!.]*/dataset_info.json" if moment == "computing" else ".*")
+    sign = ".adept_*/cache/tokens/" + ("[!.]*/manifest.json" if moment == "computing" else ".*")
     processes = place.start(*arguments, ranks=ranks)
     wait_for(lambda: list((tmp_path / where).glob(sign)), processes)
     (work,) = (path for path in tmp_path.rglob(".adept_*") if path.is_dir())
@@ -368,7 +368,7 @@ def test_a_second_interrupt_ends_it_at_once_and_leaves_nothing(workspace: Worksp
     before = BOOM.replace('raise RuntimeError("boom")', "import time; time.sleep(1000)")
     arguments = EVAL.arguments(workspace.model, workspace.root / "general.jsonl")
     processes = place.start(*arguments, before=before.format(module="evaluate", function="evaluate"))
-    wait_for(lambda: list(place.tmp.glob(".adept_*/cache/blocks/[!.]*/dataset_info.json")), processes)
+    wait_for(lambda: list(place.tmp.glob(".adept_*/cache/tokens/[!.]*/manifest.json")), processes)
     for _ in range(2):
         time.sleep(0.5)
         processes[0].send_signal(signal.SIGINT)

@@ -144,10 +144,8 @@ def test_a_result_of_a_probe_replaces_nothing_but_an_earlier_one(content: str | 
     else:
         out.write_text(content)
     before = stamps(place)
-    refused(
-        ["probe", place / "base", "--corpus", out, "--out", out],
-        [f"--out: '{out}' exists; give the name of a new file"],
-    )
+    words = [f"--out: '{out}' exists; give the name of a new file"]
+    refused(["probe", place / "base", "--corpus", out, "--out", out], words)
     assert stamps(place) == before
 
 

@@ -25,14 +25,11 @@ from typing import Any
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from adept_ds.base.errors import InputError
+from adept_ds.base.errors import MOST_CHARACTERS, InputError
 
 SECONDS = 10
 MEMORY_BYTES = 1 << 30
 """Beyond what the process has had before."""
-
-MOST_CHARACTERS = 1000
-"""Of a message."""
 
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 _CHANGES: dict[str, dict[int, int | None]] = {

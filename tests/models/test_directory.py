@@ -115,13 +115,14 @@ def test_a_multimodal_model_is_refused_with_the_way_to_its_language_model(tmp_pa
         ModelDirectory.read(tmp_path)
 
 
+COUNT, FLAG, NUMBER = "whole number above 0", "true or false", "number above 0"
 BAD_VALUES: list[tuple[str, Any, str]] = [
-    *[("num_hidden_layers", value, "whole number above 0") for value in (0, -1, "5", 5.0, True, None, [5], 1 << 40)],
-    *[("vocab_size", value, "whole number above 0") for value in ("600", 262.0, -262, 0, True, [262], {})],
-    *[(key, "x", "whole number above 0") for key in ("hidden_size", "num_attention_heads", "num_key_value_heads")],
-    *[(key, -1, "whole number above 0") for key in ("intermediate_size", "head_dim", "max_position_embeddings")],
-    *[("tie_word_embeddings", value, "true or false") for value in ("false", 0, 1, [])],
-    *[("rms_norm_eps", value, "number above 0") for value in ("1e-5", True, 0, float("nan"), float("inf"))],
+    *zip(["num_hidden_layers"] * 8, [0, -1, "5", 5.0, True, None, [5], 1 << 40], [COUNT] * 8, strict=True),
+    *zip(["vocab_size"] * 7, ["600", 262.0, -262, 0, True, [262], {}], [COUNT] * 7, strict=True),
+    *((key, "x", COUNT) for key in ("hidden_size", "num_attention_heads", "num_key_value_heads")),
+    *((key, -1, COUNT) for key in ("intermediate_size", "head_dim", "max_position_embeddings")),
+    *zip(["tie_word_embeddings"] * 4, ["false", 0, 1, []], [FLAG] * 4, strict=True),
+    *zip(["rms_norm_eps"] * 5, ["1e-5", True, 0, float("nan"), float("inf")], [NUMBER] * 5, strict=True),
     ("layer_types", ["full"] * 4, "list of 5 entries"),
     ("layer_types", "full", "list of 5 entries"),
 ]

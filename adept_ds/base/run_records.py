@@ -1,0 +1,116 @@
+"""What a run writes about itself and is read again: by its own stages, at its end, and by who packs it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import ConfigDict, NonNegativeFloat, NonNegativeInt, ValidationError, model_validator
+
+from adept_ds.base.errors import InputError
+from adept_ds.base.records import Record, first_mistake
+
+
+class CorpusLoss(Record):
+    """Of a model on a held-out corpus."""
+
+    loss: float
+    """Mean over tokens, in nats."""
+    tokens: NonNegativeInt
+
+
+class Evaluation(Record):
+    """Held-out losses of both models by corpus (evaluation.json)."""
+
+    base: dict[str, CorpusLoss]
+    adapted: dict[str, CorpusLoss]
+
+    @classmethod
+    def remedy(cls) -> str:
+        return "move it away, and `adept eval CONFIG` makes it again"
+
+    @model_validator(mode="after")
+    def _of_the_same_corpora(self) -> Evaluation:
+        if self.base.keys() != self.adapted.keys():
+            raise ValueError("base and adapted are of different corpora")
+        return self
+
+
+class RunSummary(Record):
+    """Training in numbers (summary.json), as far as the program reads them. Some come only at the end of training."""
+
+    model_config = ConfigDict(extra="allow")
+
+    trainable_parameters: NonNegativeInt | None = None
+    total_parameters: NonNegativeInt | None = None
+    world_size: NonNegativeInt | None = None
+    peak_memory_bytes: tuple[NonNegativeInt, ...] | None = None
+    """Of each rank."""
+    steps: NonNegativeInt | None = None
+    tokens: NonNegativeInt | None = None
+    seconds: NonNegativeFloat | None = None
+    tokens_per_second: NonNegativeFloat | None = None
+
+    @classmethod
+    def remedy(cls) -> str:
+        return "move it away; only this overview is lost"
+
+
+class LogLine(Record):
+    """What every line of a run's logs has (metrics.jsonl, unit_importance.jsonl, unit_movement.jsonl)."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    step: NonNegativeInt
+
+    @classmethod
+    def remedy(cls) -> str:
+        return "correct this line, or remove it"
+
+
+class MetricsLine(LogLine):
+    """A line of metrics.jsonl, as far as the program sums it up: about a step, a refresh or an evaluation."""
+
+    loss: float | None = None
+    """None also where it is not finite."""
+    tokens: NonNegativeInt = 0
+    """That were trained on so far."""
+    seconds: float = 0.0
+    tokens_per_second: float = 0.0
+    mfu: float = 0.0
+    refresh_seconds: float | None = None
+
+    @property
+    def is_step(self) -> bool:
+        return "loss" in self.model_fields_set
+
+    @model_validator(mode="after")
+    def _a_step_has_all_of_them(self) -> MetricsLine:
+        missing = {"tokens", "seconds", "tokens_per_second", "mfu"} - self.model_fields_set
+        if self.is_step and missing:
+            raise ValueError(f"a step without {min(missing)}")
+        return self
+
+
+L = TypeVar("L", bound=LogLine)
+
+
+def read_log(path: Path, kind: type[L]) -> Iterator[tuple[bytes, L]]:
+    """The lines of a log, if it is there: each as it stands there, and what it says.
+
+    The last one is left out if a crash cut it short.
+
+    Raises:
+        InputError: another line is damaged; the message names it.
+    """
+    lines = path.read_bytes().split(b"\n") if path.is_file() else []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            yield line, kind.model_validate_json(line)
+        except ValidationError as error:
+            if number == len(lines) and error.errors()[0]["type"] == "json_invalid":
+                return
+            raise InputError(f"'{path}' line {number} is damaged ({first_mistake(error)}); {kind.remedy()}") from None

@@ -1,0 +1,136 @@
+"""What the report takes from files of a run: names, types and ranges of the values that it computes with.
+
+Everything may be missing, which costs the page only what shows it. What is there and cannot be what it should be makes
+a record damaged, and a line of a log one that is left out.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Layer = Annotated[int, Field(ge=0, lt=4096)]
+"""There are figures with a rectangle for each."""
+
+Number = Annotated[float, Field(allow_inf_nan=True)]
+
+
+class Shape(BaseModel):
+    model_config = ConfigDict(extra="ignore", strict=True)
+
+
+class LayerShape(Shape):
+    index: Layer
+    delta: Number
+    loss: Number | None = None
+    standard_error: Number | None = None
+
+
+class SelectionShape(Shape):
+    choose: str | None = None
+    k: int | None = None
+    rule: str | None = None
+    reason: str | None = None
+    rules: dict[str, Layer] | None = None
+    within_noise: list[Layer] | None = None
+
+
+class StabilityShape(Shape):
+    against: str | None = None
+    name: str | None = None
+    selected: list[list[Layer]] | None = None
+    jaccard: Number | None = None
+    kendall_tau: Number | None = None
+
+
+class ImportanceShape(Shape):
+    """layer_importance.json"""
+
+    method: str | None = None
+    base_loss: Number | None = None
+    tokens: Number | None = None
+    layers: list[LayerShape] | None = None
+    selected: list[Layer] | None = None
+    measures: str | None = None
+    selection: SelectionShape | None = None
+    stability: StabilityShape | None = None
+
+
+class MethodShape(Shape):
+    deltas: list[Number] = []
+    selected: list[Layer] | None = None
+    seconds: Number | None = None
+
+
+class MethodsShape(Shape):
+    """layer_methods.json"""
+
+    methods: dict[str, MethodShape] | None = None
+    spearman: dict[str, Number | None] | None = None
+
+
+class CopyShape(Shape):
+    source: Layer
+    index: Layer
+
+
+class ExpansionShape(Shape):
+    """expansion.json"""
+
+    source_layers: Layer
+    copies: list[CopyShape] = []
+
+
+class LossShape(Shape):
+    loss: Number | None = None
+    tokens: Number | None = None
+
+
+class EvaluationShape(Shape):
+    """evaluation.json"""
+
+    base: dict[str, LossShape] | None = None
+    adapted: dict[str, LossShape] | None = None
+
+
+class SummaryShape(Shape):
+    """summary.json"""
+
+    trainable_parameters: Number | None = None
+    total_parameters: Number | None = None
+    tokens: Number | None = None
+    tokens_per_second: Number | None = None
+    seconds: Number | None = None
+    peak_memory_bytes: list[Number] | Number | None = None
+    world_size: int | None = None
+    zero_stage: int | None = None
+    precision: str | None = None
+
+
+class MetricsShape(Shape):
+    """A line of metrics.jsonl; series pick the numbers that they show."""
+
+    step: Number
+    eval: dict[str, LossShape] | None = None
+
+
+class UnitShape(Shape):
+    unit: str
+    multiplier: Number
+    importance: Number | None = None
+
+
+class RefreshShape(Shape):
+    """A line of unit_importance.jsonl"""
+
+    step: Number
+    units: list[UnitShape] = []
+
+
+class MovementShape(Shape):
+    """A line of unit_movement.jsonl; of its units those count that have all that is needed."""
+
+    step: Number
+    since: Number | None = None
+    units: list[object] | None = None
