@@ -136,6 +136,9 @@ def _columns(place: str, schema: Any, text_key: str) -> list[str]:
     import pyarrow.types as kinds
 
     wanted = [name for name in dict.fromkeys((text_key, *QUESTION_KEYS)) if name in schema.names]
+    for name in wanted:
+        if schema.names.count(name) > 1:
+            raise InputError(f"{place} has more than one column {name!r}; rename those that are not meant")
     if text_key not in wanted:
         if len(wanted) == len(QUESTION_KEYS):
             return wanted

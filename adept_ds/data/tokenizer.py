@@ -20,7 +20,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adept_ds.base.errors import InputError
-from adept_ds.data.tokenizer_libraries import JsonTokenizer, SentencePieceTokenizer, byte_pair_tokenizer, spelling_of
+from adept_ds.data.tokenizer_libraries import (
+    JsonTokenizer,
+    SentencePieceTokenizer,
+    byte_pair_tokenizer,
+    spelling_of,
+    usable,
+)
 from adept_ds.models.tokenizer_files import TokenizerFiles, tokenizer_fingerprint
 
 Ids = NDArray[np.int32]
@@ -80,12 +86,15 @@ class TextTokenizer:
         """
         for text in texts:
             self._refuse_spelled(text)
-        return [ids[self._num_doubled(ids) :] for ids in self._library.encode(texts)]
+        with usable(self.directory):
+            found = self._library.encode(texts)
+        return [ids[self._num_doubled(ids) :] for ids in found]
 
     def encode_with_offsets(self, text: str) -> tuple[Ids, Ids]:
         """The same tokens of one text, and for each the character at which it starts (never decreasing)."""
         self._refuse_spelled(text)
-        ids, starts = self._library.encode_with_offsets(text)
+        with usable(self.directory):
+            ids, starts = self._library.encode_with_offsets(text)
         doubled = self._num_doubled(ids)
         return ids[doubled:], starts[doubled:]
 
@@ -104,11 +113,12 @@ class TextTokenizer:
     @cached_property
     def _library(self) -> JsonTokenizer | SentencePieceTokenizer:
         letters = self.special_tokens_in_text != "parse"
-        if self._files.format == "sentencepiece":
-            return SentencePieceTokenizer(self._files, letters)
-        if self._files.format == "json":
-            return JsonTokenizer(self._files, self._files.json, letters)
-        return JsonTokenizer(self._files, byte_pair_tokenizer(self._files), letters)
+        with usable(self.directory):
+            if self._files.format == "sentencepiece":
+                return SentencePieceTokenizer(self._files, letters)
+            if self._files.format == "json":
+                return JsonTokenizer(self._files, self._files.json, letters)
+            return JsonTokenizer(self._files, byte_pair_tokenizer(self._files), letters)
 
     @cached_property
     def _refused(self) -> re.Pattern[str] | None:

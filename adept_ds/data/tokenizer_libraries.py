@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,6 +14,7 @@ from numpy.typing import NDArray
 
 from adept_ds.base.errors import InputError
 from adept_ds.models.tokenizer_files import TokenizerFiles
+from adept_ds.models.tokenizer_settings import damaged
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -84,6 +87,17 @@ class SentencePieceTokenizer:
                 starts += [begin + start for start, _ in mapping["offsets"]]
             begin += len(part)
         return np.array(ids, dtype=np.int32), np.array(starts, dtype=np.int32)
+
+
+@contextmanager
+def usable(directory: Path) -> Iterator[None]:
+    """Whatever a library raises, when it reads a tokenizer or only at some text, becomes an `InputError` about it."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:  # the libraries raise nothing more precise
+        raise damaged(directory, f"the tokenizer fails: {error}") from None
 
 
 def spelling_of(tokens: Iterable[str]) -> re.Pattern[str]:

@@ -175,8 +175,12 @@ def tokens_of(
     def make() -> str:
         target = tokenisation.cache / tokenisation.name_of(source)
         if not _is_there(target):
-            with new_directory(target) as folder:
-                _write(folder, source, tokenisation, progress)
+            try:
+                with new_directory(target) as folder:
+                    _write(folder, source, tokenisation, progress)
+            except InputError:
+                if not _is_there(target):  # else another command on this run was faster
+                    raise
         return str(target)
 
     target = Path(ranks.on_main(make))

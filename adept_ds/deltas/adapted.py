@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from adept_ds.base.run_dir import EXPANSION_NAME
 from adept_ds.models.directory import ModelDirectory
 from adept_ds.models.families import Family
 from adept_ds.models.weight_files import weight_files
-from adept_ds.weights.base_files import BASE_FILES_NAME, BaseFiles
+from adept_ds.weights.base_files import BaseFiles
 from adept_ds.weights.expansion import Expansion, base_name, plan_copies
 from adept_ds.weights.hf_directory import stored_tensors
 from adept_ds.weights.tensor_files import StoredTensor

@@ -121,7 +121,7 @@ def _draw_choice(run: RunFiles, figure: Figure) -> None:
 def _draw_methods(run: RunFiles, figure: Figure) -> None:
     """Ranks, which compare where deltas are in different units."""
     methods = {
-        name: np.array(method["deltas"], dtype=float) for name, method in run.methods.items() if "deltas" in method
+        name: np.array(method["deltas"], dtype=float) for name, method in run.methods.items() if method.get("deltas")
     }
     if len(methods) < 2 or len({len(deltas) for deltas in methods.values()}) > 1:
         return

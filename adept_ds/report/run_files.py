@@ -12,16 +12,29 @@ from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import yaml
+from pydantic import ValidationError
 from scipy.stats import spearmanr
 
 from adept_ds.base.errors import InputError
 from adept_ds.base.files import read_json
+from adept_ds.base.records import first_mistake
 from adept_ds.base.run_dir import RunDirectory
 from adept_ds.report.presence import check_something_to_report
+from adept_ds.report.shapes import (
+    EvaluationShape,
+    ExpansionShape,
+    ImportanceShape,
+    MethodsShape,
+    MetricsShape,
+    MovementShape,
+    RefreshShape,
+    Shape,
+    SummaryShape,
+)
 
 Json = dict[str, Any]
 
@@ -128,34 +141,44 @@ def read_run(directory: Path) -> RunFiles:
     check_something_to_report(directory)
     run, config = RunDirectory(directory), None
     text = run.config.read_text(encoding="utf-8", errors="replace") if run.config.is_file() else ""
-    with suppress(yaml.YAMLError):
+    with suppress(Exception):  # of many kinds, for texts that look like dates, numbers or more
         config = _whole_characters(yaml.safe_load(text))
-    records = (run.layer_importance, run.expansion, run.evaluation, run.summary)
-    importance, expansion, evaluation, summary = map(_read_record, records)
-    metrics, units = map(_read_lines, (run.metrics, run.unit_importance))
+    importance = _read_record(run.layer_importance, ImportanceShape)
+    expansion = _read_record(run.expansion, ExpansionShape)
+    evaluation = _read_record(run.evaluation, EvaluationShape)
+    summary = _read_record(run.summary, SummaryShape)
+    metrics, units = _read_lines(run.metrics, MetricsShape), _read_lines(run.unit_importance, RefreshShape)
     refreshes = _in_order((line["step"], {unit["unit"]: unit for unit in line.get("units", [])}) for line in units)
-    movement = _movement(_read_lines(run.unit_movement))
+    movement = _movement(_read_lines(run.unit_movement, MovementShape))
     settings = config if isinstance(config, dict) else {}
-    found = _read_record(run.layer_methods)
+    found = _read_record(run.layer_methods, MethodsShape)
     spearman, methods = found.get("spearman") or {}, found.get("methods") or {}
     methods = {name: method | {"spearman": spearman.get(name)} for name, method in methods.items()}
     return RunFiles(text, settings, importance, methods, expansion, evaluation, summary, metrics, refreshes, movement)
 
 
-def _read_record(path: Path) -> Json:
+def _read_record(path: Path, shape: type[Shape]) -> Json:
+    """Empty, if it is not there. Raises `InputError`: it is damaged."""
     try:
-        return dict(_whole_characters(read_json(path))) if path.is_file() else {}
-    except (ValueError, TypeError, RecursionError) as error:
-        raise InputError(f"{path}: not a JSON object ({error}); put it aside, then: adept run CONFIG") from error
+        tree = _whole_characters(read_json(path)) if path.is_file() else None
+        if tree is not None:
+            shape.model_validate(tree)
+    except ValidationError as error:
+        raise InputError(f"{path}: {first_mistake(error)}; put it aside, then: adept run CONFIG") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not a JSON object ({error}); put it aside, then: adept run CONFIG") from None
+    return tree or {}
 
 
-def _read_lines(path: Path) -> list[Json]:
+def _read_lines(path: Path, shape: type[Shape]) -> list[Json]:
     """The whole lines: a crash cuts the last one, and a resumed run that appends leaves the cut in the middle."""
     lines, records = path.read_bytes().split(b"\n") if path.is_file() else [], []
     for line in lines:
         with suppress(ValueError, RecursionError):
-            records.append(_whole_characters(json.loads(line)))
-    return [record for record in records if isinstance(record, dict) and finite(record.get("step"))]
+            record = _whole_characters(json.loads(line))
+            shape.model_validate(record)
+            records.append(record)
+    return [record for record in records if finite(record["step"])]
 
 
 def _whole_characters(value: Any) -> Any:
@@ -207,7 +230,7 @@ def _measured(units: object) -> dict[str, Json]:
     numbers = ("numel", "multiplier", "moved", "moved_since_start")
     whole = [u for u in units if isinstance(u, dict) and "unit" in u] if isinstance(units, list) else []
     whole = [u | {key: math.nan for key in numbers if key in u and u[key] is None} for u in whole]
-    whole = [u for u in whole if all(isinstance(u.get(key), int | float) for key in numbers)]
+    whole = [u for u in whole if all(is_number(u.get(key)) for key in numbers)]
     return {str(u["unit"]): u for u in whole if u["numel"] > 0 and math.isfinite(u["multiplier"])}
 
 
@@ -246,8 +269,13 @@ def losses(sets: Json | None) -> dict[str, float]:
     return {name: value["loss"] for name, value in (sets or {}).items() if finite(value.get("loss"))}
 
 
+def is_number(value: object) -> TypeGuard[float]:
+    """Also NaN; but no integer that is too large to compute with."""
+    return isinstance(value, float) or (isinstance(value, int) and abs(value) < 1 << 63)
+
+
 def finite(value: object) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+    return is_number(value) and math.isfinite(value)
 
 
 def short(value: float, digits: int = 3) -> str:

@@ -13,8 +13,6 @@ from pydantic import BaseModel, ConfigDict, Field
 Layer = Annotated[int, Field(ge=0, lt=4096)]
 """There are figures with a rectangle for each."""
 
-Number = Annotated[float, Field(allow_inf_nan=True)]
-
 
 class Shape(BaseModel):
     model_config = ConfigDict(extra="ignore", strict=True)
@@ -22,9 +20,9 @@ class Shape(BaseModel):
 
 class LayerShape(Shape):
     index: Layer
-    delta: Number
-    loss: Number | None = None
-    standard_error: Number | None = None
+    delta: float
+    loss: float | None = None
+    standard_error: float | None = None
 
 
 class SelectionShape(Shape):
@@ -40,16 +38,16 @@ class StabilityShape(Shape):
     against: str | None = None
     name: str | None = None
     selected: list[list[Layer]] | None = None
-    jaccard: Number | None = None
-    kendall_tau: Number | None = None
+    jaccard: float | None = None
+    kendall_tau: float | None = None
 
 
 class ImportanceShape(Shape):
     """layer_importance.json"""
 
     method: str | None = None
-    base_loss: Number | None = None
-    tokens: Number | None = None
+    base_loss: float | None = None
+    tokens: float | None = None
     layers: list[LayerShape] | None = None
     selected: list[Layer] | None = None
     measures: str | None = None
@@ -58,16 +56,16 @@ class ImportanceShape(Shape):
 
 
 class MethodShape(Shape):
-    deltas: list[Number] = []
+    deltas: list[float] = []
     selected: list[Layer] | None = None
-    seconds: Number | None = None
+    seconds: float | None = None
 
 
 class MethodsShape(Shape):
     """layer_methods.json"""
 
     methods: dict[str, MethodShape] | None = None
-    spearman: dict[str, Number | None] | None = None
+    spearman: dict[str, float | None] | None = None
 
 
 class CopyShape(Shape):
@@ -83,8 +81,8 @@ class ExpansionShape(Shape):
 
 
 class LossShape(Shape):
-    loss: Number | None = None
-    tokens: Number | None = None
+    loss: float | None = None
+    tokens: float | None = None
 
 
 class EvaluationShape(Shape):
@@ -97,12 +95,12 @@ class EvaluationShape(Shape):
 class SummaryShape(Shape):
     """summary.json"""
 
-    trainable_parameters: Number | None = None
-    total_parameters: Number | None = None
-    tokens: Number | None = None
-    tokens_per_second: Number | None = None
-    seconds: Number | None = None
-    peak_memory_bytes: list[Number] | Number | None = None
+    trainable_parameters: float | None = None
+    total_parameters: float | None = None
+    tokens: float | None = None
+    tokens_per_second: float | None = None
+    seconds: float | None = None
+    peak_memory_bytes: list[float] | float | None = None
     world_size: int | None = None
     zero_stage: int | None = None
     precision: str | None = None
@@ -111,26 +109,26 @@ class SummaryShape(Shape):
 class MetricsShape(Shape):
     """A line of metrics.jsonl; series pick the numbers that they show."""
 
-    step: Number
+    step: float
     eval: dict[str, LossShape] | None = None
 
 
 class UnitShape(Shape):
     unit: str
-    multiplier: Number
-    importance: Number | None = None
+    multiplier: float
+    importance: float | None = None
 
 
 class RefreshShape(Shape):
     """A line of unit_importance.jsonl"""
 
-    step: Number
+    step: float
     units: list[UnitShape] = []
 
 
 class MovementShape(Shape):
     """A line of unit_movement.jsonl; of its units those count that have all that is needed."""
 
-    step: Number
-    since: Number | None = None
+    step: float
+    since: float | None = None
     units: list[object] | None = None

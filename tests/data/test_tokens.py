@@ -140,6 +140,23 @@ def test_damaged_tokens_are_made_again(tmp_path: Path, tokenizer_dir: Path, dama
     assert documents_of(tokenised([corpus], tokenizer_dir, tmp_path / "cache")) == expected
 
 
+def test_two_commands_that_make_the_same_tokens_do_not_disturb_each_other(
+    tmp_path: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second begins and ends while the first is at it."""
+    corpus = write_corpus(tmp_path / "c.jsonl", seed=1, documents=5)
+    real, seen = tokens.tokenise, list[list[list[int]]]()
+
+    def overtaken(*args: Any, **options: Any) -> Iterator[TokenisedPiece]:
+        monkeypatch.setattr(tokens, "tokenise", real)
+        seen.append(documents_of(tokenised([corpus], tokenizer_dir, tmp_path / "cache")))
+        yield from real(*args, **options)
+
+    monkeypatch.setattr(tokens, "tokenise", overtaken)
+    assert documents_of(tokenised([corpus], tokenizer_dir, tmp_path / "cache")) == seen[0]
+    assert len([path for path in (tmp_path / "cache").iterdir() if path.is_dir()]) == 1
+
+
 @pytest.mark.parametrize("error", [RuntimeError("disk"), KeyboardInterrupt(), InputError("line 3 is not JSON")])
 def test_an_interrupted_build_leaves_nothing_and_the_next_one_is_whole(
     tmp_path: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException

@@ -6,7 +6,8 @@ import subprocess
 
 from harness.launching import ROOT, launch
 
-TOOLS = sorted(ROOT.glob("tools/*.py")) + sorted(ROOT.glob("tools/*/*.py"))
+TOOLS = [path for path in sorted(ROOT.glob("tools/**/*.py")) if "__main__" in path.read_text(encoding="utf-8")]
+"""Without what they share."""
 
 _AS_A_SCRIPT = """
 import pathlib, runpy, sys

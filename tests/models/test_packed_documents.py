@@ -12,6 +12,7 @@ from harness.models import FAMILY_OPTIONS, VOCABULARY, save_tiny_model
 from adept_ds.models.directory import ModelDirectory
 from adept_ds.models.head_loss import IGNORED_LABEL
 from adept_ds.models.loading import load_causal_lm
+from adept_ds.probing.sweep import install_layer_sweep
 
 LENGTHS = [[13, 2, 9], [24], [5, 18]]
 """Of the documents of each row; the second row is full, the first has none left over, the third is padded."""
@@ -66,3 +67,26 @@ def test_losses_and_gradients_are_those_of_the_documents_alone(tmp_path: Path, f
         assert (mine is None) == (wanted is None)
         if mine is not None and wanted is not None:
             torch.testing.assert_close(mine, wanted, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("family", FAMILY_OPTIONS)
+def test_the_sweep_keeps_documents_apart_too(tmp_path: Path, family: str, rows: int) -> None:
+    """Its stack of variants, in chunks of one and of several, against one pass for each bypassed layer; 1e-5 as above."""
+    directory = save_tiny_model(tmp_path, family)
+    generator = torch.Generator().manual_seed(1)
+    documents = [[torch.randint(VOCABULARY, (n,), generator=generator) for n in lengths] for lengths in LENGTHS][:rows]
+    source, batch = ModelDirectory.read(directory), rows_of(documents)
+    plain: Any = load_causal_lm(source, torch.float32).eval()
+    layers = source.family.layer_modules(plain)
+    with torch.no_grad():
+        expected = [plain(*batch)]
+        for layer in layers:
+            forward = layer.forward
+            layer.forward = lambda hidden, *_, **__: hidden
+            expected.append(plain(*batch))
+            layer.forward = forward
+        for chunk in (rows * ROW, 1 << 20):
+            sweep: Any = load_causal_lm(source, torch.float32).eval()
+            install_layer_sweep(sweep, source.family, chunk)
+            torch.testing.assert_close(sweep(*batch), torch.cat(expected), rtol=1e-5, atol=1e-4)
