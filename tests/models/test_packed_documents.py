@@ -72,7 +72,7 @@ def test_losses_and_gradients_are_those_of_the_documents_alone(tmp_path: Path, f
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("family", FAMILY_OPTIONS)
 def test_the_sweep_keeps_documents_apart_too(tmp_path: Path, family: str, rows: int) -> None:
-    """Its stack of variants, in chunks of one and of several, against one pass for each bypassed layer; 1e-5 as above."""
+    """Its stack of variants, in chunks of one and of several, against a pass for each bypassed layer; 1e-5 as above."""
     directory = save_tiny_model(tmp_path, family)
     generator = torch.Generator().manual_seed(1)
     documents = [[torch.randint(VOCABULARY, (n,), generator=generator) for n in lengths] for lengths in LENGTHS][:rows]

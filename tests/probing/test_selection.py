@@ -56,7 +56,7 @@ def test_random_layers_depend_on_the_seed_alone() -> None:
 
 
 def test_a_list_to_choose_means_the_same_as_layers() -> None:
-    listed, chosen = ExpandSection(layers=[4, 2]), ExpandSection(choose=[4, 2])
+    listed, chosen = ExpandSection(layers=[4, 2]), ExpandSection.model_validate({"choose": [4, 2]})
     assert listed == chosen
     assert layers_without_probe(chosen, 6, 0) == [2, 4]
 

@@ -28,7 +28,7 @@ MAPS: dict[str, dict[str, Any]] = {
 }
 SCOPES = ("all", "norms_apart", "per_kind", "per_layer")
 _POLICIES: dict[str, LrPolicySection] = {
-    f"{name}, {scope}": LrPolicySection(map=name.split()[0].strip(","), scope=scope, **options)
+    f"{name}, {scope}": LrPolicySection.model_validate({"map": name.split()[0].strip(","), "scope": scope} | options)
     for name, options in MAPS.items()
     for scope in SCOPES
 }
@@ -134,7 +134,9 @@ def test_a_scope_holds_the_units_that_its_name_says(scope: str, expected: list[f
         for layer in (0, 1)
         for part in ("q", "k", "input_layernorm")
     ]
-    multipliers = multipliers_from_importance([1.0, 3.0, 100.0, 5.0, 9.0, 101.0], units, LrPolicySection(scope=scope))
+    multipliers = multipliers_from_importance(
+        [1.0, 3.0, 100.0, 5.0, 9.0, 101.0], units, LrPolicySection.model_validate({"scope": scope})
+    )
     assert multipliers == pytest.approx(expected, abs=1e-12)
 
 
@@ -221,7 +223,7 @@ def test_the_order_of_the_units_does_not_matter(policy: LrPolicySection, mean: b
 
 @pytest.mark.parametrize("scope", SCOPES)
 def test_ranks_ignore_outliers_and_every_monotone_transformation(scope: str) -> None:
-    policy = LrPolicySection(map="rank", scope=scope)
+    policy = LrPolicySection.model_validate({"map": "rank", "scope": scope})
     for seed in range(20):
         importance = random_importance(seed)
         multipliers = multipliers_from_importance(importance, UNITS, policy)
@@ -337,5 +339,6 @@ def test_sixty_thousand_units_are_mapped_within_seconds(scope: str) -> None:
     units = [Unit(f"layers.{n % 40}.mlp.neuron.{n // 40}", "neuron", n % 40, "mlp.neuron", 1728) for n in range(60_000)]
     importance = random_importance(0, units)
     start = time.perf_counter()
-    multipliers_from_importance(importance, units, LrPolicySection(map="rank", scope=scope, preserve_mean=True))
+    policy = LrPolicySection.model_validate({"map": "rank", "scope": scope, "preserve_mean": True})
+    multipliers_from_importance(importance, units, policy)
     assert time.perf_counter() - start < 5
