@@ -1,5 +1,6 @@
 # make demo   adapt a real model to mathematics on two ranks (at most 10 minutes on two cores, once installed)
 # make test   lint, types and tests
+# make test-fuzz  35,000 mutated inputs of every kind at every reader and at the command line (8 minutes)
 # make bench  the measurements of the README, side by side
 #
 # The first call makes a virtual environment; later ones re-use it. After installation nothing touches the network.
@@ -11,7 +12,7 @@ DEMO_DIR := demo_data
 DEMO_RANKS ?= 2
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TRANSFORMERS_OFFLINE=1
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test test-fuzz lint bench clean
 
 demo: $(VENV)/.demo
 	$(OFFLINE) $(BIN)/python tools/demo/prepare.py --out $(DEMO_DIR)
@@ -19,6 +20,9 @@ demo: $(VENV)/.demo
 
 test: lint
 	$(OFFLINE) PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -n 2 --dist loadfile
+
+test-fuzz: $(VENV)/.dev
+	$(OFFLINE) FUZZ_EXAMPLES=1000 PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest tests/fuzz -n 2 --dist loadfile
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -53,6 +53,7 @@ def check_output(out: Path, command: Command, inputs: Mapping[str, Path], *, ove
     Raises:
         InputError: `out` is no place for a new directory, overlaps with an input, or holds something else.
     """
+    _check_names(inputs)
     with _refusing(out):
         _check_place(out)
         check_apart(out, inputs)
@@ -93,6 +94,15 @@ def new_output(out: Path, command: Command, *, overwrite: bool = False) -> Itera
         sync_tree(folder)  # first: network file systems settle times only then
         stamps = {name: _stamp(folder / name) for name in _files_in(folder)}
         OutputMark(command=command, files=stamps).save(folder / MARK_NAME)
+
+
+def _check_names(inputs: Mapping[str, Path]) -> None:
+    """Raises `InputError`, naming it, for an input whose name the system does not take."""
+    for name, path in inputs.items():
+        try:
+            path.exists()
+        except OSError as error:
+            raise InputError(f"{name}: '{_shortened(path)}' cannot be read ({error.strerror}); give another") from None
 
 
 def _check_place(out: Path) -> None:

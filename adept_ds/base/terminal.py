@@ -6,6 +6,7 @@ and 2 to a log file per rank and keeps the real terminal for this program's own 
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import warnings
@@ -26,6 +27,8 @@ class Terminal:
 
     def __init__(self, stream: TextIO | None) -> None:
         self._silent = stream is None
+        if isinstance(stream, io.TextIOWrapper):  # names of files need not be text, and terminals not know all of it
+            stream.reconfigure(errors="backslashreplace")
         self.console = Console(file=stream, quiet=stream is None, highlight=False, emoji=False)
         if not self.console.is_terminal:
             self.console.width = _NON_TERMINAL_WIDTH

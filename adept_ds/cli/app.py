@@ -6,9 +6,11 @@ meet, and the stage runs. Exit codes: see `base.errors`.
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import traceback
+from typing import NoReturn
 
 import typer
 
@@ -93,16 +95,25 @@ def main() -> None:
     except AdeptError as error:
         _complain(str(error), every_rank=True)
         sys.exit(1)
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            _show_bug(error)
+        _complain(str(InputError(f"'{error.filename}' is too long for the name of a file; give another one")))
+        sys.exit(EXIT_BAD_INPUT)
     except Exception as error:
         if _is_usage_error(error):
             message = error.format_message().rstrip(".")  # type: ignore[attr-defined]
             if message:  # without arguments the help has been printed already
-                _complain(f"{message}; see `adept --help`")
+                _complain(str(InputError(f"{message}; see `adept --help`")))  # it repeats what was typed
             sys.exit(EXIT_BAD_INPUT)
-        _complain(f"unexpected {type(error).__name__}\n{traceback.format_exc()}", every_rank=True)
-        # A peer may be waiting in a collective for this rank: leave without waiting for it.
-        sys.stderr.flush()
-        os._exit(1)
+        _show_bug(error)
+
+
+def _show_bug(error: Exception) -> NoReturn:
+    _complain(f"unexpected {type(error).__name__}\n{traceback.format_exc()}", every_rank=True)
+    # A peer may be waiting in a collective for this rank: leave without waiting for it.
+    sys.stderr.flush()
+    os._exit(1)
 
 
 def _complain(message: str, *, every_rank: bool = False) -> None:

@@ -136,7 +136,7 @@ class DataSection(Section):
         0,
         ge=0,
         le=10**9,
-        description="so many records of a corpus that cannot be read are skipped, and counted; one more ends it",
+        description="so many records of a source that cannot be read are skipped, and counted; one more ends it",
     )
     question_template: Annotated[str, AfterValidator(check_template)] = Field(
         DEFAULT_TEMPLATE,

@@ -96,9 +96,28 @@ class LayerScores:
             with safe_open(path, framework="numpy") as file:
                 arrays, facts = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
             by_sequence = facts["by_sequence"] == "True"
-            return cls(method=facts["method"], by_sequence=by_sequence, seconds=float(facts["seconds"]), **arrays)
+            found = cls(method=facts["method"], by_sequence=by_sequence, seconds=float(facts["seconds"]), **arrays)
+            found._check()
+            return found
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise InputError(f"'{path}' is damaged ({error}); move it away, and layers are probed again") from None
+
+    def _check(self) -> None:
+        """Raises `ValueError`: arrays are not what a probe writes, or do not fit each other."""
+        sequences, sources = len(self.losses), len(self.weights)
+        shapes = {"losses": (sequences,), "tokens": (sequences,), "sources": (sequences,), "weights": (sources,)}
+        for name, shape in shapes.items():
+            array = getattr(self, name)
+            wanted = np.int64 if name == "sources" else np.float64
+            if array.shape != shape or array.dtype != wanted or not np.isfinite(array).all():
+                raise ValueError(f"{name}: {array.dtype}{array.shape}, or a number that is not finite")
+        rows = self.scores.shape[0] if self.scores.ndim == 2 else 0
+        if self.scores.dtype != np.float64 or not rows or (self.by_sequence and rows != sequences):
+            raise ValueError(f"scores: {self.scores.dtype}{self.scores.shape}")
+        if (self.weights <= 0).any() or {*self.sources.tolist()} != {*range(sources)}:
+            raise ValueError("sources: not those that have weights")
+        if any(self.tokens[self.sources == source].sum() <= 0 for source in range(sources)):
+            raise ValueError("tokens: none of a source")
 
     def _strata(self) -> list[np.ndarray]:
         """Rows of `scores` that may stand for each other."""

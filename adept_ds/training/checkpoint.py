@@ -25,6 +25,7 @@ from adept_ds.base.records import Record
 from adept_ds.base.run_dir import checkpoint_steps, checkpoint_tag, manifest_of
 from adept_ds.models.device import device_rng_state, set_device_rng_state
 from adept_ds.ranks.collectives import Ranks
+from adept_ds.weights.deepspeed_files import reading_data_only
 from adept_ds.zero.engine import Engine
 
 _GO_ON = "set it back to go on with this run, or start another one in a run_dir of its own"
@@ -111,11 +112,12 @@ def load_checkpoint(engine: Engine, directory: Path, expected: CheckpointManifes
     """Restore weights of the copies, optimizer, multipliers and random state; returns this rank's state.
 
     Raises:
-        InputError: the checkpoint belongs to another expansion, number of ranks, ZeRO stage or setting.
+        InputError: a file of it is damaged.
     """
-    path, client_state = engine.load_checkpoint(
-        str(directory), tag=checkpoint_tag(expected.step), load_module_strict=False, load_lr_scheduler_states=False
-    )
+    with reading_data_only():
+        path, client_state = engine.load_checkpoint(
+            str(directory), tag=checkpoint_tag(expected.step), load_module_strict=False, load_lr_scheduler_states=False
+        )
     if path is None:
         place = directory / checkpoint_tag(expected.step)
         raise InputError(f"'{place}' cannot be loaded; put it aside to resume from the one before it")

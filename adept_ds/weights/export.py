@@ -21,6 +21,7 @@ from adept_ds.base.progress import ProgressCallback
 from adept_ds.base.run_dir import EXPANSION_NAME
 from adept_ds.models.directory import ModelDirectory
 from adept_ds.models.weight_files import INDEX_NAME, weight_files
+from adept_ds.weights.deepspeed_files import reading_data_only
 from adept_ds.weights.hf_directory import copy_companions, stored_tensors
 
 _DTYPES = {"source": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -33,17 +34,24 @@ def read_zero_checkpoint(checkpoint: Path) -> dict[str, torch.Tensor]:
         checkpoint: its tag, or the directory above it with its `latest` file.
 
     Raises:
-        InputError: `checkpoint` is no DeepSpeed checkpoint.
+        InputError: `checkpoint` is no DeepSpeed checkpoint, or is damaged.
     """
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     root, tag = (checkpoint.parent, checkpoint.name) if _is_tag(checkpoint) else (checkpoint, None)
     latest = root / "latest"
     if tag is None and latest.is_file():
-        tag = latest.read_text(encoding="utf-8").strip()
-    if tag is None or not _is_tag(root / tag):
+        tag = latest.read_text(encoding="utf-8", errors="replace").strip()
+    if tag is None or Path(tag).name != tag or not _is_tag(root / tag):
         raise InputError(f"'{checkpoint}' holds no DeepSpeed checkpoint; give run_dir/checkpoints/step_N")
-    return dict(get_fp32_state_dict_from_zero_checkpoint(str(root), tag=tag))
+    with reading_data_only():
+        try:
+            return dict(get_fp32_state_dict_from_zero_checkpoint(str(root), tag=tag))
+        except InputError:
+            raise
+        except Exception as error:  # its files do not fit each other, or not what DeepSpeed expects
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            raise InputError(f"'{root / tag}' is damaged ({reason}); copy it again, or give another one") from error
 
 
 def _read_shard(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
@@ -132,4 +140,7 @@ def _write_config(expanded: Path, folder: Path, dtype: str) -> None:
 
 
 def _is_tag(path: Path) -> bool:
-    return any(path.glob("*optim_states.pt"))
+    try:
+        return any(path.glob("*optim_states.pt"))
+    except (OSError, ValueError):  # whatever stands in `latest`, it is no name
+        return False

@@ -50,10 +50,12 @@ def changed_run(content: bytes) -> st.SearchStrategy[bytes]:
 
 def overrides_of(inputs: Path) -> st.SearchStrategy[list[str]]:
     tree = yaml.safe_load((inputs / "run.yaml").read_text())
-    keys = [*tree, *(f"{section}.{key}" for section in tree if isinstance(tree[section], dict) for key in tree[section])]
+    sections = {key: value for key, value in tree.items() if isinstance(value, dict)}
+    keys = [*tree, *(f"{section}.{key}" for section, values in sections.items() for key in values)]
     odd = st.one_of(st.sampled_from((*ODD_TEXTS, *YAML_SCALARS)), st.text(max_size=9), st.integers().map(str))
     pairs = st.builds("{}{}{}".format, st.one_of(st.sampled_from(keys), odd), st.sampled_from("==== :."), odd)
-    numbers = st.builds("{}={}".format, st.sampled_from(keys), st.sampled_from(("1", "2", "0.5", "1e-4", "null", "[1]")))
+    plain = st.sampled_from(("1", "2", "0.5", "1e-4", "null", "[1]"))
+    numbers = st.builds("{}={}".format, st.sampled_from(keys), plain)
     return st.one_of(st.lists(numbers, min_size=1, max_size=2), st.lists(pairs, min_size=1, max_size=4))
 
 
@@ -122,7 +124,14 @@ CONFIGURATION = ("run.yaml", "override", *Config.model_fields)
 KINDS = [
     file_kind("run.yaml", changed_run, load_and_resolve, name="configuration", names=CONFIGURATION, messages=40),
     Kind("overrides", overrides_of, apply_overrides, CONFIGURATION, messages=20),
-    file_kind("zero3.json", changed_json, load_and_resolve, name="DeepSpeed's file", names=("zero3.json", "deepspeed:"), messages=20),
+    file_kind(
+        "zero3.json",
+        changed_json,
+        load_and_resolve,
+        name="DeepSpeed's file",
+        names=("zero3.json", "deepspeed:"),
+        messages=20,
+    ),
     Kind("question template", templates, use_template, ("question_template",), weight=0.1),
 ]
 

@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,10 @@ from adept_ds.data.tokens import Tokenisation, tokens_of
 from adept_ds.ranks.collectives import Ranks
 
 TEXTS = ["hello world", "the norm of x is zero", "Über 東京 🙂", "proof " * 30]
-QUESTIONS = [{"question": "2 + 2?", "choices": ["3", "4"], "answer": 1}, {"question": "x", "choices": ["a"], "answer": "A"}]
+QUESTIONS = [
+    {"question": "2 + 2?", "choices": ["3", "4"], "answer": 1},
+    {"question": "x", "choices": ["a"], "answer": "A"},
+]
 
 
 def prepare(sandbox: Sandbox) -> Sandbox:
@@ -74,7 +78,8 @@ def unzstd(content: bytes) -> bytes:
 
 def changed_table(content: bytes) -> st.SearchStrategy[bytes]:
     """Another table under the same name, or other bytes."""
-    return st.one_of(tables().map(as_parquet), tables().map(as_parquet).flatmap(spoiled), spoiled(content), spoiled(content))
+    other = tables().map(as_parquet)
+    return st.one_of(other, other.flatmap(spoiled), spoiled(content), spoiled(content))
 
 
 def as_parquet(table: pa.Table) -> bytes:
@@ -120,7 +125,7 @@ KINDS = [
     corpus_kind("JSON lines", "records.jsonl", changed_lines, messages=10),
     corpus_kind("questions", "questions.jsonl", changed_lines),
     corpus_kind("plain text", "plain.txt", spoiled),
-    corpus_kind("gzip", "records.jsonl.gz", compressed(lambda content: gzip.compress(content, mtime=0), gzip.decompress)),
+    corpus_kind("gzip", "records.jsonl.gz", compressed(partial(gzip.compress, mtime=0), gzip.decompress)),
     corpus_kind("zstd", "records.jsonl.zst", compressed(zstd, unzstd)),
     corpus_kind("Parquet", "table.parquet", changed_table),
     corpus_kind("dataset state", "dataset/state.json", changed_json),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -48,8 +51,6 @@ def apply_package(sandbox: Sandbox) -> None:
 
 def changed_base_files(content: bytes) -> st.SearchStrategy[bytes]:
     """Also the JSON texts that stand in it as strings."""
-    import json
-
     tree = json.loads(content)
 
     def inside(section: str, name: str, text: bytes) -> bytes:
@@ -60,17 +61,21 @@ def changed_base_files(content: bytes) -> st.SearchStrategy[bytes]:
     within = st.sampled_from(places).flatmap(
         lambda place: st.one_of(
             edited(json.loads(tree[place[0]][place[1]])).map(json_text), spoiled(tree[place[0]][place[1]].encode())
-        ).map(lambda text: inside(*place, text))
+        ).map(partial(inside, *place))
     )
     return st.one_of(changed_json(content), within)
 
 
-def adapted_kind(name: str, file: str, change: object = changed_json, weight: float = 0.3) -> Kind:
-    return file_kind(f"{name}/{file}", change, lambda sandbox: use_adapted(sandbox, name), names=("model:", name), weight=weight)  # type: ignore[arg-type]
+Change = Callable[[bytes], st.SearchStrategy[bytes]]
 
 
-def package_kind(file: str, change: object, **more: object) -> Kind:
-    return file_kind(f"d_math/{file}", change, apply_package, names=("d_math",), weight=0.5, **more)  # type: ignore[arg-type]
+def adapted_kind(name: str, file: str, change: Change = changed_json, weight: float = 0.3) -> Kind:
+    use = partial(use_adapted, name=name)
+    return file_kind(f"{name}/{file}", change, use, names=("model:", name), weight=weight)
+
+
+def package_kind(file: str, change: Change) -> Kind:
+    return file_kind(f"d_math/{file}", change, apply_package, names=("d_math",), weight=0.5)
 
 
 KINDS = [

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-import shutil
 import struct
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from harness.fuzzing import Fuzzing, Kind, Sandbox, file_kind
@@ -49,7 +50,7 @@ def split(model: Path) -> None:
     tensors = load_file(model / "model.safetensors")
     (model / "model.safetensors").unlink()
     names = sorted(tensors)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, part in enumerate((names[::2], names[1::2]), start=1):
         file = f"model-{number:05d}-of-00002.safetensors"
         save_file({name: tensors[name] for name in part}, model / file, metadata={"format": "pt"})
@@ -58,7 +59,7 @@ def split(model: Path) -> None:
     (model / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
-TOKENIZERS = {
+TOKENIZERS: dict[str, Callable[[Path], object]] = {
     "bytes": save_chatml,
     "letters": save_llama_json,
     "unigrams": save_unigrams,
@@ -90,8 +91,9 @@ def load_architecture(sandbox: Sandbox, name: str) -> None:
 def use_tokenizer(sandbox: Sandbox, name: str) -> None:
     directory = sandbox.inputs / name
     check_tokenizer(ModelDirectory.read(directory), "auto", {"data.seq_len": 32})
-    for letters in ("text", "parse"):
-        tokenizer = TextTokenizer(directory, bos="auto", special_tokens_in_text=letters, bos_per="document")  # type: ignore[arg-type]
+    both: tuple[Literal["text", "parse"], ...] = ("text", "parse")
+    for letters in both:
+        tokenizer = TextTokenizer(directory, bos="auto", special_tokens_in_text=letters, bos_per="document")
         tokenizer.fingerprint()
         assert tokenizer.eos_id is None or tokenizer.eos_id >= 0
         tokenizer.encode(TEXTS)
@@ -139,21 +141,25 @@ _NAMES = ("model:", "MODEL", "OUT:")
 _TOKENIZER_NAMES = ("model:", "data.bos")
 
 
+def model_kind(file: str, change: Any, read: Callable[[Sandbox, str], object], **more: Any) -> Kind:
+    """Of a file in the directory of a model, which is read."""
+    model = file.partition("/")[0]
+    return file_kind(file, change, lambda sandbox: read(sandbox, model), names=_NAMES, **more)
+
+
 def tokenizer_kind(name: str, file: str, change: Any = changed_json, weight: float = 0.4, **more: Any) -> Kind:
-    return file_kind(
-        f"{name}/{file}", change, lambda sandbox: use_tokenizer(sandbox, name), names=_TOKENIZER_NAMES, weight=weight, **more
-    )
+    use = partial(use_tokenizer, name=name)
+    return file_kind(f"{name}/{file}", change, use, names=_TOKENIZER_NAMES, weight=weight, **more)
 
 
 KINDS = [
     *(
-        file_kind(f"{family}/config.json", changed_json, lambda sandbox, family=family: load_architecture(sandbox, family),
-                  names=_NAMES, weight=0.3, messages=5)
+        model_kind(f"{family}/config.json", changed_json, load_architecture, weight=0.3, messages=5)
         for family in FAMILIES
     ),
-    file_kind("sharded/model.safetensors.index.json", changed_json, lambda sandbox: read_model(sandbox, "sharded"), names=_NAMES),
-    file_kind("gpt2/model.safetensors", changed_safetensors, lambda sandbox: expand_model(sandbox, "gpt2"), names=_NAMES),
-    file_kind("sharded/model-00001-of-00002.safetensors", header_only, lambda sandbox: read_model(sandbox, "sharded"), names=_NAMES),
+    model_kind("sharded/model.safetensors.index.json", changed_json, read_model),
+    model_kind("gpt2/model.safetensors", changed_safetensors, expand_model),
+    model_kind("sharded/model-00001-of-00002.safetensors", header_only, read_model),
     tokenizer_kind("bytes", "tokenizer.json"),
     tokenizer_kind("letters", "tokenizer.json"),
     tokenizer_kind("unigrams", "tokenizer.json"),

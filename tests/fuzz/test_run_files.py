@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -41,6 +42,7 @@ STREAM_TEXTS = ["the norm of x is zero"] * 12
 
 def prepare(sandbox: Sandbox) -> Sandbox:
     """A finished run; and a corpus whose tokens are kept, whole and in windows."""
+    time.sleep(2.1)  # what has just been written is not remembered in digests.json
     trained = TrainedRun(Workspace(sandbox.inputs), RunDirectory(sandbox.inputs / "run"))
     config = trained.config()
     result = adept(1, "run", config)
@@ -53,7 +55,8 @@ def prepare(sandbox: Sandbox) -> Sandbox:
     use_cache(sandbox, cache)
     found = {path.name: path for path in cache.rglob("*.json*")}
     shutil.copy(found["windows.jsonl"], sandbox.inputs / "windows.jsonl")
-    shutil.copy(next(path for path in cache.rglob("manifest.json") if "stream" not in str(path)), sandbox.inputs / "manifest.json")
+    whole = next(path for path in cache.rglob("manifest.json") if "stream" not in str(path))
+    shutil.copy(whole, sandbox.inputs / "manifest.json")
     shutil.copy(sandbox.inputs / "run" / "cache" / "digests.json", sandbox.inputs / "digests.json")
     return sandbox
 
@@ -124,7 +127,7 @@ class _Undrawn:
 
 def load_scores(sandbox: Sandbox) -> None:
     scores = LayerScores.load(sandbox.inputs / "run" / "layer_scores.safetensors")
-    scores.base_loss, scores.deltas, scores.replicates(0), scores.halves()  # noqa: B018 - computed when asked for
+    scores.base_loss, scores.deltas, scores.replicates(0), scores.halves()  # computed when asked for
 
 
 def use_cache(sandbox: Sandbox, cache: Path) -> None:
@@ -155,16 +158,29 @@ def cached(name: str) -> Callable[[Sandbox], None]:
 def use_digests(sandbox: Sandbox) -> None:
     shutil.copy(sandbox.inputs / "digests.json", sandbox.out / "digests.json")
     digests = FileDigests(sandbox.out / "digests.json")
-    assert digests.file(sandbox.inputs / "domain.jsonl") == FileDigests(sandbox.out / "none").file(sandbox.inputs / "domain.jsonl")
+    corpus = sandbox.inputs / "domain.jsonl"
+    assert digests.file(corpus) == FileDigests(sandbox.out / "none").file(corpus)
 
 
 def run_kind(file: str, change: Any, read: Callable[[Sandbox], None] = go_on, weight: float = 0.1, **more: Any) -> Kind:
     return file_kind(f"run/{file}", change, read, names=("run_dir", "run/"), weight=weight, **more)
 
 
+def report_kind(file: str) -> Kind:
+    """Lines that tell nothing are left out of the figures."""
+    lines = file.endswith(".jsonl")
+    change = changed_lines if lines else changed_json
+    return run_kind(file, change, report_undrawn, 0.2, name=f"report of {file}", never_refused=lines)
+
+
+REPORTED = (
+    *("layer_importance.json", "metrics.jsonl", "unit_importance.jsonl", "unit_movement.jsonl"),
+    *("evaluation.json", "summary.json", "expanded/expansion.json"),
+)
+
 KINDS = [
     run_kind("stages.json", changed_json),
-    run_kind("layer_importance.json", changed_json),
+    run_kind("layer_importance.json", changed_json, never_refused=True),  # written anew from the scores
     run_kind("layer_scores.safetensors", changed_safetensors),
     run_kind("layer_scores.safetensors", changed_safetensors, load_scores, 0.6, name="layer scores, computed with"),
     run_kind("metrics.jsonl", changed_lines),
@@ -178,18 +194,11 @@ KINDS = [
     run_kind("expanded/expansion.json", changed_json),
     run_kind("expanded/base_files.json", changed_json),
     run_kind("checkpoints/step_4/manifest.json", changed_json, weight=0.2),
-    run_kind("cache/digests.json", changed_json),
+    run_kind("cache/digests.json", changed_json, never_refused=True),
     file_kind("digests.json", changed_json, use_digests, name="digests", never_refused=True),
     file_kind("manifest.json", changed_json, cached("manifest.json"), name="tokens", weight=0.2, never_refused=True),
     file_kind("windows.jsonl", changed_lines, cached("windows.jsonl"), name="windows", weight=0.2, never_refused=True),
-    *(
-        run_kind(file, change, report_undrawn, 0.2, name=f"report of {file}")
-        for file, change in {
-            "layer_importance.json": changed_json, "metrics.jsonl": changed_lines, "unit_importance.jsonl": changed_lines,
-            "unit_movement.jsonl": changed_lines, "evaluation.json": changed_json, "summary.json": changed_json,
-            "expanded/expansion.json": changed_json,
-        }.items()
-    ),
+    *map(report_kind, REPORTED),
     run_kind("layer_importance.json", changed_json, report, 0.02, name="report, drawn: layers"),
     run_kind("metrics.jsonl", changed_lines, report, 0.02, name="report, drawn: training"),
     run_kind("unit_movement.jsonl", changed_lines, report, 0.02, name="report, drawn: movement"),

@@ -12,15 +12,17 @@ import re
 import resource
 import shutil
 import signal
+import stat
 import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any
+from unittest import mock
 
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
@@ -28,18 +30,22 @@ from hypothesis import strategies as st
 from adept_ds.base.errors import MOST_CHARACTERS, InputError
 
 SECONDS = 10
+_MANY = 30
 MEMORY_BYTES = 1 << 30
 """Beyond what the process has had before."""
 
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 _CHANGES: dict[str, dict[int, int | None]] = {
-    **dict.fromkeys(("os.remove", "os.rmdir", "shutil.rmtree"), {0: 1}),
+    "os.remove": {0: 1},
+    "os.rmdir": {0: 1},
+    "shutil.rmtree": {0: 1},
     "os.mkdir": {0: 2},
     "os.symlink": {1: 2},
-    **dict.fromkeys(("os.rename",), {0: 2, 1: 3}),
+    "os.rename": {0: 2, 1: 3},
     "os.link": {1: 3},
     "os.chmod": {0: 2},
-    **dict.fromkeys(("os.chown", "os.utime"), {0: 3}),
+    "os.chown": {0: 3},
+    "os.utime": {0: 3},
     "os.truncate": {0: None},
 }
 """Audit event -> which of its arguments are paths of something that changes, and which the directory they begin at."""
@@ -69,7 +75,7 @@ class _Watch:
             for position, of_folder in _CHANGES[event].items():
                 folder = -1 if of_folder is None else arguments[of_folder]
                 self._check_place(arguments[position], event, folder)
-        elif event in _NETWORK:
+        elif event in _NETWORK and not isinstance(arguments[1], str | bytes):  # which is a socket of this host
             self._fail(f"the network: {event} {arguments[1:]}")
         elif event == "pickle.find_class":
             self._fail(f"unpickled {arguments[0]}.{arguments[1]}")
@@ -80,8 +86,10 @@ class _Watch:
         if isinstance(path, int) or path is None or self.allowed is None:
             return
         above, name = os.path.split(os.fsdecode(path))
-        start = os.getcwd() if folder in (None, -1) else f"/proc/self/fd/{folder}"
-        place = os.path.join(os.path.realpath(os.path.join(start, above)), name)  # of a link, the link
+        start = Path.cwd() if folder in (None, -1) else Path(f"/proc/self/fd/{folder}")
+        place = f"{os.path.realpath(start / above)}/{name}"  # of a link, the link
+        if event == "os.mkdir" and os.path.lexists(place):  # which fails
+            return
         if place != os.devnull and not place.startswith(self.allowed):
             self._fail(f"{event} {place!r} outside of {self.allowed}")
 
@@ -126,21 +134,17 @@ class Sandbox:
     def temporary(self) -> Path:
         return self.root / "tmp"
 
-    def seen(self) -> dict[str, tuple[int, int, int]]:
+    def seen(self, spared: tuple[str, ...] = ()) -> dict[str, tuple[int, int, int]]:
         """Everything but what may be written: size, time and inode by name."""
         found = {}
         for folder, folders, names in os.walk(self.root):
             if Path(folder) == self.root:
                 folders[:] = [name for name in folders if name not in ("out", "tmp")]
-            for name in (*folders, *names):
-                status = os.lstat(os.path.join(folder, name))
-                is_folder = name in folders
-                found[os.path.join(folder, name)] = (
-                    0 if is_folder else status.st_size,
-                    0 if is_folder else status.st_mtime_ns,
-                    status.st_ino,
-                )
-        return found
+            for path in (f"{folder}/{name}" for name in (*folders, *names)):
+                status = os.lstat(path)
+                size, time = (0, 0) if stat.S_ISDIR(status.st_mode) else (status.st_size, status.st_mtime_ns)
+                found[path] = (size, time, status.st_ino)
+        return {path: of for path, of in found.items() if not path.startswith(spared or ("\0",))}
 
     def clean(self) -> None:
         for child in self.out.iterdir():
@@ -159,43 +163,56 @@ class Sandbox:
 
 
 @contextmanager
-def limits(sandbox: Sandbox, may_write: Sequence[Path] = ()) -> Iterator[None]:
-    """Time, memory, files and network of one input. Raises `FaultError`."""
-    before, peak = sandbox.seen(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    temporary, tempfile.tempdir = tempfile.tempdir, str(sandbox.temporary)
-    places = [sandbox.out, sandbox.temporary, *may_write]
-    _WATCH.allowed = tuple(os.path.realpath(place) for place in places)
-    previous = signal.signal(signal.SIGALRM, _too_slow)
-    signal.setitimer(signal.ITIMER_REAL, SECONDS)
-    faulthandler.dump_traceback_later(6 * SECONDS, exit=True)
-    try:
-        with _address_space(4 * MEMORY_BYTES):
-            yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, previous)
-        faulthandler.cancel_dump_traceback_later()
-        _WATCH.allowed = None
-        tempfile.tempdir = temporary
-    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak) << 10
-    if grown > MEMORY_BYTES:
-        raise FaultError(f"{grown >> 20} MiB of memory")
+def unchanged(sandbox: Sandbox, may_write: Sequence[Path] = ()) -> Iterator[None]:
+    """Raises `FaultError`: something is another than before, or left among temporary files."""
+    spared = tuple(map(str, may_write))
+    before = sandbox.seen(spared)
+    yield
     left = [*sandbox.temporary.iterdir()]
     if left:
         shutil.rmtree(sandbox.temporary)
         sandbox.temporary.mkdir()
         raise FaultError(f"left behind: {left}")
-    written = [str(place) for place in may_write]
-    after = {name: of for name, of in sandbox.seen().items() if not name.startswith(tuple(written) or ("\0",))}
+    after = sandbox.seen(spared)
     changed = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
-    changed = [name for name in changed if not name.startswith(tuple(written) or ("\0",))]
     if changed:
         raise FaultError(f"changed: {changed}")
 
 
+@contextmanager
+def limits(sandbox: Sandbox, may_write: Sequence[Path] = ()) -> Iterator[None]:
+    """Time, memory, files and network of one input in this process. Raises `FaultError`."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with unchanged(sandbox, may_write), ExitStack() as stack:
+        stack.enter_context(mock.patch.object(tempfile, "tempdir", str(sandbox.temporary)))
+        stack.enter_context(mock.patch.object(sys, "dont_write_bytecode", True))
+        stack.enter_context(_address_space(4 * MEMORY_BYTES))
+        stack.enter_context(_alarm())
+        places = (sandbox.out, sandbox.temporary, *may_write)
+        stack.enter_context(mock.patch.object(_WATCH, "allowed", tuple(map(os.path.realpath, places))))
+        yield
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak) << 10
+    if grown > MEMORY_BYTES:
+        raise FaultError(f"{grown >> 20} MiB of memory")
+
+
+@contextmanager
+def _alarm() -> Iterator[None]:
+    """A second one ends the process where Python itself does not come to its turn."""
+    previous = signal.signal(signal.SIGALRM, _too_slow)
+    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    faulthandler.dump_traceback_later(6 * SECONDS, exit=True)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
+        faulthandler.cancel_dump_traceback_later()
+
+
 def _too_slow(number: int, frame: FrameType | None) -> None:
     _WATCH.allowed = None
-    raise FaultError(f"not done after {SECONDS} s")
+    raise FaultError("not done in time")
 
 
 @contextmanager
@@ -220,6 +237,13 @@ def check_message(message: str, names: Sequence[str]) -> None:
         raise FaultError(f"names none of {list(names)}: {message!r}")
     if re.search(r"\bTraceback\b(?!.{0,4}most recent call last\):.*')", message):
         raise FaultError(f"a traceback: {message!r}")
+
+
+def check_line(stderr: str) -> None:
+    """What a command that refuses says, and nothing else. Raises `FaultError`."""
+    if not stderr.startswith("adept: ") or not stderr.endswith("\n") or len(stderr.splitlines()) != 1:
+        raise FaultError(f"not one line: {stderr[-3000:]!r}")
+    check_message(stderr.removeprefix("adept: ").removesuffix("\n"), ("",))
 
 
 @dataclass
@@ -278,9 +302,9 @@ def file_kind(
     def mutations(inputs: Path) -> st.SearchStrategy[bytes]:
         return change((inputs / file).read_bytes())
 
-    def read_changed(sandbox: Sandbox, content: bytes) -> object:
+    def read_changed(sandbox: Sandbox, content: bytes) -> None:
         with sandbox.holding(sandbox.inputs / file, content):
-            return judged(sandbox, lambda: read(sandbox), [sandbox.inputs / place for place in more.get("writes", ())])
+            judged(sandbox, lambda: read(sandbox), [sandbox.inputs / place for place in more.get("writes", ())])
 
     name = more.pop("name", file)
     names = (*more.pop("names", ()), Path(file).name)
@@ -334,10 +358,17 @@ def fuzz(kind: Kind, sandbox: Sandbox, examples: int) -> Tally:
         tally.add(refusal_of(kind, sandbox, given_input))
 
     judge()
-    assert kind.always_refused or tally.accepted, "nothing is accepted: the mutations show nothing"
-    assert kind.never_refused or tally.refused, "nothing is refused: the mutations do not reach the reader"
     return tally
 
 
+def check_depth(kind: Kind, tally: Tally) -> None:
+    """That many inputs have reached all of the reader. Raises `AssertionError`: they show nothing."""
+    if tally.inputs < _MANY:
+        return
+    assert kind.always_refused or tally.accepted, "nothing is accepted: the mutations show nothing"
+    if not kind.never_refused:
+        assert len(tally.refusals) >= kind.messages, f"only {list(tally.refusals)}: mutations do not reach deep"
+
+
 Fuzzing = Callable[[Kind, Sandbox], None]
-"""Judges as many inputs as the profile of hypothesis says, and notes what became of them."""
+"""Judges as many inputs as it is told, and notes what became of them."""

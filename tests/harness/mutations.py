@@ -75,7 +75,7 @@ ODD_NUMBERS = (
     raw("NaN"),
     raw("-Infinity"),
 )
-ODD_SHAPES = (
+ODD_SHAPES: tuple[Any, ...] = (
     None,
     True,
     False,
@@ -104,8 +104,10 @@ ODD_VALUES: st.SearchStrategy[Any] = st.one_of(
     st.floats(width=32),
     st.text(max_size=12),
 )
-_CHUNKS = (b"\0", b"\0" * 64, b"\xff\xfe", b"\xef\xbb\xbf", b"\xed\xa0\x80", b"\xc3", b"\n", b"\r", b'"', b"{", b"[" * 2000)
-_CHUNKS += (b",", b"null", b"-", b"9" * 400, b"\x1b[31m", b"\x1f\x8b\x08", b"PAR1", b"\x28\xb5\x2f\xfd", b"\\ud83d", b"\x80")
+_CHUNKS = (
+    *(b"\0", b"\0" * 64, b"\xff\xfe", b"\xef\xbb\xbf", b"\xed\xa0\x80", b"\xc3", b"\n", b"\r", b'"', b"{", b"[" * 2000),
+    *(b",", b"null", b"-", b"9" * 400, b"\x1b[31m", b"\x1f\x8b\x08", b"PAR1", b"\x28\xb5\x2f\xfd", b"\\ud83d", b"\x80"),
+)
 
 
 def json_text(tree: Any) -> bytes:
@@ -129,7 +131,7 @@ def edited(draw: Draw, tree: Any) -> Any:
         for key in path:
             node = node[key]
         draw(st.sampled_from(_EDITS))(draw, node, last, tree)
-        tree = holder[None] if None in holder else {}
+        tree = holder.get(None, {})
     return tree
 
 
@@ -188,17 +190,33 @@ def _nudge(draw: Draw, node: Any, key: Any, tree: Any) -> None:
     if isinstance(value, bool):
         node[key] = not value
     elif isinstance(value, int | float):
-        node[key] = draw(st.sampled_from((value + 1, value - 1, -value, value * 1000, float(value), str(value), value / 2)))
+        near = (value + 1, value - 1, -value, value * 1000, float(value), str(value), value / 2)
+        node[key] = draw(st.sampled_from(near))
     elif isinstance(value, str):
         cut = draw(st.integers(0, len(value)))
-        node[key] = draw(st.sampled_from((value[:cut], value + value, value.upper(), f" {value}", f"{value}\0", value[::-1])))
+        similar = (value[:cut], value + value, value.upper(), f" {value}", f"{value}\0", value[::-1])
+        node[key] = draw(st.sampled_from(similar))
     elif isinstance(value, list):
         node[key] = draw(st.sampled_from((value[::-1], value[1:], value * 2, value[:1] * 300)))
     elif isinstance(value, dict):
         node[key] = dict(list(value.items())[draw(st.integers(0, len(value))) :])
 
 
-_EDITS = (_replace, _replace, _replace, _nudge, _nudge, _nudge, _remove, _remove, _rename, _repeat, _wrap, _borrow, _add)
+_EDITS = (
+    _replace,
+    _replace,
+    _replace,
+    _nudge,
+    _nudge,
+    _nudge,
+    _remove,
+    _remove,
+    _rename,
+    _repeat,
+    _wrap,
+    _borrow,
+    _add,
+)
 
 
 @st.composite
@@ -268,7 +286,8 @@ def changed_lines(content: bytes) -> st.SearchStrategy[bytes]:
         at = draw(st.integers(0, len(lines) - 1))
         tree = draw(edited(json.loads(lines[at])))
         keep = draw(st.sampled_from((len(lines), at + 1)))
-        return b"\n".join([*lines[:at], json_text(tree), *lines[at + 1 : keep]]) + draw(st.sampled_from((b"\n", b"", b"\n\n")))
+        changed_file = b"\n".join([*lines[:at], json_text(tree), *lines[at + 1 : keep]])
+        return changed_file + draw(st.sampled_from((b"\n", b"", b"\n\n")))
 
     shuffled = st.permutations(lines[:12]).map(lambda some: b"\n".join(some) + b"\n")
     return st.one_of(changed(), changed(), changed(), shuffled, spoiled(content))
@@ -360,11 +379,11 @@ def odd_arguments(arguments: Sequence[str], options: Sequence[str]) -> st.Search
         line = list(arguments)
         for _ in range(draw(st.sampled_from((1, 1, 1, 2, 3)))):
             at = draw(st.integers(1, len(line)))
-            value = draw(st.one_of(st.sampled_from(ODD_TEXTS), st.sampled_from(_ODD_ARGUMENTS), st.text(max_size=9)))
-            value = value.encode("utf-8", "replace").decode().replace("\0", "")
+            some = st.text(max_size=9).map(lambda text: text.replace("/", ""))  # no directory that nobody thought of
+            value = draw(st.one_of(st.sampled_from(ODD_TEXTS), st.sampled_from(_ODD_ARGUMENTS), some))
+            value = value.encode("utf-8", "replace").decode().replace("\0", "") if value != _NO_TEXT else value
             how = draw(st.sampled_from(("replace", "replace", "insert", "remove", "repeat", "option", "suffix")))
             if how == "replace":
-                line[at:][:1] = []
                 line[at : at + 1] = [value]
             elif how == "insert":
                 line.insert(at, value)
@@ -381,7 +400,11 @@ def odd_arguments(arguments: Sequence[str], options: Sequence[str]) -> st.Search
     return changed()
 
 
+_NO_TEXT = "caf\udce9"
+"""As Python has a name that is Latin-1 on the disk."""
+
 _ODD_ARGUMENTS = (
+    _NO_TEXT,
     "-1",
     "--",
     "-",
