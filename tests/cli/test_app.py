@@ -100,6 +100,17 @@ def test_each_way_to_end_has_its_code_and_at_most_a_line(error: str, code: int, 
     assert ended_by(error) == (code, line)
 
 
+@pytest.mark.parametrize("typed", ["--no\nsuch", "--\x1b[31mred", "--" + "x" * 5000], ids=["lines", "colours", "long"])
+def test_a_usage_error_is_one_short_printable_line_whatever_was_typed(typed: str) -> None:
+    command = [sys.executable, "-m", "adept_ds", "show", "c.yaml", typed]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert result.stderr.startswith("adept: ")
+    assert result.stderr.endswith("see `adept --help`\n")
+    assert result.stderr.removesuffix("\n").isprintable()
+    assert len(result.stderr) < 1100
+
+
 def test_the_codes_are_those_that_the_documentation_lists() -> None:
     page = (ROOT / "docs" / "launching.md").read_text(encoding="utf-8")
     assert f"| {EXIT_BAD_INPUT} | bad input" in page

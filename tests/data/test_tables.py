@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from harness.reading import skipped, texts_of, write_dataset, write_parquet
 from harness.spoiling import changed_json, put
@@ -47,6 +48,13 @@ def test_bad_rows_are_skipped_and_counted(tmp_path: Path, write: Callable[[Path,
     texts, bad = skipped(path, allowed=3)
     assert (texts, bad.count) == (["a", "b", "d"], 3)
     assert [place.split(":")[0] for place in bad.places] == [f"'{path}' row {row}" for row in (2, 4, 5)]
+
+
+def test_a_column_that_is_there_twice_is_refused(tmp_path: Path) -> None:
+    table = pa.table([pa.array(["a"]), pa.array(["b"])], names=["text", "text"])
+    pq.write_table(table, tmp_path / "c")
+    with pytest.raises(InputError, match=r"^data\.domain: '.*c'.* has more than one column 'text'; rename"):
+        texts_of(tmp_path / "c")
 
 
 def test_a_row_that_is_not_utf8_is_a_bad_row(tmp_path: Path) -> None:

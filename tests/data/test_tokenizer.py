@@ -432,3 +432,14 @@ def first_letter_loss(model: torch.nn.Module, texts: list[list[int]]) -> float:
     ends = [256, 258]
     follows = torch.isin(ids[:, :-1], torch.tensor(ends)) & ~torch.isin(ids[:, 1:], torch.tensor(ends))
     return float(losses[follows].mean())
+
+
+def test_a_tokenizer_that_fails_on_a_text_is_the_models_fault_not_the_texts(tmp_path: Path) -> None:
+    """Unigrams without a token for what they do not know: said in one line, and no record is skipped for it."""
+    save_unigrams(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    tree = json.loads(path.read_text())
+    tree["model"]["unk_id"] = None
+    path.write_text(json.dumps(tree))
+    with pytest.raises(InputError, match=r"the tokenizer fails: .*unk_id"):
+        tokenizer_of(tmp_path).encode(["\u4e16"])

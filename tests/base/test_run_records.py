@@ -1,0 +1,73 @@
+"""What a run wrote about itself is read back strictly; of a log, only a line that a crash cut short is left out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from adept_ds.base.errors import InputError
+from adept_ds.base.run_records import Evaluation, LogLine, MetricsLine, RunSummary, read_log
+
+STEP = {"step": 1, "loss": 2.5, "tokens": 64, "seconds": 0.5, "tokens_per_second": 128.0, "mfu": 0.5, "lr": 1e-4}
+LOSS = {"loss": 2.5, "tokens": 31}
+
+
+def write_lines(path: Path, *lines: object) -> Path:
+    path.write_text("".join(line if isinstance(line, str) else json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def test_a_log_says_what_its_lines_say(tmp_path: Path) -> None:
+    log = write_lines(tmp_path / "metrics.jsonl", STEP, {"step": 1, "eval": {}}, {"step": 2, "refresh_seconds": 1.5})
+    lines = [line for _, line in read_log(log, MetricsLine)]
+    assert [line.is_step for line in lines] == [True, False, False]
+    assert (lines[0].tokens, lines[2].refresh_seconds) == (64, 1.5)
+    raw, _ = next(read_log(log, LogLine))
+    assert json.loads(raw) == STEP, "as it stands there"
+    assert list(read_log(tmp_path / "none.jsonl", LogLine)) == []
+
+
+def test_the_last_line_may_be_cut_short_and_no_other(tmp_path: Path) -> None:
+    log = write_lines(tmp_path / "metrics.jsonl", STEP, '{"step": 2, "lo')
+    assert [line.step for _, line in read_log(log, MetricsLine)] == [1]
+    log = write_lines(tmp_path / "metrics.jsonl", STEP, '{"step": 2, "lo\n', STEP)
+    with pytest.raises(InputError, match=r"metrics\.jsonl' line 2 is damaged"):
+        list(read_log(log, MetricsLine))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"step": -1}, {"step": "1"}, {"loss": "low"}, {"tokens": 1.5}, {"mfu": None}],
+    ids=lambda change: str(change),
+)
+def test_a_step_of_other_values_is_damaged(tmp_path: Path, change: dict[str, Any]) -> None:
+    log = write_lines(tmp_path / "metrics.jsonl", STEP | change, STEP)
+    with pytest.raises(InputError, match=r"line 1 is damaged"):
+        list(read_log(log, MetricsLine))
+
+
+def test_a_step_has_all_that_sums_are_formed_of(tmp_path: Path) -> None:
+    log = write_lines(tmp_path / "metrics.jsonl", {key: value for key, value in STEP.items() if key != "mfu"}, STEP)
+    with pytest.raises(InputError, match=r"a step without mfu"):
+        list(read_log(log, MetricsLine))
+
+
+def test_an_evaluation_is_of_the_same_corpora(tmp_path: Path) -> None:
+    file = tmp_path / "evaluation.json"
+    file.write_text(json.dumps({"base": {"general": LOSS}, "adapted": {"general": LOSS}}))
+    assert Evaluation.load(file).base["general"].loss == 2.5
+    file.write_text(json.dumps({"base": {"general": LOSS}, "adapted": {"domain": LOSS}}))
+    with pytest.raises(InputError, match=r"evaluation\.json' is damaged .*different corpora.*`adept eval CONFIG`"):
+        Evaluation.load(file)
+
+
+def test_a_summary_may_be_half_finished_and_have_more(tmp_path: Path) -> None:
+    file = tmp_path / "summary.json"
+    file.write_text(json.dumps({"trainable_parameters": 12, "precision": "float32"}))
+    assert RunSummary.load(file).tokens is None
+    file.write_text(json.dumps({"trainable_parameters": -12}))
+    with pytest.raises(InputError, match=r"summary\.json' is damaged"):
+        RunSummary.load(file)
