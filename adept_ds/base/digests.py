@@ -11,13 +11,13 @@ import json
 import os
 import stat
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeInt
+from pydantic import Field, NonNegativeInt, model_validator
 
 from adept_ds.base.errors import InputError
 from adept_ds.base.progress import Meter, ProgressCallback
@@ -89,6 +89,23 @@ class _Cache(Record):
 
     format: Literal[1]
     entries: tuple[_Remembered, ...]
+    check: Digest
+    """Of the entries: one flipped bit in a digest would make a file another one."""
+
+    @classmethod
+    def of(cls, entries: Iterable[_Remembered]) -> _Cache:
+        listed = tuple(entries)
+        return cls(format=1, entries=listed, check=cls._digest(listed))
+
+    @model_validator(mode="after")
+    def _as_it_was_written(self) -> _Cache:
+        if self.check != self._digest(self.entries):
+            raise ValueError("entries were changed")
+        return self
+
+    @staticmethod
+    def _digest(entries: tuple[_Remembered, ...]) -> str:
+        return json_digest([entry.to_json() for entry in entries])
 
 
 class FileDigests:
@@ -175,7 +192,7 @@ class FileDigests:
         self._known.update(self._news)
         self._news = {}
         with suppress(OSError):  # where nothing can be written, files are read again
-            _Cache(format=1, entries=tuple(self._known.values())).save(self._cache)
+            _Cache.of(self._known.values()).save(self._cache)
 
 
 def tree_files(directory: Path) -> list[Path]:

@@ -122,6 +122,15 @@ def test_a_damaged_cache_is_made_anew(cache: Path, corpus: Path, content: str) -
     json.loads(cache.read_text())
 
 
+def test_a_digest_that_was_changed_in_the_cache_is_not_believed(cache: Path, corpus: Path) -> None:
+    """One digit of it: still a digest by its form, and the corpus would be another one."""
+    assert bytes_read(cache, corpus) == 10_000
+    digest, text = sha256(corpus.read_bytes()), cache.read_text()
+    assert digest in text
+    cache.write_text(text.replace(digest, ("0" if digest[0] != "0" else "1") + digest[1:]))
+    assert [bytes_read(cache, corpus) for _ in range(2)] == [10_000, 0]
+
+
 def test_without_a_place_for_the_cache_files_are_read_each_time(tmp_path: Path, corpus: Path) -> None:
     (tmp_path / "cache").write_text("no directory")
     assert [bytes_read(tmp_path / "cache" / "digests.json", corpus) for _ in range(2)] == [10_000, 10_000]

@@ -35,7 +35,7 @@ COMMANDS = {
     "probe": ["probe", "{inputs}/run.yaml", "--method", "all", "--out", "{out}/result.json"],
     "probe MODEL": ["probe", "{inputs}/model", "--corpus", "{inputs}/general.jsonl", "-k", "2", "--sequences", "4",
                     "--seq-len", "24", "--json"],
-    "expand": ["expand", "{inputs}/run.yaml", "expand.layers=[0, 3]"],
+    "expand": ["expand", "{inputs}/run.yaml", "expand.k=null", "expand.layers=[0, 3]"],
     "expand MODEL": ["expand", "{inputs}/base", "{out}/new", "--layers", "0,1", "--json"],
     "expand --dry-run": ["expand", "{inputs}/base", "{out}/new", "--layers", "1", "--dry-run"],
     "verify": ["verify", "{inputs}/base", "{inputs}/expanded", "--no-logits"],
