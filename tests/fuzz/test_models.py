@@ -40,7 +40,16 @@ def prepare(sandbox: Sandbox) -> Sandbox:
         family = "gpt2" if name == "pairs" else "llama"
         config = {"model_type": family, "vocab_size": 70_000, "num_hidden_layers": 2, "n_layer": 2}
         (sandbox.inputs / name / "config.json").write_text(json.dumps(config))
+    for file, tree in OLDER_SETTINGS.items():
+        (sandbox.inputs / "letters" / file).write_text(json.dumps(tree))
     return sandbox
+
+
+OLDER_SETTINGS: dict[str, Any] = {
+    "special_tokens_map.json": {"bos_token": "<s>", "eos_token": {"content": "</s>", "lstrip": False}},
+    "added_tokens.json": {"<extra>": 355},
+}
+"""Files beside a tokenizer that older versions of transformers wrote."""
 
 
 def split(model: Path) -> None:
@@ -164,6 +173,8 @@ KINDS = [
     tokenizer_kind("letters", "tokenizer.json"),
     tokenizer_kind("unigrams", "tokenizer.json"),
     tokenizer_kind("letters", "tokenizer_config.json"),
+    tokenizer_kind("letters", "special_tokens_map.json"),
+    tokenizer_kind("letters", "added_tokens.json"),
     tokenizer_kind("pairs", "vocab.json"),
     tokenizer_kind("pairs", "merges.txt", spoiled),
     tokenizer_kind("sentencepiece", "tokenizer.model", changed_proto),

@@ -13,13 +13,14 @@ from unittest import mock
 import pytest
 from harness.fuzzing import Fuzzing, Kind, Sandbox, file_kind
 from harness.launching import adept
-from harness.mutations import changed_json, changed_lines, changed_safetensors
+from harness.mutations import changed_json, changed_lines, changed_safetensors, spoiled
 from harness.packing import text_source, tokenisation, write_texts
 from harness.trained_run import TrainedRun
 from harness.workspace import Workspace
 from matplotlib.figure import Figure
 
 from adept_ds.base.digests import FileDigests
+from adept_ds.base.files import write_json
 from adept_ds.base.run_dir import RunDirectory
 from adept_ds.base.terminal import Terminal
 from adept_ds.cli.summary import print_summary
@@ -36,6 +37,7 @@ from adept_ds.report.page import write_report
 from adept_ds.run.context import Context
 from adept_ds.run.pipeline import run_all
 from adept_ds.training.run_log import RunLog
+from adept_ds.weights.export import export_checkpoint
 
 STREAM_TEXTS = ["the norm of x is zero"] * 12
 
@@ -58,12 +60,19 @@ def prepare(sandbox: Sandbox) -> Sandbox:
     whole = next(path for path in cache.rglob("manifest.json") if "stream" not in str(path))
     shutil.copy(whole, sandbox.inputs / "manifest.json")
     shutil.copy(sandbox.inputs / "run" / "cache" / "digests.json", sandbox.inputs / "digests.json")
+    methods = {name: {"deltas": [0.1, 0.2], "selected": [0], "seconds": 1.5} for name in ("mask", "fisher")}
+    write_json(trained.files.layer_methods, {"methods": methods, "spearman": {"fisher": 0.5}})
     return sandbox
 
 
 class WorkBeginsError(Exception):
     """All files are read; now a model would be loaded."""
 
+
+DEEPSPEED_FILES = (
+    "zero_pp_rank_0_mp_rank_00_model_states.pt",
+    "zero_pp_rank_0_mp_rank_00_optim_states.pt",
+)
 
 ENGINES = (
     "adept_ds.run.train.build_training_engine",
@@ -125,6 +134,12 @@ class _Undrawn:
         out.write("<svg viewBox='0 0 1 1'></svg>")
 
 
+def export(sandbox: Sandbox) -> None:
+    """From the newest checkpoint, as its files say which that is."""
+    files = RunDirectory(sandbox.inputs / "run")
+    export_checkpoint(files.expanded, files.checkpoints, sandbox.out / "exported")
+
+
 def load_scores(sandbox: Sandbox) -> None:
     scores = LayerScores.load(sandbox.inputs / "run" / "layer_scores.safetensors")
     scores.base_loss, scores.deltas, scores.replicates(0), scores.halves()  # computed when asked for
@@ -167,15 +182,15 @@ def run_kind(file: str, change: Any, read: Callable[[Sandbox], None] = go_on, we
 
 
 def report_kind(file: str) -> Kind:
-    """Lines that tell nothing are left out of the figures."""
-    lines = file.endswith(".jsonl")
-    change = changed_lines if lines else changed_json
-    return run_kind(file, change, report_undrawn, 0.2, name=f"report of {file}", never_refused=lines)
+    """Lines that tell nothing are left out of the figures, and the configuration is shown as it is."""
+    change = {".json": changed_json, ".jsonl": changed_lines, ".yaml": spoiled}[Path(file).suffix]
+    shown = not file.endswith(".json")
+    return run_kind(file, change, report_undrawn, 0.2, name=f"report of {file}", never_refused=shown)
 
 
 REPORTED = (
-    *("layer_importance.json", "metrics.jsonl", "unit_importance.jsonl", "unit_movement.jsonl"),
-    *("evaluation.json", "summary.json", "expanded/expansion.json"),
+    *("layer_importance.json", "metrics.jsonl", "unit_importance.jsonl", "unit_movement.jsonl", "layer_methods.json"),
+    *("evaluation.json", "summary.json", "expanded/expansion.json", "config.yaml"),
 )
 
 KINDS = [
@@ -194,6 +209,8 @@ KINDS = [
     run_kind("expanded/expansion.json", changed_json),
     run_kind("expanded/base_files.json", changed_json),
     run_kind("checkpoints/step_4/manifest.json", changed_json, weight=0.2),
+    run_kind("checkpoints/latest", spoiled, export, messages=1),
+    *(run_kind(f"checkpoints/step_4/{file}", spoiled, export, 0.2) for file in DEEPSPEED_FILES),
     run_kind("cache/digests.json", changed_json, never_refused=True),
     file_kind("digests.json", changed_json, use_digests, name="digests", never_refused=True),
     file_kind("manifest.json", changed_json, cached("manifest.json"), name="tokens", weight=0.2, never_refused=True),

@@ -50,7 +50,9 @@ _CHANGES: dict[str, dict[int, int | None]] = {
 }
 """Audit event -> which of its arguments are paths of something that changes, and which the directory they begin at."""
 
-_NETWORK = {"socket.connect", "socket.sendto", "socket.sendmsg", "socket.getaddrinfo", "socket.gethostbyname"}
+_NETWORK = dict.fromkeys(("socket.connect", "socket.sendto", "socket.sendmsg"), 1)
+_NETWORK |= dict.fromkeys(("socket.getaddrinfo", "socket.gethostbyname"), 0)
+"""Audit event -> which of its arguments is the address: of a socket within this host, a text."""
 
 
 class FaultError(BaseException):
@@ -75,8 +77,10 @@ class _Watch:
             for position, of_folder in _CHANGES[event].items():
                 folder = -1 if of_folder is None else arguments[of_folder]
                 self._check_place(arguments[position], event, folder)
-        elif event in _NETWORK and not isinstance(arguments[1], str | bytes):  # which is a socket of this host
-            self._fail(f"the network: {event} {arguments[1:]}")
+        elif event in _NETWORK:
+            address = arguments[_NETWORK[event]]
+            if event != "socket.connect" or not isinstance(address, str | bytes):
+                self._fail(f"the network: {event} {address!r}")
         elif event == "pickle.find_class":
             self._fail(f"unpickled {arguments[0]}.{arguments[1]}")
         elif event in ("os.system", "os.exec", "os.posix_spawn"):
