@@ -56,7 +56,8 @@ def resolve(config: Config, purpose: Purpose, num_ranks: int = 1) -> ResolvedCon
         InputError: one line naming the key, the value and the remedy.
     """
     model = ModelDirectory.resolve("model", config.model)
-    check_num_copies(config, model)
+    if purpose not in ("eval", "export"):  # which choose no layers
+        check_num_copies(config, model)
     trains, reference = purpose in ("run", "train"), None
     for key, corpus in corpora_read(config, purpose).items():
         check_files(key, corpus)

@@ -249,3 +249,9 @@ def test_an_empty_directory_is_taken(tmp_path: Path) -> None:
     assert check_output(tmp_path / "out", "expand", {}) == []
     write(tmp_path / "out")
     shutil.rmtree(tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "a/" * 3000], ids=["component", "path"])
+def test_an_input_that_no_file_can_be_called_is_blamed_itself(tmp_path: Path, name: str) -> None:
+    with pytest.raises(InputError, match=r"^MODEL: '.*' cannot be read \(File name too long\)"):
+        check_output(tmp_path / "out", "expand", {"MODEL": Path(name)})

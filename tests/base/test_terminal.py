@@ -77,3 +77,13 @@ def test_a_muted_terminal_says_only_what_it_is_asked_for() -> None:
         bar(0.5, "half")
     terminal.say('{"json": 1}')
     assert out.getvalue() == '{"json": 1}\n'
+
+
+def test_a_name_that_is_no_text_is_said_all_the_same() -> None:
+    """As Python has the name of a file that is Latin-1 on the disk; and on a terminal that knows ASCII alone."""
+    for encoding, shown in (("utf-8", "caf\\udce9 \u00e9\n"), ("ascii", "caf\\udce9 \\xe9\n")):
+        out = io.BytesIO()
+        stream = io.TextIOWrapper(out, encoding=encoding)
+        Terminal(stream).say("caf\udce9 \u00e9")
+        stream.flush()
+        assert out.getvalue().decode(encoding) == shown

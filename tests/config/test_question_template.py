@@ -79,7 +79,22 @@ def test_a_template_with_a_mistake_is_refused_with_the_configuration(template: s
     assert word in str(caught.value)
 
 
-@pytest.mark.parametrize("template", ["{{ choices[7] }}", "{{ question.__class__ }}", "{{ choices.append(1) }}"])
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ choices[7] }}",
+        "{{ choices.append(1) }}",
+        "{{ question.__class__ }}",
+        "{{ question.__class__.__base__.__subclasses__() }}",
+        "{{ question | attr('__class__') }}",
+        "{{ question['__class__'] }}",
+        "{{ '{0.__class__}'.format(question) }}",
+        "{{ ('{0.__class__}' | format(question)) ~ question.format_map.__self__ }}",
+        "{{ question }}{{ cycler.__init__.__globals__.os }}",
+        "{{ question }}{% include '/etc/passwd' %}",
+        "{{ question }}{% import 'os' as os %}",
+    ],
+)
 def test_a_template_that_fails_on_a_record_says_so_and_reaches_nothing_else(template: str) -> None:
     _configured(template)
     with pytest.raises(ValueError, match=r"^data\.question_template fails on it: "):

@@ -171,3 +171,16 @@ def test_everything_is_looked_up_once(workspace: Workspace, tmp_path: Path) -> N
     shape = StepShape(12, 2, resolved.accumulation_steps)
     zero = training_ds_config(engines, shape)["zero_optimization"]
     assert zero == {"stage": 1, "reduce_bucket_size": 77}
+
+
+@pytest.mark.parametrize(("purpose", "asks"), [("eval", False), ("export", False), ("probe", True), ("expand", True)])
+def test_how_many_layers_there_are_matters_where_layers_are_chosen(
+    workspace: Workspace, tmp_path: Path, purpose: Purpose, asks: bool
+) -> None:
+    """`adept eval MODEL` on two layers is no complaint about the four that other commands would copy."""
+    config = parse_config(workspace.tree(tmp_path / "run", expand={"k": 6}))
+    if not asks:
+        resolve(config, purpose)
+        return
+    with pytest.raises(InputError, match=r"^expand\.k: 6 is more than the 5 layers"):
+        resolve(config, purpose)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -102,3 +103,26 @@ def test_a_damaged_file_is_refused_with_the_way_out(tmp_path: Path) -> None:
         path.write_bytes(damaged)
         with pytest.raises(InputError, match=r"layer_scores\.safetensors' is damaged .*probed again"):
             LayerScores.load(path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"losses": np.ones((5, 1))},
+        {"losses": np.array([1.0, np.nan, 1.0, 1.0, 1.0])},
+        {"tokens": np.zeros(5)},
+        {"tokens": np.ones(4)},
+        {"sources": np.zeros(5)},
+        {"sources": np.full(5, 3)},
+        {"weights": np.array([-1.0])},
+        {"scores": np.zeros((4, 6))},
+        {"scores": np.zeros(5)},
+        {"scores": np.zeros((5, 6), dtype=np.int64)},
+    ],
+    ids=lambda change: "-".join(f"{name}-{array.dtype}{array.shape}" for name, array in change.items()),
+)
+def test_arrays_that_do_not_fit_each_other_are_damage(tmp_path: Path, change: dict[str, Any]) -> None:
+    path = tmp_path / "layer_scores.safetensors"
+    dataclasses.replace(made_up("mask", (5,), (1.0,)), **change).save(path)
+    with pytest.raises(InputError, match=r"layer_scores\.safetensors' is damaged .*probed again"):
+        LayerScores.load(path)

@@ -4,10 +4,23 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
-from harness.made_up_run import figures, make_run, page_of, refresh_line, step_line, words, write_lines
+from harness.made_up_run import (
+    figures,
+    interval,
+    make_run,
+    moved,
+    page_of,
+    refresh_line,
+    step_line,
+    words,
+    write_lines,
+)
+from harness.spoiling import put
 
 from adept_ds.base.errors import InputError
 from adept_ds.base.files import read_json_lines
@@ -74,3 +87,61 @@ def keys_of(path: Path) -> set[frozenset[str]]:
     """Of the lines of a file, and of the units in them."""
     lines = read_json_lines(path)
     return {frozenset(record) for line in lines for record in (line, *line["units"])}
+
+
+DAMAGED = [
+    ("layer_importance.json", ["layers"], [None]),
+    ("layer_importance.json", ["layers", 0, "delta"], "0.5"),
+    ("layer_importance.json", ["layers", 0, "delta"], None),
+    ("layer_importance.json", ["layers", 0, "index"], 10**9),
+    ("layer_importance.json", ["layers", 0, "standard_error"], {}),
+    ("layer_importance.json", ["selected"], ["a"]),
+    ("layer_importance.json", ["selection"], "knee"),
+    ("layer_importance.json", ["stability"], {"against": ["halves"]}),
+    ("evaluation.json", ["base"], ""),
+    ("evaluation.json", ["base", "general"], -2),
+    ("evaluation.json", ["adapted", "domain", "loss"], "low"),
+    ("summary.json", ["total_parameters"], "many"),
+    ("summary.json", ["tokens"], 10**400),
+    ("summary.json", ["peak_memory_bytes"], ["3"]),
+    ("expanded/expansion.json", ["copies", 0], {"source": 12}),
+    ("expanded/expansion.json", ["source_layers"], 10**9),
+    ("layer_methods.json", ["methods"], {"mask": {"deltas": "all"}}),
+    ("layer_methods.json", ["spearman"], {"mask": "high"}),
+]
+
+
+@pytest.mark.parametrize(("name", "keys", "value"), DAMAGED, ids=lambda part: str(part)[:40])
+def test_a_record_with_values_of_other_types_is_named(tmp_path: Path, name: str, keys: Any, value: Any) -> None:
+    run_dir = make_run(tmp_path / "run")
+    (run_dir / "layer_methods.json").write_text("{}")
+    put(name, *keys, value=value)(run_dir)
+    with pytest.raises(InputError, match=rf"{re.escape(name)}: .*; put it aside, then: adept run CONFIG"):
+        write_report(run_dir)
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("metrics.jsonl", {"step": 10**400, "loss": 1.0}),
+        ("metrics.jsonl", {"step": 101, "eval": {"general": 3}}),
+        ("unit_importance.jsonl", {"step": 101, "units": 3}),
+        ("unit_importance.jsonl", {"step": 101, "units": [{"unit": 0.5, "multiplier": 1.0}]}),
+        ("unit_importance.jsonl", {"step": 101, "units": [{"unit": "a", "multiplier": "1"}]}),
+        ("unit_movement.jsonl", {"step": 101, "since": 100, "units": "all"}),
+        ("unit_movement.jsonl", interval(100, 101, moved("a", 10**400, 1.0, 1.0))),
+    ],
+    ids=lambda part: str(part)[:50],
+)
+def test_a_line_with_values_of_other_types_is_left_out(tmp_path: Path, page: str, name: str, line: Any) -> None:
+    run_dir = make_run(tmp_path / "run")
+    with (run_dir / name).open("a") as file:
+        file.write(json.dumps(line) + "\n")
+    assert words(page_of(run_dir)) == words(page)
+
+
+@pytest.mark.parametrize("text", ["a: 2020-13-45", "[" * 3000, "a: !!bool 7", "a: &a [*a]", "- 1", "\x00", "model: [b"])
+def test_a_configuration_that_is_none_costs_only_the_name(tmp_path: Path, text: str) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 9.0}\n')
+    (tmp_path / "config.yaml").write_text(text)
+    assert "ADEPT run: unnamed model" in words(page_of(tmp_path))
