@@ -106,6 +106,9 @@ def read_object(path: Path) -> dict[str, Any]:
     """Raises `InputError`: the file cannot be read or holds no JSON object."""
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
+        json.dumps(tree, ensure_ascii=False).encode()  # what JSON can spell and no library takes
+    except UnicodeEncodeError:
+        raise damaged(path, "half a character, \\ud800 to \\udfff") from None
     except (OSError, ValueError, RecursionError) as error:
         raise damaged(path, error) from None
     if not isinstance(tree, dict):

@@ -105,6 +105,8 @@ DAMAGED: list[tuple[str, str, Callable[[Path], Any]]] = [
     ("json", "tokenizer_config.json", text("tokenizer_config.json", '{"added_tokens_decoder": {"x": {}}}')),
     ("sentencepiece", "tokenizer_config.json", text("added_tokens.json", '{"a": -1}')),
     ("sentencepiece", "added_tokens.json", text("added_tokens.json", "{" * 100_000)),
+    ("json", "added_tokens.json", text("added_tokens.json", r'{"\ud83d<extra>": 355}')),
+    ("json", "special_tokens_map.json", text("special_tokens_map.json", r'{"bos_token": "\ud83d"}')),
 ]
 
 
