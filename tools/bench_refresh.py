@@ -35,6 +35,7 @@ from adept_ds.config.deepspeed import check_deepspeed_file
 from adept_ds.models.device import resolve_precision
 from adept_ds.models.directory import ModelDirectory
 from adept_ds.models.frozen_prefix import FrozenPrefix
+from adept_ds.models.loading import layers_train
 from adept_ds.ranks.collectives import Ranks
 from adept_ds.ranks.groups import join, leave
 from adept_ds.ranks.launchers import rank_from_environment
@@ -144,7 +145,7 @@ def run_rank(arguments: argparse.Namespace) -> None:
     model = ModelDirectory.read(arguments.model)
     blocks = packed_corpus(arguments.corpus, arguments.model, SEQ_LEN, arguments.cache, ranks)
     settings = EngineSettings(check_deepspeed_file(None), resolve_precision("auto"), ranks)
-    engine = build_training_engine(settings, model, layers)
+    engine = build_training_engine(settings, model, layers_train(model.family, layers))
     registry = build_registry(model.family, parameter_shapes(engine.module), layers, config=engine.module.config)
     batches = GradientBatches(blocks, tuple(range(arguments.blocks)), arguments.blocks, MICRO_BATCH)
     estimate = Estimate(engine, registry, batches, ranks)

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from adept_ds.models.directory import ModelDirectory
+from adept_ds.models.loading import layers_train
 from adept_ds.ranks.groups import join, leave
 from adept_ds.ranks.launchers import rank_from_environment
 from adept_ds.units.adamw import UnitAdamW
@@ -48,7 +49,7 @@ def build_bare(settings: EngineSettings, model: ModelDirectory) -> Engine:
     def optimizer(parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
         return torch.optim.AdamW(parameters, lr=1e-4, fused=True)
 
-    return build_training_engine(settings, model, range(LAYERS), optimizer, ONE_SEQUENCE)
+    return build_training_engine(settings, model, layers_train(model.family, range(LAYERS)), optimizer, ONE_SEQUENCE)
 
 
 def build_unit_wise(settings: EngineSettings, model: ModelDirectory, granularity: Granularity) -> tuple[Engine, UnitLR]:
@@ -57,7 +58,7 @@ def build_unit_wise(settings: EngineSettings, model: ModelDirectory, granularity
     def optimizer(parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
         return UnitAdamW(parameters, lr=1e-4)
 
-    engine = build_training_engine(settings, model, range(LAYERS), optimizer, ONE_SEQUENCE)
+    engine = build_training_engine(settings, model, layers_train(model.family, range(LAYERS)), optimizer, ONE_SEQUENCE)
     shapes = parameter_shapes(engine.module)
     registry = build_registry(model.family, shapes, range(LAYERS), granularity, engine.module.config)
     units = UnitLR(engine, registry, ranks=settings.ranks)

@@ -20,7 +20,8 @@ from safetensors.torch import save_file
 from adept_ds.base.errors import EXIT_BAD_INPUT, InputError
 from adept_ds.base.files import sync
 from adept_ds.base.outputs import check_new_file
-from adept_ds.weights.export import export_checkpoint, read_zero_checkpoint
+from adept_ds.run.export import export_learned
+from adept_ds.weights.export import read_zero_checkpoint
 
 
 def convert(checkpoint: Path, out: Path, base: Path | None, dtype: str, *, overwrite: bool = False) -> str:
@@ -35,7 +36,7 @@ def convert(checkpoint: Path, out: Path, base: Path | None, dtype: str, *, overw
     if not checkpoint.is_dir():
         raise InputError(f"'{checkpoint}' does not exist; give a checkpoint directory such as run/checkpoints/step_100")
     if base is not None:
-        trained = export_checkpoint(base, checkpoint, out, dtype, overwrite=overwrite)
+        trained = export_learned(base, checkpoint, out, dtype, overwrite=overwrite)
         return f"{trained} trained tensors; model in {out}"
     if out.suffix != ".safetensors":
         raise InputError(f"'{out}' is no .safetensors file; name one, or give --base for a Hugging Face directory")
@@ -56,7 +57,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path, help="a DeepSpeed checkpoint: its tag, or the directory above it")
     parser.add_argument("out", type=Path, help="Hugging Face directory (with --base), or a .safetensors file")
-    parser.add_argument("--base", type=Path, help="the expanded model that training started from")
+    parser.add_argument("--base", type=Path, help="the model that training started from: expanded, or the base")
     parser.add_argument("--dtype", choices=["source", "float32", "bfloat16"], default="source")
     parser.add_argument("--overwrite", action="store_true", help="replace the directory of an earlier export")
     arguments = parser.parse_args()

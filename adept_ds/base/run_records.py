@@ -51,6 +51,10 @@ class RunSummary(Record):
     tokens: NonNegativeInt | None = None
     seconds: NonNegativeFloat | None = None
     tokens_per_second: NonNegativeFloat | None = None
+    preparation_seconds: NonNegativeFloat | None = None
+    """What the method computed before the first step."""
+    overhead_seconds: NonNegativeFloat | None = None
+    """That, and refreshes."""
 
     @classmethod
     def remedy(cls) -> str:

@@ -123,21 +123,25 @@ def evaluate(
 def export(
     checkpoint: Path,
     out: OutArg,
-    base: Annotated[Path | None, typer.Option(help="expanded model it was trained from (with CHECKPOINT)")] = None,
+    base: Annotated[
+        Path | None, typer.Option(help="model it was trained from (with CHECKPOINT)")
+    ] = None,
     dtype: Annotated[str, typer.Option(help="source, float32 or bfloat16 (with CHECKPOINT)")] = "source",
     overwrite: OverwriteOption = False,
 ) -> None:
     if base is None:
-        raise InputError("--base is missing; give the expanded model that the checkpoint was trained from")
+        raise InputError(
+            "--base is missing; give what the checkpoint was trained from: run_dir/expanded, or the base"
+        )
     if dtype not in ("source", "float32", "bfloat16"):
         raise InputError(f"--dtype: '{dtype}' is not possible; use source, float32 or bfloat16")
     check_model_dir("--base", base)
     check_output(out, "export", {"CHECKPOINT": checkpoint, "--base": base}, overwrite=overwrite)  # before torch
     with quiet_session() as terminal:
-        from adept_ds.weights.export import export_checkpoint
+        from adept_ds.run.export import export_learned
 
         with terminal.progress("exporting") as bar:
-            trained = export_checkpoint(base, checkpoint, out, dtype, bar, overwrite=overwrite)
+            trained = export_learned(base, checkpoint, out, dtype, bar, overwrite=overwrite)
         terminal.say(f"{trained} trained tensors; model in {out}")
 
 

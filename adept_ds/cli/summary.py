@@ -11,6 +11,7 @@ from adept_ds.base.run_dir import RunDirectory, checkpoint_steps
 from adept_ds.base.run_records import Evaluation, RunSummary
 from adept_ds.base.terminal import Terminal
 from adept_ds.config.resolved import ResolvedConfig
+from adept_ds.methods.shape import method_of
 from adept_ds.weights.expansion import Expansion
 
 if TYPE_CHECKING:
@@ -40,14 +41,20 @@ def print_summary(run_dir: RunDirectory, terminal: Terminal) -> None:
     """The end of `adept run`: losses before and after, what was trained, how fast, and where everything lies."""
     if run_dir.evaluation.is_file():
         print_losses(Evaluation.load(run_dir.evaluation).to_json(), terminal)
-    summary, expansion = RunSummary.load(run_dir.summary), Expansion.read(run_dir.expanded)
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    layers = ", ".join(map(str, expansion.source_indices)) + f" (of {expansion.source_layers})"
-    rows = {"layers copied": layers} | _numbers_of(summary)
+    rows = _copies_of(run_dir) | _numbers_of(RunSummary.load(run_dir.summary))
     rows |= {"checkpoint": escape(str(run_dir.export)), "report": escape(str(run_dir.report))}
     for name, value in rows.items():
         table.add_row(f"[bold]{name}[/]", value)
     terminal.console.print(table)
+
+
+def _copies_of(run_dir: RunDirectory) -> dict[str, str]:
+    """Where layers were copied."""
+    if not run_dir.expansion.is_file():
+        return {}
+    expansion = Expansion.read(run_dir.expanded)
+    return {"layers copied": ", ".join(map(str, expansion.source_indices)) + f" (of {expansion.source_layers})"}
 
 
 def _numbers_of(summary: RunSummary) -> dict[str, str]:
@@ -113,19 +120,23 @@ def describe_plan(settings: ResolvedConfig) -> list[str]:
     """A line per stage of what `adept run` would do in this run directory."""
     config, run_dir = settings.config, settings.run_dir
     steps = checkpoint_steps(run_dir.checkpoints)
-    expand = config.expand
-    if expand.needs_probe:
+    expand, method = config.expand, method_of(config)
+    if not method.chooses_layers:
+        probe = "every layer trains: no probe"
+    elif expand.needs_probe:
         probe = f"probe {config.probe.sequences} sequences of {config.probe.seq_len} tokens"
         how_many = f"as many layers as rule {expand.rule} says" if expand.k == "auto" else f"{expand.num_copies} layers"
         probe += f", choose {how_many}" + (f" ({expand.choose})" if expand.choose != "lowest" else "")
     else:
         which = expand.layers if expand.layers is not None else f"{expand.num_copies}, {expand.choose}"
         probe = f"layers {which} are given: no probe"
+    copies = f"write {run_dir.expanded} (kept while its inputs are unchanged)"
+    made = copies if method.starts_from == "expanded" else f"method {method.name}: the model itself trains"
     start = f"resume after step {steps[-1]}" if steps else "train"
     tokens = config.train.steps * config.train.global_batch_size * config.data.seq_len
     return [
         f"# 1. {probe}",
-        f"# 2. write {run_dir.expanded} (kept while its inputs are unchanged)",
+        f"# 2. {made}",
         f"# 3. {start} to step {config.train.steps} ({tokens:,} tokens in all)",
         f"# 4. export to {run_dir.export}, evaluate, write {run_dir.report}",
     ]

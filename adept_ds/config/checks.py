@@ -10,8 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from adept_ds.base.errors import InputError
+from adept_ds.config.corpus_entries import CorpusFiles, corpus_sources
 from adept_ds.config.corpus_files import find_files
-from adept_ds.config.schema import Config, CorpusFiles, TrainSection, corpus_sources
+from adept_ds.config.schema import Config
+from adept_ds.config.train_sections import TrainSection
 from adept_ds.models.directory import ModelDirectory
 
 

@@ -14,7 +14,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from adept_ds.config.schema import ALTERNATIVES, Config, Section
+from adept_ds.config.schema import Config
+from adept_ds.config.section import Section, is_alternative
 from adept_ds.config.yaml_text import read_scalar
 
 _SHOULD_BE = "Input should be "
@@ -87,7 +88,7 @@ def shown(value: Any) -> str:
 def _mistake(details: Any) -> Mistake:
     expected = _EXPECTED.get(details["type"])
     message = _SHOULD_BE + expected if expected else details["msg"].removeprefix("Value error, ")
-    location = tuple(part for part in details["loc"] if part not in ALTERNATIVES)
+    location = tuple(part for part in details["loc"] if not is_alternative(part))
     return Mistake(location, details["type"], message, details["input"])
 
 
@@ -121,21 +122,20 @@ def _section_type(annotation: Any) -> type[Section] | None:
     return annotation if isinstance(annotation, type) and issubclass(annotation, Section) else None
 
 
-def _section_within(annotation: Any) -> type[Section] | None:
-    """Also one that is an item of a list, or one of several alternatives."""
-    nested = (_section_within(argument) for argument in typing.get_args(annotation))
-    return _section_type(annotation) or next((section for section in nested if section), None)
+def _sections_within(annotation: Any) -> list[type[Section]]:
+    """Also those that are items of a list, or alternatives."""
+    section = _section_type(annotation)
+    if section is not None:
+        return [section]
+    return [found for argument in typing.get_args(annotation) for found in _sections_within(argument)]
 
 
 def _fields_at(location: list[str]) -> list[str]:
-    section: type[Section] = Config
+    sections: list[type[Section]] = [Config]
     for part in location:
-        field = section.model_fields.get(part)
-        child = _section_within(field.annotation) if field else None
-        if child is None:
-            return []
-        section = child
-    return list(section.model_fields)
+        fields = [section.model_fields[part] for section in sections if part in section.model_fields]
+        sections = [child for field in fields for child in _sections_within(field.annotation)]
+    return list(dict.fromkeys(key for section in sections for key in section.model_fields))
 
 
 def _all_keys(section: type[Section], prefix: str = "") -> list[str]:

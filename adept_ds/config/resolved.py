@@ -19,8 +19,10 @@ from adept_ds.config.checks import (
     check_replay,
     check_same_architecture,
 )
+from adept_ds.config.corpus_entries import CorpusFiles
 from adept_ds.config.deepspeed import check_deepspeed_file
-from adept_ds.config.schema import Config, CorpusFiles, Stability
+from adept_ds.config.layer_sections import Stability
+from adept_ds.config.schema import Config
 from adept_ds.models.directory import ModelDirectory
 from adept_ds.models.tokenizer_files import check_tokenizer
 
@@ -56,12 +58,12 @@ def resolve(config: Config, purpose: Purpose, num_ranks: int = 1) -> ResolvedCon
         InputError: one line naming the key, the value and the remedy.
     """
     model = ModelDirectory.resolve("model", config.model)
-    if purpose not in ("eval", "export"):  # which choose no layers
+    if purpose not in ("eval", "export") and config.method.chooses_layers:
         check_num_copies(config, model)
     trains, reference = purpose in ("run", "train"), None
     for key, corpus in corpora_read(config, purpose).items():
         check_files(key, corpus)
-    if purpose == "probe" or (trains and config.expand.needs_probe):
+    if purpose == "probe" or (trains and config.needs_probe):
         reference = _reference_model(config, model)
     if purpose not in ("expand", "export"):
         check_tokenizer(model, config.data.bos, _seq_lens(config, purpose))
@@ -72,14 +74,9 @@ def resolve(config: Config, purpose: Purpose, num_ranks: int = 1) -> ResolvedCon
     return ResolvedConfig(config, RunDirectory(config.run_dir), model, reference, deepspeed, accumulation)
 
 
-def _refreshes_on_corpus(config: Config) -> bool:
-    """Whether training estimates importances on `probe.corpus`."""
-    return config.lr_policy.map != "constant" and config.importance.source == "corpus"
-
-
 def _seq_lens(config: Config, purpose: Purpose) -> dict[str, int]:
     """Tokens of the sequences that the model is given, by key."""
-    probes = purpose != "eval" and (purpose == "probe" or config.expand.needs_probe or _refreshes_on_corpus(config))
+    probes = purpose != "eval" and (purpose == "probe" or config.needs_probe or config.reads_general_text)
     lengths = {"data.seq_len": config.data.seq_len} if purpose != "probe" else {}
     return lengths | ({"probe.seq_len": config.probe.seq_len} if probes else {})
 
@@ -87,9 +84,9 @@ def _seq_lens(config: Config, purpose: Purpose) -> dict[str, int]:
 def corpora_read(config: Config, purpose: Purpose) -> dict[str, Sequence[Path | CorpusFiles]]:
     """What is read, by key; one that is needed but not given is empty."""
     data, stability, trains = config.data, config.probe.stability, purpose in ("run", "train")
-    probes = purpose == "probe" or (trains and config.expand.needs_probe)
+    probes = purpose == "probe" or (trains and config.needs_probe)
     needed: dict[str, Sequence[Path | CorpusFiles]] = {}
-    if probes or (trains and _refreshes_on_corpus(config)):
+    if probes or (trains and config.reads_general_text):
         needed["probe.corpus"] = config.probe.corpus
     if probes and isinstance(stability, Stability) and stability.corpus is not None:
         needed["probe.stability.corpus"] = stability.corpus

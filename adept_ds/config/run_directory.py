@@ -8,7 +8,9 @@ from pathlib import Path
 from adept_ds.base.errors import InputError
 from adept_ds.base.outputs import check_apart, lies_in
 from adept_ds.base.run_dir import RunDirectory
-from adept_ds.config.schema import Config, CorpusFiles, Stability, corpus_sources
+from adept_ds.config.corpus_entries import CorpusFiles, corpus_sources
+from adept_ds.config.layer_sections import Stability
+from adept_ds.config.schema import Config
 
 _REMEDY = "give a directory of its own, such as runs/first"
 

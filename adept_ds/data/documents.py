@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from adept_ds.base.errors import InputError
+from adept_ds.config.corpus_entries import CorpusFiles, Format, corpus_sources
 from adept_ds.config.corpus_files import find_files
-from adept_ds.config.schema import CorpusFiles, DataSection, Format, corpus_sources
+from adept_ds.config.data_section import DataSection
 from adept_ds.data.formats import WORDS, Found, format_of
 from adept_ds.data.open_files import BUFFER_BYTES, open_bytes
 from adept_ds.data.pieces import Piece, cut_document, pieces_of

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from adept_ds.base.errors import InputError
+from adept_ds.config.corpus_entries import Format
 from adept_ds.config.corpus_files import DATASET_SPLITS, is_dataset
-from adept_ds.config.schema import Format
 from adept_ds.data.open_files import BOM, open_bytes
 from adept_ds.data.record_text import NotJsonError, parse_json
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from adept_ds.config.schema import TrainSection
+from adept_ds.config.train_sections import TrainSection
 from adept_ds.data.blocks import Batch
 
 

@@ -140,10 +140,11 @@ def _check_outside(model: ModelDirectory, tensors: Mapping[str, TensorEntry]) ->
     for name in family.outside:
         if _find(tensors, name) is None:
             raise _missing(model, name)
-    head = _find(tensors, family.head)
+    heads = (family.head, *(f"{path}.weight" for path in family.stored_as.get(module_path(family.head), ())))
+    head = next(filter(None, (_find(tensors, name) for name in heads)), None)
     if config.get("tie_word_embeddings") is False and head is None:
         raise InputError(
-            f"model: '{model.path}' lacks '{family.head}', but config.json says tie_word_embeddings=false; {SAVE_AGAIN}"
+            f"model: '{model.path}' lacks '{heads[-1]}', but config.json says tie_word_embeddings=false; {SAVE_AGAIN}"
         )
     rows = config.get("vocab_size")
     for name in filter(None, (_find(tensors, family.outside[0]), head)):

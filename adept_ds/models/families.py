@@ -61,7 +61,7 @@ class Family:
     outside: tuple[str, ...] = ("model.embed_tokens.weight", "model.norm.weight")
     """Parameters outside the layers; the first is the embedding, a row per token."""
     head: str = "lm_head.weight"
-    """The output head; it need not be in a file where it is tied to the embedding."""
+    """The weight of the output head; where it is tied to the embedding, it need not be in a file."""
     silent: float = 0.0
     """The value of `residual_writers` with which they write nothing."""
     transposed: bool = False
@@ -80,8 +80,9 @@ class Family:
     experts_per_token_key: str | None = None
     """Configuration key that says how many experts of a stack each token passes."""
     stored_as: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """Parameters that checkpoints hold under other names: path in the model -> paths in the file. With a `*`, the
-    number of an expert, whose matrices are stacked in the model, one below the other."""
+    """Parameters that checkpoints hold under other names: path in the model -> paths in the file; relative to a decoder
+    layer inside of them. With a `*`, the number of an expert, whose matrices are stacked in the model, one below the
+    other."""
     logits_divisor_key: str | None = None
     """Configuration key by which logits are divided."""
     logits_cap_key: str | None = None
@@ -132,13 +133,12 @@ class Family:
             if name in stored:
                 return [[name]]
         place = self.split_name(parameter)
-        patterns = self.stored_as.get(module_path(place[1]), ()) if place else ()
-        if not place or not patterns:
-            raise KeyError(parameter)
-        suffix = ".weight"
-        names = [f"{self.layers}.{place[0]}.{pattern}{suffix}" for pattern in patterns]
-        if "*" not in patterns[0]:
+        prefix, inner = (f"{self.layers}.{place[0]}.", place[1]) if place else ("", parameter)
+        names = [f"{prefix}{path}.weight" for path in self.stored_as.get(module_path(inner), ())]
+        if names and all(name in stored for name in names):
             return [names]
+        if not names or "*" not in names[0]:
+            raise KeyError(parameter)
         experts: list[list[str]] = []
         while (found := [name.replace("*", str(len(experts))) for name in names])[0] in stored:
             experts.append(found)

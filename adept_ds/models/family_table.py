@@ -138,7 +138,7 @@ _GPT_NEOX = Family(
     },
     norms=_PRE_NORMS,
     outside=("gpt_neox.embed_in.weight", "gpt_neox.final_layer_norm.weight", "gpt_neox.final_layer_norm.bias"),
-    head="embed_out.weight",
+    stored_as={"lm_head": ("embed_out",)},
 )
 
 

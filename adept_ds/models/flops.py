@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from adept_ds.models.device import synchronize
-from adept_ds.models.families import Family
+from adept_ds.models.families import Family, module_path
 
 
 @dataclass(frozen=True)
@@ -22,9 +22,10 @@ class StepFlops:
 
     forward: float
     backward_inputs: float
-    """Gradients with respect to activations: the layers from the lowest trainable one up, and the head."""
+    """Gradients with respect to activations: the layers from the lowest trainable one up (all, where the embedding
+    trains), and the head."""
     backward_weights: float
-    """Gradients with respect to trainable weights."""
+    """Gradients with respect to trainable weights of layers (adapters inside them too) and of the head."""
 
     @property
     def total(self) -> float:
@@ -32,12 +33,17 @@ class StepFlops:
 
 
 def count_step_flops(model: torch.nn.Module, family: Family, seq_len: int) -> StepFlops:
-    """2 operations per weight that a token passes in a matrix product; attention scores 4 * seq_len * dim per layer."""
+    """2 operations per weight that a token passes in a matrix product; attention scores 4 * seq_len * dim per layer.
+
+    The embedding's lookup and its gradient are no products and count as nothing, the final norm neither.
+    """
     config: Any = model.config
     attention = 4.0 * seq_len * config.hidden_size / 2  # causal: half of the scores
     head = 2.0 * config.hidden_size * config.vocab_size
-    forward, backward_inputs, backward_weights = head, head, 0.0
-    reached = False
+    output: Any = model.get_output_embeddings()  # type: ignore[operator]
+    forward, backward_inputs = head, head
+    backward_weights = head if output.weight.requires_grad else 0.0
+    reached = _trains_below_layers(model, family)
     for layer in family.layer_modules(model):
         sizes = [(p.requires_grad, _passed_weights(p, config, family)) for p in layer.parameters()]
         weights = 2.0 * sum(size for _, size in sizes)
@@ -48,6 +54,16 @@ def count_step_flops(model: torch.nn.Module, family: Family, seq_len: int) -> St
             backward_inputs += weights + 2 * attention
         backward_weights += trainable
     return StepFlops(forward, backward_inputs, backward_weights)
+
+
+def _trains_below_layers(model: torch.nn.Module, family: Family) -> bool:
+    """Whether an embedding, of tokens or of positions, is trained: all that is outside, but a norm or the head."""
+    head = module_path(family.head)
+    return any(
+        parameter.requires_grad and len(getattr(parameter, "ds_shape", parameter.shape)) > 1
+        for name, parameter in model.named_parameters()
+        if family.split_name(name) is None and not name.startswith(f"{head}.")
+    )
 
 
 def _passed_weights(parameter: torch.Tensor, config: Any, family: Family) -> float:

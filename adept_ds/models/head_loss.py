@@ -1,13 +1,15 @@
 """Next-token loss without ever holding the logits of a whole batch.
 
-The output head is frozen here, so the gradient with respect to the hidden states can be computed together with the
-loss, chunk by chunk: the same arithmetic as a plain backward, but one chunk of logits in memory instead of several
-copies of all of them, and under ZeRO-3 the head is gathered once.
+Gradients are computed together with the loss, chunk by chunk: the same arithmetic as a plain backward, but one chunk of
+logits in memory instead of several copies of all of them, and under ZeRO-3 the head is gathered once. A head that
+trains gets the gradient of its weight from the same chunks, which costs one more matrix product and, until the backward
+pass, a float32 copy of the weight; a frozen one costs nothing.
 """
 
 from __future__ import annotations
 
 import types
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,6 +27,9 @@ class _HeadLoss(torch.autograd.Function):
 
     hidden [rows, tokens, dim], labels [rows, tokens], weight [vocab, dim], bias [vocab] or None -> [rows] float32.
     Logits are what the head says divided by `divisor`, and with a cap, c tanh(logits / c).
+
+    Gradients of weight and bias are sums over rows that were formed before it is known how much each row counts: rows
+    must count alike, as in any sum or mean of them. Where they do not, both become NaN.
     """
 
     @staticmethod
@@ -39,39 +44,95 @@ class _HeadLoss(torch.autograd.Function):
     ) -> torch.Tensor:
         rows, tokens, dim = hidden.shape
         flat_hidden, flat_labels = hidden.reshape(-1, dim), labels.reshape(-1)
-        needs_grad = hidden.requires_grad
         losses = torch.empty(rows * tokens, dtype=torch.float32, device=hidden.device)
-        grad = torch.empty_like(flat_hidden) if needs_grad else None
+        gradients = _Gradients.wanted(ctx.needs_input_grad, flat_hidden, weight, bias)
         step = max(1, _CHUNK_ELEMENTS // weight.shape[0])
         for start in range(0, rows * tokens, step):
             chunk = slice(start, start + step)
-            logits = F.linear(flat_hidden[chunk], weight, bias).float()
-            if divisor != 1:
-                logits = logits / divisor
-            if cap is not None:
-                saturation = torch.tanh(logits / cap)
-                logits = saturation * cap
+            logits, saturation = _logits(flat_hidden[chunk], weight, bias, divisor, cap)
             target = flat_labels[chunk]
             log_normaliser = torch.logsumexp(logits, dim=-1)
             counted = target != IGNORED_LABEL
             index = target.clamp_min(0).unsqueeze(-1)
             losses[chunk] = (log_normaliser - logits.gather(-1, index).squeeze(-1)) * counted
-            if grad is not None:
+            if gradients is not None:
                 # d loss / d logits = softmax - one-hot; formed in the logits' own memory.
                 logits.sub_(log_normaliser.unsqueeze(-1)).exp_()
                 logits.scatter_add_(-1, index, torch.full_like(index, -1, dtype=logits.dtype))
                 logits.mul_(counted.unsqueeze(-1) / divisor)
-                if cap is not None:
+                if saturation is not None:
                     logits.mul_(saturation.square_().neg_().add_(1))
-                grad[chunk] = logits.to(weight.dtype) @ weight
-        if grad is not None:
-            ctx.save_for_backward(grad.view(rows, tokens, dim))
+                gradients.add(chunk, logits, flat_hidden, weight)
+        if gradients is not None:
+            ctx.hidden_shape = hidden.shape
+            ctx.save_for_backward(gradients.hidden, gradients.weight, gradients.bias)
         return losses.view(rows, tokens).sum(-1)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        (grad,) = ctx.saved_tensors
-        return grad * grad_outputs[0].view(-1, 1, 1).to(grad.dtype), *(None,) * 5
+        of_rows = grad_outputs[0]
+        hidden, *of_head = ctx.saved_tensors
+        if hidden is not None:
+            hidden = hidden.view(ctx.hidden_shape)
+            hidden = hidden * of_rows.view(-1, 1, 1).to(hidden.dtype)
+        if any(grad is not None for grad in of_head):
+            alike = (of_rows == of_rows[0]).all()
+            of_any_row = torch.where(alike, of_rows[0], torch.nan)  # the host need not know
+            # In place, as each is as large as the head; a second backward pass would be refused by autograd.
+            of_head = [None if grad is None else grad.mul_(of_any_row) for grad in of_head]
+        return hidden, None, *of_head, None, None
+
+
+@dataclass(frozen=True)
+class _Gradients:
+    """Of the sum of all token losses, while chunks are added; None where none is wanted."""
+
+    hidden: torch.Tensor | None
+    """[rows * tokens, dim], in the dtype of the hidden states."""
+    weight: torch.Tensor | None
+    """[vocab, dim] float32."""
+    bias: torch.Tensor | None
+    """[vocab] float32."""
+
+    @classmethod
+    def wanted(
+        cls, needed: tuple[bool, ...], hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> _Gradients | None:
+        """Nothing yet. `needed` says of each argument of `_HeadLoss` whether it requires one; None: none does."""
+        of_hidden, _, of_weight, of_bias, *_ = needed
+        if not (of_hidden or of_weight or of_bias):
+            return None
+        return cls(
+            torch.empty_like(hidden) if of_hidden else None,
+            torch.zeros_like(weight, dtype=torch.float32) if of_weight else None,
+            torch.zeros_like(bias, dtype=torch.float32) if of_bias and bias is not None else None,
+        )
+
+    def add(self, chunk: slice, logits: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor) -> None:
+        """A chunk of tokens, whose gradients with respect to the logits are `logits` [tokens, vocab] float32."""
+        products = logits.to(weight.dtype)
+        if self.hidden is not None:
+            self.hidden[chunk] = products @ weight
+        if self.weight is not None:
+            if weight.dtype == torch.float32:
+                self.weight.addmm_(products.t(), hidden[chunk])
+            else:  # a product in half precision, a sum of them in float32
+                self.weight.add_(products.t() @ hidden[chunk])
+        if self.bias is not None:
+            self.bias.add_(logits.sum(0))
+
+
+def _logits(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, divisor: float, cap: float | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """[tokens, vocab] float32, and with a cap, tanh(logits / cap) before it."""
+    logits = F.linear(hidden, weight, bias).float()
+    if divisor != 1:
+        logits = logits / divisor
+    if cap is None:
+        return logits, None
+    saturation = torch.tanh(logits / cap)
+    return saturation * cap, saturation
 
 
 def shifted_labels(labels: torch.Tensor) -> torch.Tensor:
@@ -93,13 +154,14 @@ def install_row_losses(model: torch.nn.Module, divisor: float = 1.0, cap: float 
         divisor, cap: what the model's own forward does to the logits afterwards (see `Family.logit_transform`).
     """
     head: Any = model.get_output_embeddings()  # type: ignore[operator]
-    if head.weight.requires_grad:
-        raise ValueError("the output head must be frozen: its gradient is not computed")
 
     def head_forward(self: Any, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         if hidden.shape[0] != labels.shape[0]:  # a stack of variants over the same rows
             labels = labels.repeat(hidden.shape[0] // labels.shape[0], 1)
-        return _HeadLoss.apply(hidden, shifted_labels(labels), self.weight, self.bias, divisor, cap)
+        weight, bias = self.weight, self.bias
+        if not torch.is_grad_enabled():  # inside a `Function` it never is
+            weight, bias = weight.detach(), None if bias is None else bias.detach()
+        return _HeadLoss.apply(hidden, shifted_labels(labels), weight, bias, divisor, cap)
 
     def model_forward(
         self: Any, input_ids: torch.Tensor, labels: torch.Tensor, positions: torch.Tensor | None = None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -77,11 +78,37 @@ def check_architecture(source: ModelDirectory) -> None:
         )
 
 
+@dataclass(frozen=True)
+class Trains:
+    """What of a loaded model trains, and how it is made to."""
+
+    prepare: Callable[[torch.nn.Module], None]
+    """Takes the loaded model, in which everything is frozen, and unfreezes what trains; it may add adapters inside
+    modules, under ZeRO-3 before DeepSpeed partitions them. To be called alike on every rank."""
+    lowest_trainable_layer: int
+    """The lowest decoder layer that gradients pass: 0 where the embedding trains."""
+
+
+def layers_train(family: Family, layers: Sequence[int]) -> Trains:
+    """Whole decoder layers train, nothing else."""
+    return Trains(lambda model: make_layers_trainable(model, family, layers), min(layers))
+
+
+def everything_trains() -> Trains:
+    """Every parameter trains, embedding and head too."""
+    return Trains(make_all_trainable, 0)
+
+
 def make_layers_trainable(model: torch.nn.Module, family: Family, layers: Sequence[int]) -> None:
-    """Unfreeze whole decoder layers; everything else keeps requires_grad=False."""
+    """Unfreeze whole decoder layers; everything else stays as it is."""
     modules = family.layer_modules(model)
     for layer in layers:
         modules[layer].requires_grad_(True)
+
+
+def make_all_trainable(model: torch.nn.Module) -> None:
+    """Unfreeze every parameter; a tied head is one with the embedding."""
+    model.requires_grad_(True)
 
 
 def checkpoint_activations(model: torch.nn.Module, family: Family, lowest: int) -> None:

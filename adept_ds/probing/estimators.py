@@ -19,12 +19,13 @@ from dataclasses import dataclass
 
 import torch
 
-from adept_ds.config.schema import ExpandSection, ProbeSection
+from adept_ds.config.layer_sections import ExpandSection, ProbeSection
 from adept_ds.data.blocks import Batch
 from adept_ds.data.mixture import Sample
 from adept_ds.data.order import FILLER, rank_batches
 from adept_ds.models.directory import ModelDirectory
 from adept_ds.models.families import Family
+from adept_ds.models.loading import layers_train
 from adept_ds.probing.passes import PassProgress, check_losses, table_by_sequence
 from adept_ds.probing.scores import LayerScores
 from adept_ds.probing.sweep import bypass_losses, install_layer_sweep
@@ -173,7 +174,8 @@ class WeightGradients(Estimator):
         self._element_score, self.measures = element_score, measures
 
     def passes(self, probe: Probe, progress: PassProgress) -> Passes:
-        engine = build_training_engine(probe.engines, probe.model, range(probe.model.num_layers), seed=probe.seed)
+        layers = layers_train(probe.model.family, range(probe.model.num_layers))
+        engine = build_training_engine(probe.engines, probe.model, layers, seed=probe.seed)
         registry = _layers_as_units(probe.model.family, engine.module)
         unit_sums = UnitSums(engine, registry, probe.ranks, self._element_score)
         batches = probe.batches

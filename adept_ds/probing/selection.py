@@ -14,7 +14,7 @@ from pydantic import Field
 
 from adept_ds.base.errors import InputError
 from adept_ds.base.records import Record
-from adept_ds.config.schema import ExpandSection
+from adept_ds.config.layer_sections import ExpandSection
 from adept_ds.probing.model_size import ModelSize
 
 _CERTAIN = 0.95
@@ -25,6 +25,7 @@ _HOW = {
     "highest": "those with the highest delta are copied",
     "uniform": "evenly spread layers are copied",
     "random": "random layers are copied",
+    "last": "the last layers are copied",
 }
 
 
@@ -126,6 +127,8 @@ def _in_order(section: ExpandSection, deltas: Sequence[float], seed: int) -> lis
     layers = range(len(deltas))
     if section.choose == "random":
         return [int(layer) for layer in np.random.default_rng(seed).permutation(len(deltas))]
+    if section.choose == "last":
+        return list(reversed(layers))
     sign = -1 if section.choose == "highest" else 1
     return sorted(layers, key=lambda layer: (sign * deltas[layer], layer))
 

@@ -14,7 +14,8 @@ from jinja2 import ChainableUndefined, Environment, FileSystemLoader
 
 from adept_ds.base.files import write_text
 from adept_ds.base.run_dir import RunDirectory
-from adept_ds.report.figures import FIGURES, svg
+from adept_ds.report.drawing import svg
+from adept_ds.report.figures import FIGURES
 from adept_ds.report.run_files import finite, read_run, short
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from adept_ds.base.digests import FileDigests
 from adept_ds.base.errors import InputError
+from adept_ds.config.corpus_entries import CorpusFiles, CorpusSource, corpus_sources
 from adept_ds.config.resolved import ResolvedConfig
-from adept_ds.config.schema import CorpusFiles, CorpusSource, corpus_sources
 from adept_ds.data.blocks import Blocks
 from adept_ds.data.documents import TextSource
 from adept_ds.data.mixture import Mixture

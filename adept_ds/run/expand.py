@@ -15,7 +15,7 @@ from adept_ds.models.tokenizer_files import tokenizer_fingerprint
 from adept_ds.probing.result import LayerImportance
 from adept_ds.probing.selection import layers_without_probe
 from adept_ds.run.context import Context
-from adept_ds.run.prerequisites import check_ready
+from adept_ds.run.prerequisites import check_expands, check_probed, check_ready
 from adept_ds.run.replacing import keep_aside
 from adept_ds.training.checkpoint import newest_manifest
 from adept_ds.weights.base_files import BaseFiles
@@ -26,7 +26,12 @@ _LAYERS = "layers"
 
 
 def expand_stage(run: Context) -> Expansion:
-    """Insert the identity copies."""
+    """Insert the identity copies.
+
+    Raises:
+        InputError: the method makes none, or layers cannot be chosen yet.
+    """
+    check_expands(run.settings.config)
     selected, expanded = run.ranks.on_main(lambda: selected_layers(run)), run.run_dir.expanded
 
     def make() -> bool:
@@ -127,7 +132,7 @@ def _refuse_if_trained(run: Context, different: Sequence[str]) -> None:
 def selected_layers(run: Context) -> list[int]:
     """On rank 0: by the configuration, or by what the probe has found. Raises `InputError` if that is not there."""
     config = run.settings.config
-    if not config.expand.needs_probe:
+    if not config.needs_probe:
         return layers_without_probe(config.expand, run.settings.model.num_layers, config.probe.seed)
-    check_ready(run.settings.config, "expand")
+    check_probed(config)
     return list(LayerImportance.load(run.run_dir.layer_importance).selected)

@@ -9,8 +9,9 @@ from typing import Any
 
 from adept_ds.base.digests import FileDigests
 from adept_ds.base.progress import Meter
+from adept_ds.config.corpus_entries import CorpusFiles, corpus_sources
 from adept_ds.config.corpus_files import find_files
-from adept_ds.config.schema import CorpusFiles, DataSection, corpus_sources
+from adept_ds.config.data_section import DataSection
 from adept_ds.models.directory import ModelDirectory
 from adept_ds.models.tokenizer_files import tokenizer_fingerprint
 from adept_ds.models.weight_files import INDEX_NAME, weight_files
@@ -32,7 +33,7 @@ class Identity:
     def model(self, model: ModelDirectory) -> dict[str, str]:
         """Tensors, however they fall on files; configuration, without where it comes from; tokenizer."""
         return {
-            "weights": self._weights(model.path),
+            "weights": self.weights(model),
             "config.json": config_digest(model.config),
             "tokenizer": tokenizer_fingerprint(model.path),
         }
@@ -51,7 +52,9 @@ class Identity:
             for source in sources
         ]
 
-    def _weights(self, directory: Path) -> str:
+    def weights(self, model: ModelDirectory) -> str:
+        """Of its tensors alone."""
+        directory = model.path
         files = weight_files(directory)
         index = directory / INDEX_NAME
         return self.digests.remembered(

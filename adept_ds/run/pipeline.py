@@ -1,7 +1,7 @@
 """All stages, in order. A stage reads files and writes files; it is not run again while its inputs are the same.
 
 probe -> layer_importance.json -> expand -> expanded/ -> train -> checkpoints/ -> export -> export/
--> eval -> evaluation.json -> report -> report.html
+-> eval -> evaluation.json -> report -> report.html. Methods that train in place expand nothing.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from pathlib import Path
 
 from adept_ds.base.files import write_text
 from adept_ds.config.loading import dump_config
+from adept_ds.methods.shape import method_of
 from adept_ds.run.context import Context
 from adept_ds.run.evaluate import eval_stage
 from adept_ds.run.expand import expand_stage
@@ -25,9 +26,10 @@ def run_all(run: Context) -> None:
     check_can_go_on(run)
     run.ranks.on_main(lambda: write_text(run.run_dir.config, dump_config(run.settings.config)))
     prepare_data(run)
-    if run.settings.config.expand.needs_probe:
+    if run.settings.config.needs_probe:
         probe_stage(run)
-    expand_stage(run)
+    if method_of(run.settings.config).starts_from == "expanded":
+        expand_stage(run)
     train_stage(run)
     export_stage(run)
     eval_stage(run)

@@ -10,6 +10,7 @@ from adept_ds.base.run_dir import RunDirectory, checkpoint_steps
 from adept_ds.config.resolved import Purpose, corpora_read
 from adept_ds.config.schema import Config
 from adept_ds.data.documents import check_corpus
+from adept_ds.methods.shape import method_of
 
 
 def check_ready(config: Config, purpose: Purpose, step: int | None = None) -> None:
@@ -22,16 +23,32 @@ def check_ready(config: Config, purpose: Purpose, step: int | None = None) -> No
         InputError: they are not; the message names the command that makes them.
     """
     run = RunDirectory(config.run_dir)
-    if purpose == "expand" and config.expand.needs_probe and not run.layer_importance.is_file():
-        raise InputError(
-            f"expand: '{run.layer_importance}' does not exist; run `adept probe CONFIG` first, or set expand.layers"
-        )
-    if purpose == "train" and not run.expansion.is_file():
+    expands = method_of(config).starts_from == "expanded"
+    if purpose == "expand":
+        check_expands(config)
+    if purpose == "expand" or (purpose == "train" and not expands):
+        check_probed(config)
+    if purpose == "train" and expands and not run.expansion.is_file():
         raise InputError(f"train: '{run.expansion}' does not exist; run `adept expand CONFIG` first")
     if purpose == "export":
         exported_step(config, step)
     if purpose == "eval" and not (run.export / "config.json").is_file():
         raise InputError(f"eval: '{run.export}' holds no model; run `adept export CONFIG` first")
+
+
+def check_expands(config: Config) -> None:
+    """Raises `InputError`: the method makes no copies."""
+    if method_of(config).starts_from != "expanded":
+        raise InputError(
+            f"method: {config.method.name} trains the model in place and expands nothing; run `adept train CONFIG`"
+        )
+
+
+def check_probed(config: Config) -> None:
+    """Raises `InputError`: layers are to be chosen by a probe that is not there."""
+    found = RunDirectory(config.run_dir).layer_importance
+    if config.needs_probe and not found.is_file():
+        raise InputError(f"expand: '{found}' does not exist; run `adept probe CONFIG` first, or set expand.layers")
 
 
 def check_texts(config: Config, purpose: Purpose) -> None:

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from adept_ds.base.files import write_json
-from adept_ds.config.schema import CorpusSource, Stability
+from adept_ds.config.corpus_entries import CorpusSource
+from adept_ds.config.layer_sections import Stability
 from adept_ds.probing.decision import Reference, check_halves, result_of, select
 from adept_ds.probing.estimators import ESTIMATORS, Probe
 from adept_ds.probing.passes import PassProgress

@@ -1,10 +1,10 @@
-"""Stage two: train the copies (checkpoints/, and what a run writes about itself)."""
+"""Stage two: train what the method trains (checkpoints/, and what a run writes about itself)."""
 
 from __future__ import annotations
 
-import math
 import statistics
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,16 +16,20 @@ from adept_ds.base.run_dir import RunDirectory, checkpoint_steps, checkpoint_tag
 from adept_ds.base.run_records import MetricsLine, RunSummary, read_log
 from adept_ds.base.version import __version__
 from adept_ds.config.loading import dump_config
+from adept_ds.config.method import EVERY_KEY
 from adept_ds.config.schema import Config
+from adept_ds.methods.shape import Preparation, Start, Training, method_of
 from adept_ds.models.device import peak_memory_bytes
 from adept_ds.models.directory import ModelDirectory
 from adept_ds.models.flops import count_step_flops, measure_matmul_rate
 from adept_ds.models.frozen_prefix import FrozenPrefix
+from adept_ds.models.loading import Trains
 from adept_ds.run.context import Context
-from adept_ds.run.expand import check_same_model, current_expansion, selected_layers
+from adept_ds.run.expand import check_same_model, selected_layers
 from adept_ds.run.identity import Identity, reading_settings
 from adept_ds.run.ledger import plain
 from adept_ds.run.non_finite import check_finite, naming_what_is_not_finite
+from adept_ds.run.start import find_start
 from adept_ds.training.checkpoint import (
     CheckpointManifest,
     check_same_ranks,
@@ -36,11 +40,8 @@ from adept_ds.training.checkpoint import (
 from adept_ds.training.movement import UnitMovement
 from adept_ds.training.trainer import Trainer
 from adept_ds.units.adamw import UnitAdamW
-from adept_ds.units.importance import OnlineImportance, estimate_importance
-from adept_ds.units.registry import UnitRegistry, build_registry
 from adept_ds.units.unit_lr import UnitLR
 from adept_ds.units.unit_sums import GradientBatches
-from adept_ds.weights.expansion import Expansion
 from adept_ds.zero.build import StepShape, build_training_engine
 from adept_ds.zero.engine import Engine, count_parameters, parameter_shapes, release
 
@@ -56,11 +57,11 @@ _NOT_PART_OF_TRAINING = {
 
 
 def train_stage(run: Context) -> None:
-    """Train the copies, from the newest checkpoint if there is one."""
+    """Train, from the newest checkpoint if there is one."""
     config, run_dir = run.settings.config, run.run_dir
-    expansion = current_expansion(run)
-    settings = run.ranks.on_main(lambda: training_settings(config, run.identity))
-    manifest_at = partial(_manifest, run, expansion.fingerprint, settings)
+    found = find_start(run)
+    settings = run.ranks.on_main(lambda: training_settings(config, run.identity, found.start.layers))
+    manifest_at = partial(_manifest, run, found.fingerprint, settings)
     run.ranks.on_main(lambda: remove_abandoned(run_dir.checkpoints))
     first_step = run.ranks.on_main(lambda: _first_step(run, manifest_at))
     if first_step == config.train.steps:
@@ -69,8 +70,9 @@ def train_stage(run: Context) -> None:
         return
     if first_step:
         run.terminal.stage("train", f"resuming after step {first_step}")
-    importance = _initial_importance(run, expansion) if first_step == 0 else None
-    _train(run, expansion, manifest_at, first_step, importance)
+    begun = time.perf_counter()
+    prepared = None if first_step else _prepare(run, found.start)
+    _train(run, found.start, manifest_at, first_step, prepared, time.perf_counter() - begun)
 
 
 def check_can_go_on(run: Context) -> None:
@@ -82,12 +84,16 @@ def check_can_go_on(run: Context) -> None:
 
     def check() -> None:
         newest = newest_manifest(run.run_dir.checkpoints)
-        if newest is not None:
-            check_same_model(run, None if run.settings.config.expand.needs_probe else selected_layers(run))
-            settings = training_settings(run.settings.config, run.identity)
-            _first_step(
-                run, partial(_manifest, run, newest.fingerprint, settings)
-            )  # of the expansion: when it is there
+        if newest is None:
+            return
+        config, fingerprint, layers = run.settings.config, newest.fingerprint, None
+        known = None if config.needs_probe or not config.method.chooses_layers else selected_layers(run)
+        if method_of(config).starts_from == "expanded":
+            check_same_model(run, known)  # the expansion's fingerprint: when it is there
+        else:
+            fingerprint, layers = run.identity.weights(run.settings.model), known
+        settings = training_settings(config, run.identity, layers)
+        _first_step(run, partial(_manifest, run, fingerprint, settings))
 
     run.ranks.on_main(check)
 
@@ -114,87 +120,102 @@ def _first_step(run: Context, manifest_at: Callable[[int], CheckpointManifest]) 
     return newest
 
 
-def training_settings(config: Config, identity: Identity) -> dict[str, Any]:
-    """Everything that determines the course of training, by dotted key: a resumed run must have the same."""
-    data, importance = config.data, config.importance
+def training_settings(config: Config, identity: Identity, layers: Sequence[int] | None = None) -> dict[str, Any]:
+    """Everything that determines the course of training, by dotted key: a resumed run must have the same.
+
+    Args:
+        layers: that are trained in place; of copies the model says itself where they are. None: not known yet.
+    """
+    data, importance, method = config.data, config.importance, method_of(config)
     sections = {
+        "method": method.model_dump(mode="json", context=EVERY_KEY),
         "train": config.train.model_dump(mode="json", exclude=_NOT_PART_OF_TRAINING),
-        "importance": importance.model_dump(mode="json", exclude={"prefix_cache_mib"}),
-        "lr_policy": config.lr_policy.model_dump(mode="json"),
         "data": reading_settings(data),
     }
+    if "importance" in method.sections:
+        sections["importance"] = importance.model_dump(mode="json", exclude={"prefix_cache_mib"})
+    if "lr_policy" in method.sections:
+        sections["lr_policy"] = config.lr_policy.model_dump(mode="json")
     settings = {f"{section}.{key}": value for section, values in sections.items() for key, value in values.items()}
     settings["data.seq_len"] = data.seq_len
     settings["data.domain"] = identity.corpus("data.domain", data.domain)
     settings["data.replay"] = identity.corpus("data.replay", data.replay)
     settings["data.replay_share"] = data.replay_share if data.replay else None
-    if config.lr_policy.map != "constant" and importance.source == "corpus":
+    if config.reads_general_text:
         settings["probe.corpus"] = identity.corpus("probe.corpus", config.probe.corpus)
         settings["probe.seq_len"] = config.probe.seq_len
         settings["probe.seed"] = config.probe.seed
+    if layers is not None and method.starts_from == "base" and method.chooses_layers:
+        settings["expand.layers"] = list(layers)
     return dict(plain(settings))
 
 
-def _initial_importance(run: Context, expansion: Expansion) -> list[float] | None:
-    """Importance of each copy's *source* layer: in a fresh copy the silent factors hide everything behind them.
+def _prepare(run: Context, start: Start) -> Any:
+    """What the method computes before the engine that trains is there."""
+    config = run.settings.config
 
-    The source model computes the same function as the expanded one, so the same estimate runs on it, with the
-    source layers unfrozen and nothing trained.
-    """
-    config, model = run.settings.config, run.settings.model
-    if config.lr_policy.map == "constant" or config.importance.initial == "ones":
-        return None
-    run.terminal.stage("train", "importance of the source layers' units")
-    engine = build_training_engine(
-        run.engines,
-        model,
-        expansion.source_indices,
-        seed=config.probe.seed,
-        recompute_activations=config.train.activation_checkpointing,
+    def make_engine(model: ModelDirectory, trains: Trains) -> Engine:
+        recompute = config.train.activation_checkpointing
+        return build_training_engine(
+            run.engines, model, trains, seed=config.probe.seed, recompute_activations=recompute
+        )
+
+    preparation = Preparation(
+        config,
+        start,
+        make_engine,
+        partial(_gradient_batches, run),
+        run.ranks,
+        partial(run.terminal.stage, "train"),
+        run.progress.together,
     )
-    registry = _registry(config, engine, model, expansion.source_indices)
-    with naming_what_is_not_finite(run, model), run.progress.together("estimating importance") as bar:
-        importance = estimate_importance(engine, registry, _gradient_batches(run), run.ranks, bar)
-        if not all(map(math.isfinite, importance)):
-            raise NonFiniteLossError("importance: a gradient of the source layers is NaN or infinite")
-    release(engine)
-    return importance
+    with naming_what_is_not_finite(run, start.base):
+        return method_of(config).prepare(preparation)
 
 
 def _train(
     run: Context,
-    expansion: Expansion,
+    start: Start,
     manifest_at: Callable[[int], CheckpointManifest],
     first_step: int,
-    importance: list[float] | None,
+    prepared: Any,
+    preparation_seconds: float,
 ) -> None:
-    config, run_dir, ranks = run.settings.config, run.run_dir, run.ranks
-    expanded = ranks.on_main(lambda: ModelDirectory.read(run_dir.expanded))
-    engine = _training_engine(run, expanded, expansion)
-    registry = _registry(config, engine, expanded, expansion.copy_indices)
+    config, run_dir, ranks, method = run.settings.config, run.run_dir, run.ranks, method_of(run.settings.config)
+    trains = method.trains(start)
+    engine = _training_engine(run, start.model, trains)
+    registry = method.units(config, start, parameter_shapes(engine.module), engine.module.config)
+    unit_lr = UnitLR(engine, registry, config.lr_policy, ranks)
     trainable, total = count_parameters(engine.module)
     run.terminal.stage("train", f"{trainable / 1e6:.1f} M of {total / 1e6:.1f} M parameters, {len(registry)} units")
-    refreshed, online = config.lr_policy.map != "constant", config.importance.source == "online"
-    batches = _gradient_batches(run) if refreshed and not online else None
+    training = Training(
+        config,
+        start,
+        engine,
+        unit_lr,
+        ranks,
+        prepared,
+        partial(_gradient_batches, run),
+        partial(_frozen_prefix, run, engine, lowest=trains.lowest_trainable_layer),
+    )
     trainer = Trainer(
         config=config,
         run_dir=run_dir,
         ranks=ranks,
         engine=engine,
-        unit_lr=UnitLR(engine, registry, config.lr_policy, ranks),
+        unit_lr=unit_lr,
         data=run.corpora.training_data,
-        gradient_batches=batches,
-        prefix=_frozen_prefix(run, engine, batches, min(expansion.copy_indices)) if batches else None,
-        online=OnlineImportance(engine, registry, ranks) if refreshed and online else None,
-        movement=UnitMovement(engine, registry, expanded, run.precision, ranks),
+        rule=method.rule(training),
+        movement=UnitMovement(engine, registry, start.model, run.precision, ranks),
         eval_sets=run.corpora.held_out,
         manifest_at=manifest_at,
-        flops=count_step_flops(engine.module, expanded.family, config.data.seq_len),
+        flops=count_step_flops(engine.module, start.model.family, config.data.seq_len),
         matmul_rate=measure_matmul_rate(engine.device, run.precision),
         terminal=run.terminal,
         stop=run.progress.stop,
     )
     facts = {
+        "method": method.name,
         "trainable_parameters": trainable,
         "total_parameters": total,
         "units": len(registry),
@@ -203,18 +224,18 @@ def _train(
         "precision": str(run.precision).removeprefix("torch."),
         "adept_ds": __version__,
     }
-    ranks.on_main(lambda: write_json(run_dir.summary, facts))
+    ranks.on_main(lambda: _begin_summary(run_dir, facts, None if first_step else preparation_seconds))
     try:
-        trainer.run(first_step, importance, dump_config(config))
+        trainer.run(first_step, dump_config(config))
     except NonFiniteLossError:
-        check_finite(run, expanded)
+        check_finite(run, start.model)
         raise
     peaks = ranks.gather(peak_memory_bytes())
     ranks.on_main(lambda: _complete_summary(run_dir, peak_memory_bytes=peaks))
     release(engine)
 
 
-def _training_engine(run: Context, expanded: ModelDirectory, expansion: Expansion) -> Engine:
+def _training_engine(run: Context, model: ModelDirectory, trains: Trains) -> Engine:
     train, accumulation = run.settings.config.train, run.settings.accumulation_steps
     assert accumulation is not None
 
@@ -223,18 +244,13 @@ def _training_engine(run: Context, expanded: ModelDirectory, expansion: Expansio
 
     return build_training_engine(
         run.engines,
-        expanded,
-        expansion.copy_indices,
+        model,
+        trains,
         optimizer,
         StepShape(train.global_batch_size, train.micro_batch_size, accumulation, train.clip_grad_norm),
         seed=train.seed,
         recompute_activations=train.activation_checkpointing,
     )
-
-
-def _registry(config: Config, engine: Engine, model: ModelDirectory, layers: list[int]) -> UnitRegistry:
-    shapes = parameter_shapes(engine.module)
-    return build_registry(model.family, shapes, layers, config.importance.granularity, engine.module.config)
 
 
 def _gradient_batches(run: Context) -> GradientBatches:
@@ -247,26 +263,35 @@ def _gradient_batches(run: Context) -> GradientBatches:
     )
 
 
-def _frozen_prefix(run: Context, engine: Engine, batches: GradientBatches, lowest: int) -> FrozenPrefix:
+def _frozen_prefix(run: Context, engine: Engine, batches: GradientBatches, *, lowest: int) -> FrozenPrefix:
     hidden_size: Any = engine.module.config.hidden_size  # type: ignore[union-attr]
     room = run.settings.config.importance.prefix_cache_mib << 20
     layers = run.settings.model.family.layer_modules(engine.module)
     return FrozenPrefix(layers, lowest, batches.batches_within(room, hidden_size * run.precision.itemsize))
 
 
+def _begin_summary(run_dir: RunDirectory, facts: dict[str, Any], preparation_seconds: float | None) -> None:
+    """At the start of training, or where it goes on: what was prepared is known from the start alone."""
+    if preparation_seconds is None and run_dir.summary.is_file():
+        preparation_seconds = RunSummary.load(run_dir.summary).preparation_seconds
+    write_json(run_dir.summary, facts | {"preparation_seconds": preparation_seconds or 0.0})
+
+
 def _complete_summary(run_dir: RunDirectory, **facts: Any) -> None:
     """Add what is known only at the end to what was written at the start of training."""
     known = RunSummary.load(run_dir.summary) if run_dir.summary.is_file() else RunSummary()
-    write_json(run_dir.summary, known.model_dump(mode="json", exclude_unset=True) | facts | _totals(run_dir))
+    totals = _totals(run_dir, known.preparation_seconds or 0.0)
+    write_json(run_dir.summary, known.model_dump(mode="json", exclude_unset=True) | facts | totals)
 
 
-def _totals(run_dir: RunDirectory) -> dict[str, Any]:
+def _totals(run_dir: RunDirectory, preparation_seconds: float) -> dict[str, Any]:
     """Sums over the whole run, interruptions included, from what it wrote about itself."""
     lines = [line for _, line in read_log(run_dir.metrics, MetricsLine)]
     steps = [line for line in lines if line.is_step]
     if not steps:  # the log is gone
         return {}
-    refreshes = [line.refresh_seconds for line in lines if line.refresh_seconds]
+    refreshed = [line for line in lines if line.refresh_seconds is not None]
+    refreshes = [line.refresh_seconds or 0.0 for line in refreshed if line.step]
     return {
         "steps": len(steps),
         "tokens": steps[-1].tokens,
@@ -274,6 +299,8 @@ def _totals(run_dir: RunDirectory) -> dict[str, Any]:
         "step_seconds": statistics.median(line.seconds for line in steps),
         "tokens_per_second": statistics.median(line.tokens_per_second for line in steps),
         "mfu": statistics.median(line.mfu for line in steps),
+        # What the method costs beside its steps.
+        "overhead_seconds": preparation_seconds + sum(line.refresh_seconds or 0.0 for line in refreshed),
         "refreshes": len(refreshes),
         "refresh_seconds": statistics.median(refreshes) if refreshes else None,
     }

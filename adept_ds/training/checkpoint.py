@@ -38,7 +38,7 @@ class CheckpointManifest(Record):
     world_size: int
     zero_stage: int
     fingerprint: str
-    """Of the expanded checkpoint that training started from."""
+    """Of the model that training started from."""
     settings: dict[str, Any]
     """Everything that determines the course of training (see `run.train.training_settings`)."""
     id: str | None = None
@@ -163,15 +163,15 @@ def check_same_training(directory: Path, expected: CheckpointManifest) -> None:
         if now != value:
             how = "on other texts" if _are_texts(value) or _are_texts(now) else f"with {value!r}, not {now!r}"
             raise InputError(f"{key}: '{place}' was trained {how}; {_GO_ON}")
-    check_same_expansion(found, expected.fingerprint, place)
+    check_same_start(found, expected.fingerprint, place)
 
 
-def check_same_expansion(found: CheckpointManifest, fingerprint: str, place: Path) -> None:
-    """Raises `InputError` if the checkpoint `found` at `place` trains copies of another expanded model."""
+def check_same_start(found: CheckpointManifest, fingerprint: str, place: Path) -> None:
+    """Raises `InputError` if the checkpoint `found` at `place` is of training that started from another model."""
     if found.fingerprint != fingerprint:
         raise InputError(
-            f"model: '{place}' trains copies of another expanded model than the one there now; give the model and the "
-            "layers (expand.layers) that this run began with, or start another one in a run_dir of its own"
+            f"model: '{place}' trained another model than the one there now; give the model and the layers "
+            "(expand.layers) that this run began with, or start another one in a run_dir of its own"
         )
 
 

@@ -99,7 +99,7 @@ class RunLog:
         """A curve for each unit, but of the heads or neurons of a layer their mean and a histogram."""
         parts: dict[str, list[float]] = {}
         for unit, value in zip(units, values, strict=True):
-            parts.setdefault(f"{group}/layers.{unit.layer}.{unit.part}", []).append(value)
+            parts.setdefault(f"{group}/{unit.place}", []).append(value)
         for tag, members in parts.items():
             self._board.add_scalar(tag, sum(members) / len(members), step)
             if len(members) > 1:

@@ -8,7 +8,7 @@ from functools import partial
 
 import torch
 
-from adept_ds.config.schema import TrainSection
+from adept_ds.config.train_sections import TrainSection
 from adept_ds.data.training_data import BatchEntry, TrainingData, micro_batches
 from adept_ds.ranks.collectives import Ranks
 from adept_ds.units.importance import OnlineImportance

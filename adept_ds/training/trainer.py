@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from adept_ds.base.errors import InputError, NonFiniteLossError, StopRequestedError
@@ -19,17 +20,15 @@ from adept_ds.config.schema import Config
 from adept_ds.data.training_data import TrainingData
 from adept_ds.models.device import free_memory_bytes, peak_memory_bytes
 from adept_ds.models.flops import StepFlops
-from adept_ds.models.frozen_prefix import FrozenPrefix
 from adept_ds.ranks.collectives import Ranks
 from adept_ds.ranks.stopping import StopRequest
 from adept_ds.training.checkpoint import CheckpointManifest, load_checkpoint, save_checkpoint
 from adept_ds.training.evaluation import EvalSet, evaluate
 from adept_ds.training.movement import UnitMovement
+from adept_ds.training.rule import Refresh, TrainingRule
 from adept_ds.training.run_log import RunLog
 from adept_ds.training.step import accumulate_gradient, lr_factor
-from adept_ds.units.importance import OnlineImportance, estimate_importance
 from adept_ds.units.unit_lr import UnitLR
-from adept_ds.units.unit_sums import GradientBatches
 from adept_ds.zero.engine import Engine, set_learning_rate
 from adept_ds.zero.gathered import keep_frozen_gathered
 from adept_ds.zero.gradients import loss_scale
@@ -46,10 +45,8 @@ class Trainer:
     engine: Engine
     unit_lr: UnitLR
     data: TrainingData
-    gradient_batches: GradientBatches | None
-    """Text of refreshes; None if they need none, or if there are none."""
-    prefix: FrozenPrefix | None
-    online: OnlineImportance | None
+    rule: TrainingRule
+    """What the method adds."""
     movement: UnitMovement
     eval_sets: list[EvalSet]
     manifest_at: Callable[[int], CheckpointManifest]
@@ -61,7 +58,7 @@ class Trainer:
     _tokens: int = 0
     """Trained on so far, interruptions included."""
 
-    def run(self, first_step: int, initial_importance: list[float] | None, config_text: str) -> None:
+    def run(self, first_step: int, config_text: str) -> None:
         """Train from `first_step` (0: from the start) to the end.
 
         Raises:
@@ -74,7 +71,7 @@ class Trainer:
             if first_step:
                 self._resume(first_step)
             else:
-                self._start(log, initial_importance)
+                self._start(log)
             for step in range(first_step, train.steps):
                 record, stop_agreed = self._train_step(step)
                 log.step(record)
@@ -90,16 +87,18 @@ class Trainer:
                     raise StopRequestedError(f"stopped after step {step + 1} of {train.steps}; checkpoint written")
         log.close()
 
-    def _start(self, log: RunLog, importance: list[float] | None) -> None:
+    def _start(self, log: RunLog) -> None:
         """Multipliers and losses before the first step."""
-        if importance is not None:
-            multipliers = self._refresh(importance, 0)
-            log.refresh(0, self.unit_lr.registry.units, importance, multipliers, 0.0)
+        self._refresh(self.rule.start, 0, log)
         self._evaluate(0, log)
 
     def _save(self, step: int) -> None:
-        online = self.online and self.online.state_dict()
-        state = {"movement_since": self.movement.since, "online": online, "tokens": self._tokens}
+        state = {"movement_since": self.movement.since, "rule": self.rule.state_dict(), "tokens": self._tokens}
+
+        def write_more(checkpoint: Path) -> None:
+            self.movement.save(checkpoint, step)
+            self.rule.save(checkpoint)
+
         save_checkpoint(
             self.engine,
             self.run_dir.checkpoints,
@@ -107,16 +106,16 @@ class Trainer:
             self.ranks,
             self.config.train.keep_checkpoints,
             state,
-            lambda directory: self.movement.save(directory, step),
+            write_more,
         )
 
     def _resume(self, step: int) -> None:
         state = load_checkpoint(self.engine, self.run_dir.checkpoints, self.manifest_at(step), self.ranks)
         self._tokens = state["tokens"]
         self.unit_lr.check_ranks_agree()
-        self.movement.load(self.run_dir.checkpoints / checkpoint_tag(step), step, state["movement_since"])
-        if self.online:
-            self.online.load_state_dict(state["online"])
+        checkpoint = self.run_dir.checkpoints / checkpoint_tag(step)
+        self.movement.load(checkpoint, step, state["movement_since"])
+        self.rule.load(checkpoint, state["rule"])
 
     def _keep_frozen_gathered(self) -> None:
         """Use the memory that the first step left over; after it, because a step's peak is known then."""
@@ -134,13 +133,14 @@ class Trainer:
         lr = train.lr * lr_factor(step, train)
         set_learning_rate(self.engine, lr)
         entries = self.data.global_batch(step, train)
-        domain, replay = accumulate_gradient(self.engine, self.data, entries, train, self.ranks, self.online)
+        domain, replay = accumulate_gradient(self.engine, self.data, entries, train, self.ranks, self.rule.online)
         domain, replay, stops = self.ranks.sum([domain, replay, float(self.stop.requested)]).tolist()
         if not math.isfinite(domain + replay):
             raise NonFiniteLossError(
                 f"train.lr: with {train.lr:g} the loss of step {step + 1} is {domain + replay}, before any weight "
                 "changed; lower it in another run_dir, and look at the texts if that does not help"
             )
+        terms = self.rule.before_update()
         self.engine.step()
         grad_norm = _finite(self.engine.get_global_grad_norm())
         seconds = time.perf_counter() - start
@@ -157,6 +157,7 @@ class Trainer:
             "tokens_per_second": tokens / seconds,
             "mfu": self.flops.total * tokens / seconds / (self.matmul_rate * self.ranks.world_size),
             "peak_memory_bytes": peak_memory_bytes(),
+            **terms,
         }
         if replayed:
             replay_tokens = self.data.predicted_tokens(replayed)
@@ -166,35 +167,28 @@ class Trainer:
         return record, stops > 0
 
     def _after_step(self, step: int, log: RunLog) -> None:
-        config, units = self.config, self.unit_lr.registry.units
-        is_last = step == config.train.steps
-        refreshes = (self.gradient_batches or self.online) and step % config.importance.every == 0 and not is_last
+        is_last = step == self.config.train.steps
+        refreshes = not is_last and self.rule.refreshes_after(step)
         if refreshes or is_last:
             since, multipliers = self.movement.since, self.unit_lr.multipliers
-            log.movement(step, since, units, multipliers, *self.movement.measure(step))
+            moved = self.movement.measure(step)
+            log.movement(step, since, self.unit_lr.registry.units, multipliers, *moved)
         if refreshes:
-            start = time.perf_counter()
-            importance = self._importance()
-            if importance is not None:
-                multipliers = self._refresh(importance, step)
-                log.refresh(step, units, importance, multipliers, time.perf_counter() - start)
-        if step % config.train.eval_every == 0 or is_last:
+            self._refresh(self.rule.refresh, step, log)
+        if step % self.config.train.eval_every == 0 or is_last:
             self._evaluate(step, log)
 
-    def _refresh(self, importance: list[float], step: int) -> list[float]:
+    def _refresh(self, refresh: Callable[[], Refresh | None], step: int, log: RunLog) -> None:
+        start = time.perf_counter()
         try:
-            return self.unit_lr.refresh(importance)
+            found = refresh()
         except ValueError as error:
             raise InputError(
                 f"train.lr: with {self.config.train.lr:g}, after step {step}, {error}; lower it in another run_dir"
             ) from None
-
-    def _importance(self) -> list[float] | None:
-        if self.online:
-            return self.online.take()
-        assert self.gradient_batches is not None
-        registry = self.unit_lr.registry
-        return estimate_importance(self.engine, registry, self.gradient_batches, self.ranks, prefix=self.prefix)
+        if found is not None:
+            seconds = time.perf_counter() - start
+            log.refresh(step, self.unit_lr.registry.units, found.importance, found.multipliers, seconds)
 
     def _evaluate(self, step: int, log: RunLog) -> None:
         if not self.eval_sets:

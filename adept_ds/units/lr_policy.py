@@ -13,7 +13,7 @@ from collections.abc import Callable, Hashable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from adept_ds.config.schema import LrPolicySection
+from adept_ds.config.rate_sections import LrPolicySection
 from adept_ds.units.registry import Unit
 
 Vector = NDArray[np.float64]

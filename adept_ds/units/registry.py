@@ -1,16 +1,17 @@
-"""Units: the semantic parts of expanded layers that have a learning rate of their own (paper, section 3.2).
+"""Units: the semantic parts of trained layers that have a learning rate of their own (paper, section 3.2).
 
 Granularity `matrix`: a projection (weight and bias together) or a norm. `module`: all projections of the attention, or
 of the MLP, or a norm. `fine`: an attention head, a key-value head, an MLP neuron, or a norm. A head owns rows of
 q_proj and columns of o_proj, a neuron rows of gate_proj and up_proj and a column of down_proj, so fine units are
 scattered over a flattened parameter. A `Placement` says how with a few numbers, never with one per element. Projections
-that an architecture fuses, and the matrices of each expert, are units of their own all the same.
+that an architecture fuses, and the matrices of each expert, are units of their own all the same. Where the whole model
+trains, the embedding, a table of positions, the final norm and a head of its own are a unit each.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -27,15 +28,21 @@ Granularity = Literal["matrix", "module", "fine"]
 
 @dataclass(frozen=True)
 class Unit:
-    """One part of an expanded layer."""
+    """One part of a trained layer, or of what is outside the layers."""
 
     name: str
-    """For people and files: 'layers.12.self_attn.q_proj', with the layer's index in the expanded model."""
+    """For people and files: 'layers.12.self_attn.q_proj', with the layer's index in the trained model; 'lm_head'."""
     kind: UnitKind
-    layer: int
+    layer: int | None
+    """None outside the decoder layers."""
     part: str
     """Path inside the layer, the same for all heads of it: 'self_attn.q_proj', 'self_attn.head', 'mlp'."""
     numel: int
+
+    @property
+    def place(self) -> str:
+        """What it shares with the other heads or neurons of its layer: 'layers.12.self_attn.head'."""
+        return _place(self.layer, self.part)
 
 
 class UnitRegistry:
@@ -63,7 +70,12 @@ class UnitRegistry:
 
         Yields:
             a part, first and last + 1 of the elements inside it, and the first one counted from `start`.
+
+        Raises:
+            ValueError: the parameter belongs to no unit.
         """
+        if parameter not in self.placements:
+            raise ValueError(f"parameter '{parameter}' trains and belongs to no unit")
         begin = 0
         for part in self.placements[parameter]:
             first, last = max(start, begin), min(stop, begin + part.numel)
@@ -91,7 +103,7 @@ class UnitRegistry:
         sizes = dict.fromkeys(names, 0)
         for parameter, unit in unit_of.items():
             sizes[unit] += math.prod(shapes[parameter])
-        units = [Unit(name, "matrix", 0, name, sizes[name]) for name in names]
+        units = [Unit(name, "matrix", None, name, sizes[name]) for name in names]
         index = {name: position for position, name in enumerate(names)}
         return cls(units, {p: [Placement(tuple(shapes[p]), index[unit])] for p, unit in unit_of.items()})
 
@@ -102,16 +114,32 @@ def build_registry(
     layers: Sequence[int],
     granularity: Granularity = "matrix",
     config: Any = None,
+    *,
+    outside: bool = False,
 ) -> UnitRegistry:
     """The units of `layers`; every parameter of these layers belongs to some.
 
     Args:
-        shapes: of all parameters of the model, by full name.
+        shapes: of all parameters of the model, by full name; a tied head is none of its own.
         config: the model's configuration; `fine` reads the numbers of heads from it.
+        outside: the parameters outside the layers are units too, after those of the layers, each module one:
+            'embed_tokens', 'norm', 'lm_head', under the architecture's own names.
 
     Raises:
         ValueError: a parameter that the family's table does not mention, or heads that do not divide it.
     """
+    builder = _Builder()
+    for name, layer, path in _parameters_in(family, shapes, layers):
+        builder.add(name, layer, _bands(family, path, tuple(shapes[name]), granularity, config))
+    for name, path in _parameters_outside(family, shapes) if outside else ():
+        builder.add(name, None, [_outside_band(family, path, tuple(shapes[name]))])
+    return builder.registry()
+
+
+def _parameters_in(
+    family: Family, shapes: Mapping[str, Sequence[int]], layers: Sequence[int]
+) -> Iterator[tuple[str, int, str]]:
+    """Name, layer and module of every parameter of `layers`, in the order of their units."""
     order = {path: position for position, path in enumerate((*family.projections, *family.norms))}
     members: dict[int, list[tuple[int, str, str]]] = {}
     for name, layer, inner in copied_parameters(family, list(shapes), layers):
@@ -119,25 +147,52 @@ def build_registry(
         if path not in order:
             raise ValueError(f"parameter '{name}' belongs to no unit: add '{path}' to its family (family_table.py)")
         members.setdefault(layer, []).append((order[path], path, name))
-    index: dict[str, int] = {}
-    units: list[tuple[str, UnitKind, int, str]] = []
-    placements: dict[str, list[Placement]] = {}
     for layer in sorted(members):
         for _, path, name in sorted(members[layer], key=lambda member: member[0]):
-            placements[name] = []
-            for band in _bands(family, path, tuple(shapes[name]), granularity, config):
-                names = [f"layers.{layer}.{part}{number}" for part, number in band.units]
-                for unit, (part, _) in zip(names, band.units, strict=True):
-                    if unit not in index:
-                        index[unit] = len(units)
-                        units.append((unit, band.kind, layer, part))
-                period = len(names) if band.axis is not None else None
-                placements[name].append(Placement(band.shape, index[names[0]], band.axis, band.span, period))
-    sizes = [0] * len(units)
-    for placement in (part for parts in placements.values() for part in parts):
-        for position in range(placement.first, placement.first + placement.count):
-            sizes[position] += placement.numel // placement.count
-    return UnitRegistry([Unit(*unit, size) for unit, size in zip(units, sizes, strict=True)], placements)
+            yield name, layer, path
+
+
+def _parameters_outside(family: Family, shapes: Mapping[str, Sequence[int]]) -> Iterator[tuple[str, str]]:
+    """Name and module of every parameter outside the layers, in the order of their units."""
+    order = {path: position for position, path in enumerate(map(module_path, (*family.outside, family.head)))}
+    found = [(name, module_path(name)) for name in shapes if family.split_name(name) is None]
+    for name, path in found:
+        if path not in order:
+            raise ValueError(f"parameter '{name}' belongs to no unit: add it to `outside` of its family")
+    return iter(sorted(found, key=lambda entry: order[entry[1]]))
+
+
+class _Builder:
+    """Units and placements, numbered as they come."""
+
+    def __init__(self) -> None:
+        self._index: dict[str, int] = {}
+        self._units: list[tuple[str, UnitKind, int | None, str]] = []
+        self._placements: dict[str, list[Placement]] = {}
+
+    def add(self, parameter: str, layer: int | None, bands: Iterable[_Band]) -> None:
+        """A parameter; units that an earlier one had too are shared."""
+        placements = self._placements[parameter] = []
+        for band in bands:
+            names = [_place(layer, part) + number for part, number in band.units]
+            for unit, (part, _) in zip(names, band.units, strict=True):
+                if unit not in self._index:
+                    self._index[unit] = len(self._units)
+                    self._units.append((unit, band.kind, layer, part))
+            period = len(names) if band.axis is not None else None
+            placements.append(Placement(band.shape, self._index[names[0]], band.axis, band.span, period))
+
+    def registry(self) -> UnitRegistry:
+        sizes = [0] * len(self._units)
+        for placement in (part for parts in self._placements.values() for part in parts):
+            for position in range(placement.first, placement.first + placement.count):
+                sizes[position] += placement.numel // placement.count
+        units = [Unit(*unit, size) for unit, size in zip(self._units, sizes, strict=True)]
+        return UnitRegistry(units, self._placements)
+
+
+def _place(layer: int | None, part: str) -> str:
+    return part if layer is None else f"layers.{layer}.{part}"
 
 
 @dataclass(frozen=True)
@@ -163,6 +218,12 @@ def _bands(family: Family, path: str, shape: tuple[int, ...], granularity: Granu
             yield from _projection_bands(family, path, shape[1:], granularity, config, f".{expert}")
     else:
         yield from _projection_bands(family, path, shape, granularity, config, "")
+
+
+def _outside_band(family: Family, path: str, shape: tuple[int, ...]) -> _Band:
+    """A parameter outside the layers: one unit with the others of its module, at any granularity."""
+    is_norm = len(shape) == 1 and path != module_path(family.head)
+    return _Band(shape, "norm" if is_norm else "matrix", [(path.rpartition(".")[2], "")])
 
 
 def _projection_bands(

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from adept_ds.base.errors import InputError, UnitMismatchError
 from adept_ds.config.deepspeed import unsupported_feature
-from adept_ds.config.schema import LrPolicySection
+from adept_ds.config.rate_sections import LrPolicySection
 from adept_ds.ranks.collectives import Ranks
 from adept_ds.ranks.groups import joined
 from adept_ds.units.adamw import UnitAdamW

@@ -1,14 +1,14 @@
 """From a training checkpoint to a Hugging Face directory.
 
-The expanded checkpoint is streamed shard by shard; the tensors of the copies are replaced by the trained ones, which
-are put together from DeepSpeed's partitions by DeepSpeed's own reader. No engine and no accelerator is needed.
+The checkpoint that training started from is streamed shard by shard; what was trained is replaced by tensors that are
+put together from DeepSpeed's partitions by DeepSpeed's own reader. No engine and no accelerator is needed.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -23,6 +23,9 @@ from adept_ds.models.directory import ModelDirectory
 from adept_ds.models.weight_files import INDEX_NAME, weight_files
 from adept_ds.weights.deepspeed_files import reading_data_only
 from adept_ds.weights.hf_directory import copy_companions, stored_tensors
+
+Learned = Callable[[dict[str, torch.Tensor]], Iterable[tuple[str, torch.Tensor]]]
+"""From trained parameters, fp32, by name, to parameters of the model that they stand for (see `Method.learned`)."""
 
 _DTYPES = {"source": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -65,28 +68,30 @@ def _read_shard(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def export_checkpoint(
-    expanded: Path,
+    start: Path,
     checkpoint: Path,
     destination: Path,
     dtype: str = "source",
     progress: ProgressCallback | None = None,
     *,
+    learned: Learned = dict.items,
     overwrite: bool = False,
 ) -> int:
     """Write the adapted model to `destination`; returns how many tensors were trained.
 
     Args:
-        expanded: the checkpoint that training started from.
+        start: the model that training started from.
         dtype: of all floating-point tensors; 'source' keeps each tensor's own.
+        learned: what the trained parameters are in the model; by default themselves.
         overwrite: an earlier export in its place may be replaced (see `outputs.check_output`).
 
     Raises:
-        InputError: the training checkpoint does not belong to `expanded`, or `destination` is no place for a new
+        InputError: the training checkpoint does not belong to `start`, or `destination` is no place for a new
             directory.
     """
-    check_output(destination, "export", {"CHECKPOINT": checkpoint, "--base": expanded}, overwrite=overwrite)
-    files = weight_files(expanded)
-    trained = _as_stored(read_zero_checkpoint(checkpoint), expanded, checkpoint)
+    check_output(destination, "export", {"CHECKPOINT": checkpoint, "--base": start}, overwrite=overwrite)
+    files = weight_files(start)
+    trained = _as_stored(dict(learned(read_zero_checkpoint(checkpoint))), start, checkpoint)
     missing = set(trained)
     with new_output(destination, "export", overwrite=overwrite) as folder:
         for number, file in enumerate(files):
@@ -99,23 +104,26 @@ def export_checkpoint(
             missing -= tensors.keys()
             save_file(tensors, folder / file.name, metadata={"format": "pt"})
         assert not missing
-        if (expanded / INDEX_NAME).is_file():
-            shutil.copy2(expanded / INDEX_NAME, folder / INDEX_NAME)
-        copy_companions(expanded, folder)
-        (folder / EXPANSION_NAME).write_bytes((expanded / EXPANSION_NAME).read_bytes())
-        _write_config(expanded, folder, dtype)
+        if (start / INDEX_NAME).is_file():
+            shutil.copy2(start / INDEX_NAME, folder / INDEX_NAME)
+        copy_companions(start, folder)
+        if (start / EXPANSION_NAME).is_file():
+            (folder / EXPANSION_NAME).write_bytes((start / EXPANSION_NAME).read_bytes())
+        _write_config(start, folder, dtype)
     return len(trained)
 
 
-def _as_stored(parameters: dict[str, torch.Tensor], expanded: Path, checkpoint: Path) -> dict[str, torch.Tensor]:
-    """A model's parameters under the names that they have in the files of `expanded`: stacks of experts come apart."""
-    family, stored = ModelDirectory.read(expanded).family, stored_tensors(expanded)
+def _as_stored(parameters: dict[str, torch.Tensor], start: Path, checkpoint: Path) -> dict[str, torch.Tensor]:
+    """A model's parameters under the names that they have in the files of `start`: stacks of experts come apart."""
+    family, stored = ModelDirectory.read(start).family, stored_tensors(start)
     tensors: dict[str, torch.Tensor] = {}
     for name, parameter in parameters.items():
         try:
             names = family.stored_parts(name, stored)
         except KeyError:
-            raise InputError(f"'{checkpoint}' trained '{name}', which '{expanded}' lacks; give its own base") from None
+            if name == family.head and family.outside[0] in parameters:
+                continue  # tied to the embedding, which is there under its own name
+            raise InputError(f"'{checkpoint}' trained '{name}', which '{start}' lacks; give its own base") from None
         listed = [part for expert in names for part in expert]
         comes_apart = parameter.dim() > len(stored[listed[0]].shape)
         rows = parameter.reshape(-1, *parameter.shape[2:]) if comes_apart else parameter
@@ -132,8 +140,8 @@ def _result_tensor(
     return (base if trained is None else trained).to(wanted).contiguous()
 
 
-def _write_config(expanded: Path, folder: Path, dtype: str) -> None:
-    config = dict(ModelDirectory.read(expanded).config)
+def _write_config(start: Path, folder: Path, dtype: str) -> None:
+    config = dict(ModelDirectory.read(start).config)
     if dtype != "source":
         config["dtype"] = dtype
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -6,7 +6,7 @@ optimizer follow from the run's own configuration, so that no number has to be w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 
 from adept_ds.models.device import current_device, free_unused
 from adept_ds.models.directory import ModelDirectory
-from adept_ds.models.loading import checkpoint_activations, load_causal_lm, make_layers_trainable
+from adept_ds.models.loading import Trains, checkpoint_activations, load_causal_lm
 from adept_ds.ranks.collectives import Ranks
 from adept_ds.zero.engine import Engine
 
@@ -55,19 +55,20 @@ def without_state(parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer
 def build_training_engine(
     settings: EngineSettings,
     model_dir: ModelDirectory,
-    layers: Sequence[int],
+    trains: Trains,
     make_optimizer: MakeOptimizer = without_state,
     shape: StepShape | None = None,
     *,
     seed: int = 0,
     recompute_activations: bool = False,
 ) -> Engine:
-    """An engine in which `layers` train and everything else is frozen.
+    """An engine in which that trains of the model which `trains` says, and everything else is frozen.
 
     Args:
+        trains: `models.loading.layers_train(family, layers)`, `everything_trains()`, or a method's own.
         shape: of an optimizer step; None if none will be taken.
         seed: of dropout, which differs between ranks.
-        recompute_activations: in the backward pass, from the lowest trainable layer up.
+        recompute_activations: in the backward pass, from the lowest layer that gradients pass up.
     """
     import deepspeed
 
@@ -77,9 +78,9 @@ def build_training_engine(
     is_zero3 = config["zero_optimization"]["stage"] == 3
     model = load_causal_lm(model_dir, settings.precision, config if is_zero3 else None)
     model.train()
-    make_layers_trainable(model, model_dir.family, layers)
+    trains.prepare(model)
     if recompute_activations:
-        checkpoint_activations(model, model_dir.family, min(layers))
+        checkpoint_activations(model, model_dir.family, trains.lowest_trainable_layer)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     engine, *_ = deepspeed.initialize(model=model, optimizer=make_optimizer(trainable), config=config)
     built: Engine = engine

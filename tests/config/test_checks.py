@@ -13,7 +13,8 @@ from harness.workspace import Workspace
 from adept_ds.base.errors import InputError
 from adept_ds.config.checks import accumulation_steps, check_files, check_layers, check_num_copies, check_replay
 from adept_ds.config.loading import parse_config
-from adept_ds.config.schema import Config, TrainSection
+from adept_ds.config.schema import Config
+from adept_ds.config.train_sections import TrainSection
 from adept_ds.models.directory import ModelDirectory
 
 BATCHES = list(itertools.product((1, 2, 3, 4, 7, 8, 12, 16), (1, 2, 3), (1, 2, 3, 8)))

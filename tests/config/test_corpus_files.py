@@ -11,9 +11,9 @@ import yaml
 from harness.launching import ROOT
 
 from adept_ds.base.errors import InputError
+from adept_ds.config.corpus_entries import corpus_sources
 from adept_ds.config.corpus_files import find_files
 from adept_ds.config.loading import parse_config
-from adept_ds.config.schema import corpus_sources
 
 TREE = ["b/2.jsonl", "b/10.jsonl", "a.jsonl", "c.txt", "b/deep/x"]
 LEFT_OUT = [".hidden", "b/_SUCCESS", ".git/config", "b/.part.crc", "_metadata"]

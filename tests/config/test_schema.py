@@ -10,8 +10,9 @@ import yaml
 from harness.launching import ROOT
 
 from adept_ds.base.errors import InputError
+from adept_ds.config.layer_sections import ExpandSection
 from adept_ds.config.loading import dump_config, parse_config
-from adept_ds.config.schema import ExpandSection, LrPolicySection
+from adept_ds.config.rate_sections import LrPolicySection
 
 BASE = {"model": "m", "run_dir": "r"}
 WEIGHTED = {"files": ["q.jsonl", "r.txt"], "weight": 2.5, "name": "questions"}

@@ -22,7 +22,8 @@ from harness.reading import (
 )
 
 from adept_ds.base.errors import InputError
-from adept_ds.config.schema import CorpusSource, DataSection, Format
+from adept_ds.config.corpus_entries import CorpusSource, Format
+from adept_ds.config.data_section import DataSection
 from adept_ds.data import documents
 from adept_ds.data.documents import check_corpus, read_pieces
 from adept_ds.data.formats import Found

@@ -9,7 +9,7 @@ import pytest
 import torch
 from harness.packing import pack, write_texts
 
-from adept_ds.config.schema import TrainSection
+from adept_ds.config.train_sections import TrainSection
 from adept_ds.data.mixture import Mixture
 from adept_ds.data.training_data import BatchEntry, TrainingData, micro_batches
 

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from adept_ds.base.digests import FileDigests
 from adept_ds.config.corpus_files import find_files
-from adept_ds.config.schema import DataSection
+from adept_ds.config.data_section import DataSection
 from adept_ds.data.documents import check_corpus, read_pieces
 from adept_ds.data.tokenizer import TextTokenizer
 from adept_ds.data.tokens import Tokenisation, tokens_of

@@ -15,6 +15,7 @@ import torch
 from harness.models import VOCABULARY
 
 from adept_ds.models.directory import ModelDirectory
+from adept_ds.models.loading import layers_train
 from adept_ds.probing.sweep import install_layer_sweep
 from adept_ds.ranks.groups import join
 from adept_ds.ranks.launchers import rank_from_environment
@@ -60,7 +61,9 @@ def train(settings: EngineSettings, folder: Path) -> dict[str, Any]:
     def optimizer(parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
         return UnitAdamW(parameters, lr=1e-2, betas=(0.9, 0.95), weight_decay=0.0)
 
-    engine = build_training_engine(settings, expanded, copies, optimizer, StepShape(2, 1, 1))
+    engine = build_training_engine(
+        settings, expanded, layers_train(expanded.family, copies), optimizer, StepShape(2, 1, 1)
+    )
     shapes = parameter_shapes(engine.module)
     registries = {
         granularity: build_registry(expanded.family, shapes, copies, granularity, engine.module.config)

@@ -26,6 +26,7 @@ from adept_ds.data.training_data import TrainingData
 from adept_ds.models.device import resolve_precision
 from adept_ds.models.directory import ModelDirectory
 from adept_ds.models.frozen_prefix import FrozenPrefix
+from adept_ds.models.loading import layers_train
 from adept_ds.ranks.collectives import Ranks
 from adept_ds.training.step import accumulate_gradient
 from adept_ds.units.adamw import UnitAdamW
@@ -88,7 +89,7 @@ def training_engine(
         options["shape"] = StepShape(
             train.global_batch_size, train.micro_batch_size, accumulation, train.clip_grad_norm
         )
-    engine = build_training_engine(settings, model, layers, **options)
+    engine = build_training_engine(settings, model, layers_train(model.family, layers), **options)
     shapes = parameter_shapes(engine.module)
     registry = build_registry(model.family, shapes, layers, config.importance.granularity, engine.module.config)
     return engine, registry

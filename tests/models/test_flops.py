@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -31,6 +33,42 @@ def test_the_operation_count_is_that_of_a_hand_count(tmp_path: Path) -> None:
     assert flops.backward_inputs == 3 * (layer + 2 * scores) + head
     assert flops.backward_weights == layer
     assert flops.total == flops.forward + flops.backward_inputs + flops.backward_weights
+
+
+def adapted_queries(model: Any) -> None:
+    """A frozen model with a pair of small matrices beside the queries' projection of layer 2."""
+    model.requires_grad_(False)
+    projection = model.model.layers[2].self_attn.q_proj
+    projection.down, projection.up = torch.nn.Linear(20, 3, bias=False), torch.nn.Linear(3, 20, bias=False)
+    projection.register_forward_hook(lambda module, inputs, output: output + module.up(module.down(*inputs)))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "prepare"),
+    [
+        pytest.param("llama", lambda model: model.requires_grad_(True), id="all, a tied head"),
+        pytest.param("phi3", lambda model: model.requires_grad_(True), id="all, a head of its own"),
+        pytest.param("llama", adapted_queries, id="adapters"),
+        pytest.param("gpt2", lambda model: model.transformer.wpe.requires_grad_(True), id="positions alone"),
+    ],
+)
+def test_products_of_a_whole_step_are_those_that_pytorch_does(
+    model_type: str, prepare: Callable[[Any], object], tmp_path: Path
+) -> None:
+    """Forward and backward, at one token, against PyTorch's own counter; 7 % are norms, biases and half attention.
+
+    What gradients do not reach is no smaller share: two fifths of the layers, or the head's own gradient.
+    """
+    from torch.utils.flop_counter import FlopCounterMode
+    from transformers import AutoModelForCausalLM
+
+    model: Any = AutoModelForCausalLM.from_pretrained(save_tiny_model(tmp_path / "model", model_type))
+    model.requires_grad_(False)
+    prepare(model)
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids=torch.zeros(1, 1, dtype=torch.int64), use_cache=False).logits.sum().backward()
+    counted = count_step_flops(model, FAMILIES[model_type], 1).total
+    assert counted == pytest.approx(counter.get_total_flops(), rel=0.07)
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gpt2", "phi3", "mixtral", "qwen2_moe"])

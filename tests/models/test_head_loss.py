@@ -167,12 +167,6 @@ def test_a_stack_of_variants_shares_the_labels_of_its_rows(tiny_model: Any) -> N
     torch.testing.assert_close(head(stack, labels), each, **ROUNDING)
 
 
-def test_a_trainable_head_is_refused(tiny_model: Any) -> None:
-    model = copy.deepcopy(tiny_model).requires_grad_(True)
-    with pytest.raises(ValueError, match="head must be frozen"):
-        install_row_losses(model)
-
-
 def test_parameter_names_stay_those_of_the_checkpoint(tiny_model: Any) -> None:
     model = copy.deepcopy(tiny_model).requires_grad_(False)
     install_row_losses(model)

@@ -14,7 +14,7 @@ from harness.packing import made_up_blocks
 from harness.workspace import Workspace
 
 from adept_ds.base.errors import InputError
-from adept_ds.config.schema import ExpandSection, ProbeSection
+from adept_ds.config.layer_sections import ExpandSection, ProbeSection
 from adept_ds.data.mixture import Mixture
 from adept_ds.models.directory import ModelDirectory
 from adept_ds.probing.decision import Reference, check_halves, result_of, select

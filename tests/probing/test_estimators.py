@@ -22,7 +22,7 @@ from safetensors.numpy import load_file
 from scipy.stats import spearmanr
 
 from adept_ds.base.files import read_json
-from adept_ds.config.schema import ProbeSection
+from adept_ds.config.layer_sections import ProbeSection
 from adept_ds.data.mixture import Sample
 from adept_ds.probing.estimators import ESTIMATORS, Estimator, Passes, Probe, name_of
 from adept_ds.probing.passes import PassProgress

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from adept_ds.base.errors import InputError
-from adept_ds.config.schema import ExpandSection
+from adept_ds.config.layer_sections import ExpandSection
 from adept_ds.probing.model_size import ModelSize
 from adept_ds.probing.selection import knee, layers_without_probe, lowest_layers, select_layers, uniform_layers
 

@@ -14,7 +14,8 @@ from harness.models import save_tiny_model
 
 from adept_ds.base.digests import FileDigests
 from adept_ds.base.terminal import Terminal
-from adept_ds.config.schema import CorpusSource, DataSection
+from adept_ds.config.corpus_entries import CorpusSource
+from adept_ds.config.data_section import DataSection
 from adept_ds.models.directory import ModelDirectory
 from adept_ds.ranks.collectives import Ranks
 from adept_ds.ranks.stopping import StopRequest

@@ -324,10 +324,10 @@ def test_an_expansion_of_other_layers_in_its_place_is_noticed(copy: TrainedRun) 
     other = {"expand": {"k": None, "layers": [1]}}
     result = run(copy, **other)
     assert result.returncode == 2
-    assert_one_line(result.stderr, ["model: ", "another expanded model", "expand.layers"])
+    assert_one_line(result.stderr, ["model: ", "another model", "expand.layers"])
     result = adept(1, "export", copy.config(**other))
     assert result.returncode == 2
-    assert_one_line(result.stderr, ["another expanded model"])
+    assert_one_line(result.stderr, ["another model"])
     result = run(copy)
     assert result.returncode == 0, "with its own layers it goes on"
 

@@ -15,7 +15,8 @@ from harness.workspace import Workspace
 
 from adept_ds.base.errors import InputError
 from adept_ds.base.files import read_json
-from adept_ds.config.schema import Config, ExpandSection
+from adept_ds.config.layer_sections import ExpandSection
+from adept_ds.config.schema import Config
 from adept_ds.models.directory import ModelDirectory
 from adept_ds.probing.estimators import ESTIMATORS, Estimator, name_of
 from adept_ds.probing.model_size import model_size

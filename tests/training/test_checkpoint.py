@@ -66,7 +66,7 @@ def test_a_manifest_is_read_back_the_same(tmp_path: Path) -> None:
     [
         pytest.param({"world_size": 4}, ["by 2 ranks", "has 4; start 2 ranks"], id="ranks"),
         pytest.param({"zero_stage": 1}, ["deepspeed: ", "ZeRO stage 3, not 1; set it back"], id="stage"),
-        pytest.param({"fingerprint": "g"}, ["model: ", "another expanded model", "give the model"], id="expansion"),
+        pytest.param({"fingerprint": "g"}, ["model: ", "another model", "give the model"], id="expansion"),
         pytest.param({"settings": {"train.lr": 0.2}}, ["train.lr: ", "with 0.1, not 0.2; set it back"], id="setting"),
         pytest.param({"settings": {}}, ["train.lr: ", "with 0.1, not None"], id="setting gone"),
         pytest.param({"settings": OTHER_TEXTS}, ["data.domain: ", "was trained on other texts; set it"], id="texts"),

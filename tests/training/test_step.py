@@ -10,7 +10,7 @@ import pytest
 from harness.launching import counted
 from harness.workspace import Workspace
 
-from adept_ds.config.schema import TrainSection
+from adept_ds.config.train_sections import TrainSection
 from adept_ds.training.step import lr_factor
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from adept_ds.config.schema import LrPolicySection
+from adept_ds.config.rate_sections import LrPolicySection
 from adept_ds.units.lr_policy import multipliers_from_importance, smooth
 from adept_ds.units.registry import Unit, UnitKind
 

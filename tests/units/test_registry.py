@@ -187,6 +187,62 @@ def test_the_order_of_units_does_not_depend_on_the_order_of_parameters(granulari
     assert build_registry(FAMILIES["qwen2"], turned, COPIES[::-1], granularity, config).names == forward.names
 
 
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("model_type", sorted(FAMILY_OPTIONS))
+def test_every_element_of_a_whole_model_belongs_to_exactly_one_unit(model_type: str, granularity: Any) -> None:
+    config, shapes = tiny(model_type)
+    family = FAMILIES[model_type]
+    registry = build_registry(family, shapes, range(5), granularity, config, outside=True)
+    assert registry.placements.keys() == shapes.keys()
+    counted = torch.zeros(len(registry), dtype=torch.float64)
+    for name, shape in shapes.items():
+        counted += torch.bincount(units_of(registry, name, shape).flatten(), minlength=len(registry))
+    assert torch.equal(counted, registry.sizes)
+    layers = build_registry(family, shapes, range(5), granularity, config)
+    assert registry.names[: len(layers)] == layers.names
+
+
+OUTSIDE = {
+    "llama": [("embed_tokens", "matrix"), ("norm", "norm")],  # a tied head
+    "phi3": [("embed_tokens", "matrix"), ("norm", "norm"), ("lm_head", "matrix")],
+    "gpt2": [("wte", "matrix"), ("wpe", "matrix"), ("ln_f", "norm")],
+    "gpt_neox": [("embed_in", "matrix"), ("final_layer_norm", "norm"), ("lm_head", "matrix")],
+}
+
+
+@pytest.mark.parametrize("model_type", OUTSIDE)
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_units_outside_the_layers_are_modules_under_the_architectures_names(model_type: str, granularity: Any) -> None:
+    config, shapes = tiny(model_type)
+    registry = build_registry(FAMILIES[model_type], shapes, [4], granularity, config, outside=True)
+    found = [unit for unit in registry.units if unit.layer is None]
+    assert [(unit.name, unit.kind) for unit in found] == OUTSIDE[model_type]
+    assert all(unit.name == unit.part == unit.place for unit in found)
+    assert found[0].numel == 262 * 20
+
+
+def test_the_bias_of_a_head_belongs_to_the_head() -> None:
+    shapes = {"model.embed_tokens.weight": (5, 4), "lm_head.bias": (5,), "lm_head.weight": (5, 4)}
+    registry = build_registry(FAMILIES["llama"], shapes, [], outside=True)
+    assert [(unit.name, unit.kind, unit.numel) for unit in registry.units] == [
+        ("embed_tokens", "matrix", 20),
+        ("lm_head", "matrix", 25),
+    ]
+
+
+@pytest.mark.parametrize("name", ["model.position_bias", "v_head.weight"])
+def test_a_parameter_outside_the_layers_that_the_family_does_not_know_is_an_error(name: str) -> None:
+    shapes = {"model.embed_tokens.weight": (5, 4), name: (4,)}
+    with pytest.raises(ValueError, match=re.escape(name)):
+        build_registry(FAMILIES["llama"], shapes, [], outside=True)
+
+
+def test_what_trains_and_belongs_to_no_unit_is_named() -> None:
+    registry = build_registry(FAMILIES["llama"], {"model.layers.1.mlp.up_proj.weight": (4, 4)}, [1])
+    with pytest.raises(ValueError, match=r"'model\.norm\.weight' trains and belongs to no unit"):
+        list(registry.tiles("model.norm.weight", 0, 4))
+
+
 def test_a_parameter_that_the_family_does_not_know_is_an_error() -> None:
     shapes = {"model.layers.1.self_attn.q_proj.weight": (4, 4), "model.layers.1.self_attn.sinks": (4,)}
     with pytest.raises(ValueError, match=r"model\.layers\.1\.self_attn\.sinks"):

@@ -1,0 +1,19 @@
+"""Training of k layers in place, everything else frozen: what copies are compared with at equal numbers of parameters.
+
+Which layers is said by `expand`: by lowest delta, evenly spread, the last, or a list.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from adept_ds.methods.shape import Method
+
+
+class Freeze(Method):
+    """Chosen layers at one learning rate, nothing added."""
+
+    name: Literal["freeze"] = "freeze"
+
+    sections = frozenset({"expand"})
+    presets: ClassVar = {"lr_policy": {"map": "constant"}}

@@ -1,0 +1,39 @@
+"""Full continual pretraining (the paper's PT-Full): every parameter trains, embeddings and head too."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+from adept_ds.methods.shape import Method, Start
+
+if TYPE_CHECKING:
+    from adept_ds.config.schema import Config
+    from adept_ds.models.loading import Trains
+    from adept_ds.units.registry import UnitRegistry
+
+
+class WholeModel(Method):
+    """A base of methods in which every parameter trains."""
+
+    def trains(self, start: Start) -> Trains:
+        from adept_ds.models.loading import everything_trains
+
+        return everything_trains()
+
+    def units(
+        self, config: Config, start: Start, shapes: dict[str, tuple[int, ...]], model_config: Any
+    ) -> UnitRegistry:
+        from adept_ds.units.registry import build_registry
+
+        granularity = config.importance.granularity
+        return build_registry(start.model.family, shapes, start.layers, granularity, model_config, outside=True)
+
+
+class Full(WholeModel):
+    """Everything at one learning rate, on domain text alone."""
+
+    name: Literal["full"] = "full"
+
+    def check(self, config: Config) -> None:
+        if config.data.replay:
+            raise ValueError("data.replay: method: full reads domain text alone; write method: replay, or remove it")

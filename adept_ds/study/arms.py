@@ -1,0 +1,163 @@
+"""What a study compares, and the operating points that are chosen for it on validation documents.
+
+An arm is a method with its setting. Each of its operating points is a learning rate with a position of the dial (1: as
+training left the weights, 0: the base). For a bound x the point is chosen that has the lowest domain loss among those
+whose every general source is at most x nats above the base; D(x) is its domain loss on test documents. Both the bound
+and the order are of validation documents: nothing is chosen by what is reported.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+from adept_ds.study.measurements import Measurements
+from adept_ds.study.trials import ADAPTED, BASE, Cell, Floats, Source
+
+BOUNDS = (-0.02, 0.0, 0.02, 0.05)
+"""x of D(x), in nats per token."""
+
+
+class Point(NamedTuple):
+    """An operating point of an arm."""
+
+    lr: float | None
+    """None: the base, which no learning rate leads to."""
+    alpha: float
+    """Position of the dial."""
+
+
+AT_BASE = Point(None, BASE)
+
+
+class Criterion(NamedTuple):
+    """By what a point is chosen."""
+
+    bound: float | None
+    """x of D(x); None: the lowest domain loss of the trained models, however much is forgotten, and without dial."""
+
+    @property
+    def name(self) -> str:
+        return "plain" if self.bound is None else f"D({self.bound:g})"
+
+
+PLAIN = Criterion(None)
+CRITERIA = (PLAIN, *map(Criterion, BOUNDS))
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A method with its setting, and what its trials measured."""
+
+    label: str
+    setting: str
+    name: str
+    cells: Mapping[tuple[float, int], Cell]
+    """By learning rate and seed; not every rate has every seed."""
+    measured: Measurements
+
+    @cached_property
+    def rates(self) -> list[float]:
+        return sorted({lr for lr, _ in self.cells})
+
+    def seeds_of(self, lr: float) -> list[int]:
+        return sorted(seed for rate, seed in self.cells if rate == lr)
+
+    @cached_property
+    def seeds(self) -> list[int]:
+        return sorted({seed for _, seed in self.cells})
+
+    @cached_property
+    def search_seeds(self) -> list[int]:
+        """Those that every rate has, by which points are compared; all where there is none."""
+        return [seed for seed in self.seeds if all(seed in self.seeds_of(lr) for lr in self.rates)] or self.seeds
+
+    def seeds_at(self, point: Point) -> list[int]:
+        """Of the trials that have this point; the base is the same for every seed of the arm."""
+        return self.seeds if point.lr is None else self.seeds_of(point.lr)
+
+    @cached_property
+    def points(self) -> list[Point]:
+        """All that every seed of a rate has, the base first."""
+        positions = {
+            lr: set.intersection(*(set(self.cells[lr, seed].sums) - {BASE} for seed in self.seeds_of(lr)))
+            for lr in self.rates
+        }
+        return [AT_BASE, *(Point(lr, alpha) for lr in self.rates for alpha in sorted(positions[lr]))]
+
+    def sums(self, point: Point, seed: int) -> Mapping[Source, Floats]:
+        """Sums of token losses by source, [documents]."""
+        return self.measured.base if point.lr is None else self.cells[point.lr, seed].sums[point.alpha]
+
+    def loss(self, point: Point, sources: Sequence[Source], seeds: Iterable[int] | None = None) -> float:
+        """Of these sources together; mean over these seeds, or over all that have the point."""
+        chosen = list(self.seeds_at(point) if seeds is None else seeds)
+        return math.fsum(self.measured.loss(self.sums(point, seed), sources) for seed in chosen) / len(chosen)
+
+    def rise(self, point: Point, source: Source, seeds: Iterable[int] | None = None) -> float:
+        """Of a source's loss above the base's, in nats."""
+        return self.loss(point, [source], seeds) - self.measured.loss(self.measured.base, [source])
+
+    def largest_rise(self, point: Point, role: str, seeds: Iterable[int] | None = None) -> tuple[float, Source]:
+        """Over the general sources of a role: how much the one rises that rises most."""
+        chosen = list(self.seeds_at(point) if seeds is None else seeds)
+        return max((self.rise(point, source, chosen), source) for source in self.measured.sources("general", role))
+
+    def search_scores(self, point: Point) -> tuple[float, float]:
+        """What points are chosen by: domain loss and largest general rise, on validation documents."""
+        seeds = [seed for seed in self.search_seeds if seed in self.seeds_at(point)] or self.seeds_at(point)
+        domain = self.loss(point, self.measured.sources("domain", "validation"), seeds)
+        return domain, self.largest_rise(point, "validation", seeds)[0]
+
+    def choose(self, criterion: Criterion) -> Point | None:
+        """The point for a criterion; None where no point meets it."""
+        fitting = [point for point in self.points if self._meets(criterion, point)]
+        return min(fitting, key=lambda point: self.search_scores(point)[0], default=None)
+
+    def _meets(self, criterion: Criterion, point: Point) -> bool:
+        if criterion.bound is None:
+            return point.alpha == ADAPTED
+        return self.search_scores(point)[1] <= criterion.bound
+
+
+def arms_of(measured: Measurements) -> list[Arm]:
+    """In the order in which their first trials are given."""
+    cells: dict[str, dict[tuple[float, int], Cell]] = {}
+    for cell in measured.cells:
+        cells.setdefault(cell.trial.arm, {})[cell.trial.lr, cell.trial.seed] = cell
+    firsts = {name: next(iter(of.values())).trial for name, of in cells.items()}
+    return [Arm(firsts[name].label, firsts[name].setting, name, of, measured) for name, of in cells.items()]
+
+
+def best_rates(measured: Measurements) -> dict[str, list[float]]:
+    """Of each arm by name: the learning rates that some criterion chooses, which deserve further seeds."""
+    chosen = {arm.name: {arm.choose(criterion) for criterion in CRITERIA} for arm in arms_of(measured)}
+    return {
+        name: sorted({point.lr for point in points if point is not None and point.lr is not None})
+        for name, points in chosen.items()
+    }
+
+
+def search_warnings(arm: Arm, chosen: Mapping[Criterion, Point | None]) -> list[str]:
+    """Sentences about an arm whose search may have missed its best: nothing says that the grid holds it."""
+    lost = [
+        f"{cell.trial.name}: the loss at dial {alpha:g} is no finite number; this position is left out."
+        for cell in arm.cells.values()
+        for alpha in cell.lost
+    ]
+    if not all(seed in arm.seeds_of(lr) for lr in arm.rates for seed in arm.search_seeds):
+        lost.append(f"{arm.name}: no seed has every learning rate; rates are compared by means over different seeds.")
+    if len(arm.rates) == 1:
+        return [*lost, f"{arm.name}: only one learning rate ({arm.rates[0]:g}) was tried; others may be better."]
+    for rate, towards, factor in ((arm.rates[0], "downwards", 0.5), (arm.rates[-1], "upwards", 2.0)):
+        names = [criterion.name for criterion, point in chosen.items() if point is not None and point.lr == rate]
+        if names:
+            end = "lowest" if factor < 1 else "highest"
+            lost.append(
+                f"{arm.name}: the best learning rate, {rate:g}, is the {end} of its grid ({', '.join(names)}); "
+                f"extend the grid {towards}, to {factor * rate:g}."
+            )
+    return lost

@@ -1,0 +1,263 @@
+"""A trial of a study: a trained and evaluated run, and what its files say that is compared."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+
+from adept_ds.base.errors import InputError
+from adept_ds.base.records import Record
+from adept_ds.base.run_dir import RunDirectory
+from adept_ds.base.run_records import MetricsLine, RunSummary, read_log
+
+BASE, ADAPTED = 0.0, 1.0
+"""Ends of the dial: weights of the base, and as training left them."""
+
+CORPORA, ROLES = ("general", "domain"), ("validation", "test")
+"""Rates and dials are chosen on validation documents; what is reported is of test documents."""
+
+_EVALUATE = "`adept eval` on its configuration makes it again"
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+
+class Trial(Record):
+    """A trained and evaluated cell of a study."""
+
+    label: str
+    """Of its method."""
+    setting: str = ""
+    """Of the method, where a study compares several; '' otherwise."""
+    lr: PositiveFloat
+    seed: int
+    run_dir: Path
+
+    @property
+    def arm(self) -> str:
+        """What is compared: a method with its setting."""
+        return f"{self.label} ({self.setting})" if self.setting else self.label
+
+    @property
+    def name(self) -> str:
+        return f"{self.arm}, learning rate {self.lr:g}, seed {self.seed}"
+
+
+class Source(NamedTuple):
+    """Held-out documents of one kind and one role."""
+
+    corpus: str
+    """'general' or 'domain'"""
+    role: str
+    """'validation' or 'test'"""
+    name: str
+
+    @property
+    def key(self) -> str:
+        """As configurations name it."""
+        return f"{self.role}/{self.name}"
+
+
+class TrialSummary(RunSummary):
+    """summary.json of a trial."""
+
+    learned_bytes: NonNegativeInt | None = None
+    """On disk, of what was learned: an adapter, copies, or a whole model."""
+    overhead_seconds: NonNegativeFloat | None = None
+    """Beside training steps: probe, refreshes, anchors."""
+
+
+class _Evaluated(Record):
+    model_config = ConfigDict(extra="ignore")
+
+    loss: float
+
+
+class _SourceAccuracy(Record):
+    model_config = ConfigDict(extra="ignore")
+
+    accuracy: float | None = None
+
+
+class _CorpusAccuracy(Record):
+    model_config = ConfigDict(extra="ignore")
+
+    sources: dict[str, _SourceAccuracy] = Field(default_factory=dict)
+
+
+class _DialAccuracy(Record):
+    model_config = ConfigDict(extra="ignore")
+
+    alpha: float
+    corpora: dict[str, _CorpusAccuracy] = Field(default_factory=dict)
+
+
+class _Accuracies(Record):
+    """evaluation.json, as far as the losses of documents do not say it better."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    base: dict[str, _CorpusAccuracy] = Field(default_factory=dict)
+    adapted: dict[str, _CorpusAccuracy] = Field(default_factory=dict)
+    dial: list[_DialAccuracy] = Field(default_factory=list)
+
+    @classmethod
+    def remedy(cls) -> str:
+        return f"move it away, and {_EVALUATE}"
+
+    def by_alpha(self) -> dict[float, dict[Source, float]]:
+        models = {BASE: self.base, ADAPTED: self.adapted} | {at.alpha: at.corpora for at in self.dial}
+        return {
+            alpha: {
+                _source(f"{corpus}/{name}"): source.accuracy
+                for corpus, found in corpora.items()
+                for name, source in found.sources.items()
+                if source.accuracy is not None
+            }
+            for alpha, corpora in models.items()
+        }
+
+
+class ProgressLine(MetricsLine):
+    """A line of metrics.jsonl, with the held-out losses of an evaluation during training."""
+
+    eval: dict[str, _Evaluated] | None = None
+
+
+class Progress(NamedTuple):
+    """How a loss fell during training; arrays [points]."""
+
+    tokens: Floats
+    """Trained on so far."""
+    seconds: Floats
+    """Spent so far, refreshes included."""
+    loss: Floats
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Of a source; arrays [documents]."""
+
+    ids: Ints
+    tokens: Ints
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What a trial measured."""
+
+    trial: Trial
+    documents: Mapping[Source, Documents]
+    sums: Mapping[float, Mapping[Source, Floats]]
+    """Position of the dial -> source -> sum of each document's token losses in nats, [documents]. Without `lost`."""
+    lost: tuple[float, ...]
+    """Positions of the dial where a loss is no finite number."""
+    accuracy: Mapping[float, Mapping[Source, float]]
+    summary: TrialSummary
+    training: Progress
+    """The loss on training batches."""
+    held_out: Progress
+    """The loss on all held-out text of the domain, as far as evaluations during training say it."""
+
+
+def document_losses(run_dir: Path) -> Path:
+    return run_dir / "document_losses.safetensors"
+
+
+def read_cell(trial: Trial) -> Cell:
+    """Raises `InputError`: a file is missing or damaged, or a source has no role."""
+    run, losses = RunDirectory(trial.run_dir), document_losses(trial.run_dir)
+    documents, sums = _read_losses(losses)
+    lost = tuple(
+        alpha for alpha, of in sorted(sums.items()) if not all(np.isfinite(loss).all() for loss in of.values())
+    )
+    if BASE in lost:
+        raise InputError(f"'{losses}' has losses of the base that are no finite numbers; {_EVALUATE}")
+    return Cell(
+        trial=trial,
+        documents=documents,
+        sums={alpha: sums[alpha] for alpha in sorted(sums) if alpha not in lost},
+        lost=lost,
+        accuracy=_Accuracies.load(run.evaluation).by_alpha() if run.evaluation.is_file() else {},
+        summary=TrialSummary.load(run.summary),
+        **_read_progress(run.metrics),
+    )
+
+
+def _read_losses(path: Path) -> tuple[dict[Source, Documents], dict[float, dict[Source, Floats]]]:
+    """Documents by source; sums of token losses by position of the dial and source."""
+    tensors = _tensors(path)
+    ids = {_source(name): value.astype(np.int64) for name, value in _below("ids", tensors)}
+    tokens = {_source(name): value.astype(np.int64) for name, value in _below("tokens", tensors)}
+    sums: dict[float, dict[Source, Floats]] = {}
+    for name, value in _below("loss", tensors):
+        model, _, of = name.partition("/")
+        sums.setdefault(_position(model, path), {})[_source(of)] = value.astype(np.float64)
+    if not {BASE, ADAPTED} <= sums.keys():
+        raise InputError(f"'{path}' lacks the losses of a model, base or adapted; {_EVALUATE}")
+    shapes = _shapes(ids)
+    if _shapes(tokens) != shapes or any(_shapes(of) != shapes for of in sums.values()):
+        raise InputError(f"'{path}' has not the same documents for every model; {_EVALUATE}")
+    return {source: Documents(ids[source], tokens[source]) for source in ids}, sums
+
+
+def _shapes(arrays: dict[Source, Any]) -> dict[Source, tuple[int, ...]]:
+    return {source: array.shape for source, array in arrays.items()}
+
+
+def _tensors(path: Path) -> dict[str, NDArray[Any]]:
+    try:
+        return dict(load_file(path))
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise InputError(f"'{path}' cannot be read ({reason}); {_EVALUATE}") from None
+
+
+def _below(kind: str, tensors: Mapping[str, NDArray[Any]]) -> Iterator[tuple[str, NDArray[Any]]]:
+    """Names behind `kind/`, in order."""
+    for name in sorted(tensors):
+        if name.startswith(f"{kind}/"):
+            yield name.removeprefix(f"{kind}/"), tensors[name]
+
+
+def _position(model: str, path: Path) -> float:
+    if model in ("base", "adapted"):
+        return BASE if model == "base" else ADAPTED
+    try:
+        return float(model.removeprefix("alpha="))
+    except ValueError:
+        raise InputError(f"'{path}' has a model {model!r}, which is no position of the dial; {_EVALUATE}") from None
+
+
+def _source(name: str) -> Source:
+    """Of 'CORPUS/ROLE/NAME'."""
+    corpus, _, key = name.partition("/")
+    role, _, rest = key.partition("/")
+    if corpus not in CORPORA or role not in ROLES or not rest:
+        raise InputError(
+            f"the source '{key}' of data.{corpus}_eval has no role; "
+            "call it validation/NAME (to choose by) or test/NAME (to report)"
+        )
+    return Source(corpus, role, rest)
+
+
+def _read_progress(path: Path) -> dict[str, Progress]:
+    """What stands in metrics.jsonl, as the arguments of `Cell`."""
+    tokens, seconds = 0, 0.0
+    points: dict[str, list[tuple[float, float, float]]] = {"training": [], "held_out": []}
+    for _, line in read_log(path, ProgressLine):
+        seconds += line.seconds + (line.refresh_seconds or 0.0)
+        if line.is_step:
+            tokens = line.tokens
+            points["training"] += [(tokens, seconds, np.nan if line.loss is None else line.loss)]
+        if line.eval and "domain" in line.eval:
+            points["held_out"].append((tokens, seconds, line.eval["domain"].loss))
+    return {name: Progress(*np.array(rows, dtype=np.float64).reshape(-1, 3).T) for name, rows in points.items()}

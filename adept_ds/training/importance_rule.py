@@ -1,0 +1,53 @@
+"""Learning rates that follow the importance of units, estimated again every so many steps (paper, section 3.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from adept_ds.training.rule import Refresh, TrainingRule
+from adept_ds.units.importance import OnlineImportance
+from adept_ds.units.unit_lr import UnitLR
+
+
+class ImportanceRule(TrainingRule):
+    """Multipliers from importances (paper, equation 6), by the policy of `unit_lr`.
+
+    Args:
+        initial: importances before the first step; None: every multiplier is 1 until the first refresh.
+        every: optimizer steps between refreshes.
+        estimate: importances now; None: nothing was seen to estimate them from.
+        online: where `estimate` takes them from what it saw of the training batches.
+    """
+
+    def __init__(
+        self,
+        unit_lr: UnitLR,
+        initial: list[float] | None,
+        every: int,
+        estimate: Callable[[], list[float] | None],
+        online: OnlineImportance | None = None,
+    ) -> None:
+        self._unit_lr, self._initial, self._every, self._estimate = unit_lr, initial, every, estimate
+        self.online = online
+
+    def start(self) -> Refresh | None:
+        return None if self._initial is None else self._refreshed(self._initial)
+
+    def load(self, checkpoint: Path, state: dict[str, Any]) -> None:
+        if self.online:
+            self.online.load_state_dict(state)
+
+    def refreshes_after(self, step: int) -> bool:
+        return step % self._every == 0
+
+    def refresh(self) -> Refresh | None:
+        importance = self._estimate()
+        return None if importance is None else self._refreshed(importance)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.online.state_dict() if self.online else {}
+
+    def _refreshed(self, importance: list[float]) -> Refresh:
+        return Refresh(importance, self._unit_lr.refresh(importance))

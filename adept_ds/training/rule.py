@@ -1,0 +1,61 @@
+"""What a method adds to plain training: learning rates of units, terms of the loss, and what it has to remember."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from adept_ds.units.importance import OnlineImportance
+
+
+@dataclass(frozen=True)
+class Refresh:
+    """Importances of all units, and the multipliers that follow from them; both in registry order."""
+
+    importance: list[float]
+    multipliers: list[float]
+
+
+class TrainingRule:
+    """Plain training, with nothing beside the gradient; methods override what they add.
+
+    The trainer asks in the order in which the functions stand here, on every rank alike: each of them may communicate.
+    """
+
+    online: OnlineImportance | None = None
+    """Sees the gradient of the replayed rows of each batch alone, if there is one."""
+
+    def start(self) -> Refresh | None:
+        """Before the first step of a run that begins; not when it goes on."""
+        return None
+
+    def load(self, checkpoint: Path, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint, whose weights and multipliers are loaded already.
+
+        Args:
+            state: what `state_dict` gave on this rank.
+        """
+
+    def before_update(self) -> dict[str, float]:
+        """When a step's gradient is complete and no weight has changed yet; may add to the gradient.
+
+        Returns:
+            What joins the record of the step: name of a term -> value.
+        """
+        return {}
+
+    def refreshes_after(self, step: int) -> bool:
+        """Whether `refresh` is due after step `step`, which is not the last."""
+        return False
+
+    def refresh(self) -> Refresh | None:
+        """New multipliers, put into effect; None: there is nothing to compute them from."""
+        return None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Of this rank, for a checkpoint: small, of numbers, texts and lists."""
+        return {}
+
+    def save(self, checkpoint: Path) -> None:
+        """What is too large for `state_dict`, into the checkpoint's directory, in files named after the rank."""
