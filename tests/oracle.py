@@ -147,6 +147,51 @@ def train(
     return result
 
 
+# --- the whole model ------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class WholeTraining:
+    """What plain training of every parameter yields; a list has an entry for each step."""
+
+    losses: list[float] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
+    """Of the gradient, before it is clipped."""
+    products: dict[str, float] = field(default_factory=dict)
+    """Of each unit: the sum of |w * g| before the first step, without the pull."""
+    weights: list[dict[str, torch.Tensor]] = field(default_factory=list)
+
+
+def train_whole(
+    model: Any, steps: Sequence[Batch], lr: float, factors: dict[str, float], options: dict[str, Any], pull: float = 0.0
+) -> WholeTraining:
+    """AdamW on every parameter, a group each, with its unit's factor; the loss has the term pull/2 |w - w0/2|^2."""
+    parameters, result = dict(model.named_parameters()), WholeTraining()
+    start = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    optimizer = torch.optim.AdamW(
+        [{"params": [parameter], "lr": lr * factors[unit_of(name)]} for name, parameter in parameters.items()],
+        betas=options["betas"],
+        weight_decay=options["weight_decay"],
+        eps=options["eps"],
+    )
+    for number, batch in enumerate(steps):
+        optimizer.zero_grad()
+        loss = mean_loss(model, [batch])
+        if number == 0:
+            gradients = torch.autograd.grad(loss, list(parameters.values()), retain_graph=True)
+            for (name, parameter), gradient in zip(parameters.items(), gradients, strict=True):
+                product = float((parameter.detach().double() * gradient.double()).abs().sum())
+                result.products[unit_of(name)] = result.products.get(unit_of(name), 0.0) + product
+        term = sum(((parameter - start[name] / 2) ** 2).sum() for name, parameter in parameters.items())
+        (loss + pull / 2 * term).backward()
+        norm = torch.nn.utils.clip_grad_norm_(list(parameters.values()), options["clip_grad_norm"])
+        optimizer.step()
+        result.losses.append(float(loss.detach()))
+        result.norms.append(float(norm))
+        result.weights.append({name: parameter.detach().clone() for name, parameter in parameters.items()})
+    return result
+
+
 # --- units inside parameters ----------------------------------------------------------------------------------------
 
 
@@ -233,4 +278,32 @@ def train_by_unit(
             result.multipliers.append(multipliers(result.importances[-1]))
             factor = torch.tensor([result.multipliers[-1][unit] for unit in names], dtype=torch.float64)
     result.weights = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    return result
+
+
+# --- methods that give every parameter the same rate ----------------------------------------------------------------
+
+
+def train_alike(
+    model: Any,
+    names: Sequence[str],
+    steps: Sequence[Batch],
+    learning_rates: Sequence[float],
+    options: dict[str, Any],
+) -> Training:
+    """AdamW on the parameters `names`, everything else frozen."""
+    parameters = {name: p.requires_grad_(name in names) for name, p in model.named_parameters()}
+    chosen = [parameters[name] for name in names]
+    clip = options["clip_grad_norm"]
+    optimizer = torch.optim.AdamW(chosen, **{key: options[key] for key in ("betas", "weight_decay", "eps")})
+    result = Training()
+    for batch, lr in zip(steps, learning_rates, strict=True):
+        optimizer.zero_grad()
+        loss = mean_loss(model, [batch])
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(chosen, clip)
+        optimizer.param_groups[0]["lr"] = lr
+        optimizer.step()
+        result.losses.append(float(loss.detach()))
+    result.weights = {name: parameters[name].detach().clone() for name in names}
     return result

@@ -1,7 +1,7 @@
 """What is known of adapters without loading a model: their kinds, which projections get one, and what cannot work.
 
-An adapter is a small trainable addition to a frozen projection; `adapters` attaches it, `weights.merging` merges it into
-the projection's weight. Imports no torch.
+An adapter is a small trainable addition to a frozen projection; `adapters` attaches it, `weights.merging` merges it
+into the projection's weight. Imports no torch.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ AdapterSpec = LoraSpec | OftSpec
 def adaptable_projections(family: Family) -> list[str]:
     """Those that can have an adapter: single matrices, in the order of the family's table.
 
-    Not stacks of experts, which are no modules of their own, and not what chooses among experts or weighs one: a handful
-    of outputs each.
+    Not stacks of experts, which are no modules of their own, and not what chooses among experts or weighs one: a
+    handful of outputs each.
     """
     return [path for path, of in family.projections.items() if of.parts and not _is_stack(family, path)]
 

@@ -63,7 +63,7 @@ class TrialRecord(Record):
     tokens_per_second: float | None
     seconds: float | None
     """Of training steps."""
-    overhead_seconds: float | None
+    overhead_seconds: float
     """Beside them: probe, refreshes, anchors."""
     peak_memory_bytes: int | None
     """Of the rank with most."""

@@ -40,6 +40,8 @@ class Trial(Record):
     lr: PositiveFloat
     seed: int
     run_dir: Path
+    shared_seconds: NonNegativeFloat = 0.0
+    """Of work that the study did once for several trials, and that this method needs: the probe."""
 
     @property
     def arm(self) -> str:
@@ -71,8 +73,6 @@ class TrialSummary(RunSummary):
 
     learned_bytes: NonNegativeInt | None = None
     """On disk, of what was learned: an adapter, copies, or a whole model."""
-    overhead_seconds: NonNegativeFloat | None = None
-    """Beside training steps: probe, refreshes, anchors."""
 
 
 class _Evaluated(Record):

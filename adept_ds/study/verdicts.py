@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from adept_ds.base.records import Record
+from adept_ds.study import wording
 from adept_ds.study.arms import AT_BASE, Arm, Criterion, Point
 from adept_ds.study.bootstrap import Interval, Stratum, interval, resampled_losses, resampled_mean
 from adept_ds.study.measurements import Measurements
@@ -117,7 +118,7 @@ def condition(criterion: Criterion) -> str:
     """What holds at the points of a criterion, as the end of a sentence."""
     x = criterion.bound
     if x is None:
-        return "each trained at its best learning rate, whatever it forgets"
+        return "each at its best learning rate, whatever it forgets"
     if x == 0:
         return "with no general source above the base"
     amount = f"most {x:g} nats above" if x > 0 else f"least {-x:g} nats below"
@@ -150,10 +151,9 @@ def _claim(
 ) -> str:
     by_seed, *ends = found
     low, high = sorted(map(abs, ends))
-    seeds = "one seed only" if len(by_seed) == 1 else f"{len(by_seed)} seeds"
     excess = excess_on_test(*better, criterion)
-    caveat = f" On test documents it is {excess[0]:.3f} nats beyond that bound ({excess[1]})." if excess else ""
+    beyond = excess and f" On test documents it is {wording.excess(excess[0])} nats beyond that bound ({excess[1]})."
     return (
         f"{better[0].name} reaches a domain loss {abs(float(np.mean(by_seed))):.3f} nats lower than {worse[0].name} "
-        f"(95% {low:.3f} to {high:.3f}; {seeds}), {condition(criterion)}.{caveat}"
+        f"(95% {low:.3f} to {high:.3f}; {wording.seeds(len(by_seed))}), {condition(criterion)}.{beyond or ''}"
     )

@@ -1,13 +1,12 @@
 """Trained adapters merged into the weights of their base, one projection at a time.
 
-Each projection's weight is read from the base's files, and peft's own layer merges the adapter into it, in fp32: no more
-than one projection is in memory, and no model is built.
+Each projection's weight is read from the base's files, and peft's own layer merges the adapter into it, in fp32: no
+more than one projection is in memory, and no model is built.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -16,7 +15,7 @@ from torch import nn
 from adept_ds.base.errors import InputError
 from adept_ds.models.adapter_spec import AdapterSpec, split_adapter_name
 from adept_ds.models.adapters import adapted, adapter_parameters
-from adept_ds.models.families import Family
+from adept_ds.models.directory import ModelDirectory
 from adept_ds.weights.hf_directory import stored_tensors
 from adept_ds.weights.tensor_files import StoredTensor
 
@@ -25,15 +24,15 @@ class MergedWeights(Mapping[str, torch.Tensor]):
     """Name of a parameter in the base model -> its weight with the adapter merged into it, fp32, made when asked for.
 
     Args:
-        base: the Hugging Face directory that training started from.
+        base: what training started from.
         trained: the adapters' parameters by their full names, fp32, as `export.read_zero_checkpoint` returns them.
 
     Raises:
         InputError: the adapters do not belong to `base`, or are not of the kind that `spec` says.
     """
 
-    def __init__(self, spec: AdapterSpec, family: Family, base: Path, trained: Mapping[str, torch.Tensor]) -> None:
-        self._spec, self._family, self._stored = spec, family, stored_tensors(base)
+    def __init__(self, spec: AdapterSpec, base: ModelDirectory, trained: Mapping[str, torch.Tensor]) -> None:
+        self._spec, self._family, self._stored = spec, base.family, stored_tensors(base.path)
         self._adapters: dict[str, dict[str, torch.Tensor]] = {}
         for name, parameter in trained.items():
             place = split_adapter_name(name)
@@ -42,14 +41,18 @@ class MergedWeights(Mapping[str, torch.Tensor]):
             self._adapters.setdefault(f"{place[0]}.weight", {})[place[1]] = parameter
         for name in self._adapters:
             try:
-                family.stored_parts(name, self._stored)
+                self._family.stored_parts(name, self._stored)
             except KeyError:
                 raise InputError(
                     f"an adapter of '{name}' was trained, which '{base}' lacks; give its own base"
                 ) from None
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        """Shape as in the model. Raises `InputError`: the adapter has not the shape that `spec` says, or is no numbers."""
+        """Its shape is that in the model.
+
+        Raises:
+            InputError: the adapter has other factors than `spec` says, or is not finite; or the base is damaged.
+        """
         adapter = self._adapters[name]
         layer = adapted(_projection(self._base_weight(name), self._family.transposed), self._spec, empty=True)
         expected = adapter_parameters(layer)
@@ -85,8 +88,9 @@ def _projection(weight: torch.Tensor, transposed: bool) -> nn.Module:
     """A linear layer of this weight: [outputs, inputs], or transposed as in GPT-2."""
     from transformers.pytorch_utils import Conv1D
 
+    first, second = weight.shape
     with torch.device("meta"):
-        layer = Conv1D(weight.shape[1], weight.shape[0]) if transposed else nn.Linear(*weight.t().shape, bias=False)
+        layer = Conv1D(second, first) if transposed else nn.Linear(second, first, bias=False)
     layer.weight = nn.Parameter(weight, requires_grad=False)
     return layer
 

@@ -46,6 +46,8 @@ def keep_frozen_gathered(engine: Engine, max_bytes: int) -> tuple[int, int]:
         if kept_bytes + size <= max_bytes:
             kept.append(parameter)
             kept_bytes += size
+    if not kept:
+        return 0, _bytes(frozen)
     try:
         for parameter in kept:
             parameter.all_gather()
@@ -55,7 +57,11 @@ def keep_frozen_gathered(engine: Engine, max_bytes: int) -> tuple[int, int]:
         _hide_when_all_are_partitioned(engine.optimizer, kept)
     except AttributeError as error:
         raise LayoutError(layout_complaint(str(error))) from error
-    return kept_bytes, sum(parameter.ds_numel * parameter.element_size() for parameter in frozen)
+    return kept_bytes, _bytes(frozen)
+
+
+def _bytes(parameters: Sequence[Any]) -> int:
+    return sum(parameter.ds_numel * parameter.element_size() for parameter in parameters)
 
 
 def _hide_when_all_are_partitioned(optimizer: Any, kept: Sequence[Any]) -> None:

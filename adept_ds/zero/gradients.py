@@ -1,4 +1,4 @@
-"""Gradients of this rank's partitions: read, forgotten, set aside; backward passes beside training without a trace.
+"""Gradients of this rank's partitions: read, added to, forgotten, set aside; backward passes beside training.
 
 Written against DeepSpeed 0.19.8 (runtime/zero/stage3.py, stage_1_and_2.py).
 """
@@ -10,10 +10,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_grad
+from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_grad, safe_set_local_grad
 
 from adept_ds.zero.engine import Engine, zero_stage
 from adept_ds.zero.outside_training import outside_training
+
+Addition = Callable[[str, torch.Tensor, int, int], torch.Tensor | None]
+"""From a parameter's full name, elements start:stop of its flattened fp32 weight [stop - start], start and stop to what is
+added to the gradient of these elements, of the same shape and on the same device; None adds nothing."""
 
 
 def local_weight_and_grad(engine: Engine, parameter: Any) -> tuple[torch.Tensor, torch.Tensor, int] | None:
@@ -35,6 +39,44 @@ def local_weight_and_grad(engine: Engine, parameter: Any) -> tuple[torch.Tensor,
         return None
     grad = mapping.get_lp_grad_fragment(parameter._index_in_param_group)
     return mapping.hp_fragment.flatten(), _unscaled(engine, grad.flatten()), mapping.lp_fragment_address.start
+
+
+@torch.no_grad()
+def add_to_gradient(engine: Engine, addition: Addition) -> None:
+    """Add to the gradient that the next step takes, before it is clipped and its norm is taken.
+
+    So a term of the loss that depends on the weights alone, such as lambda/2 |w - w0|^2, whose gradient is
+    lambda (w - w0), acts as if it stood in the loss. To be called on every rank, after the last backward pass of a step
+    and before the step. Also with optimizer states on the host.
+
+    Args:
+        addition: in units of the mean loss's gradient, without loss scaling. It is asked on each rank for the elements
+            whose gradient that rank steps; no element is asked for twice.
+    """
+    scale = loss_scale(engine)
+    for name, parameter in engine.module.named_parameters():
+        found = local_weight_and_grad(engine, parameter) if parameter.requires_grad else None
+        if found is None:
+            continue
+        weight, _, start = found
+        added = addition(name, weight, start, start + weight.numel())
+        if added is not None:
+            _add(engine, parameter, added if scale == 1 else added * scale)
+
+
+def _add(engine: Engine, parameter: Any, added: torch.Tensor) -> None:
+    """To this rank's elements of the gradient, as they are stored."""
+    if zero_stage(engine) == 3:
+        grad = safe_get_local_grad(parameter)
+        grad.flatten()[: added.numel()].add_(added)
+        safe_set_local_grad(parameter, grad)
+        return
+    mapping, optimizer = parameter._hp_mapping, engine.optimizer
+    grad = mapping.get_lp_grad_fragment(parameter._index_in_param_group)
+    grad.add_(added.view_as(grad))
+    if optimizer.cpu_offload:  # its norm, and whether it is finite, were taken during the backward pass
+        optimizer.norm_for_param_grads[optimizer.get_param_id(parameter)] = grad.float().norm()
+        optimizer.update_offload_overflow_tracker(grad)
 
 
 def loss_scale(engine: Engine) -> float:

@@ -1,7 +1,7 @@
 """What one rank does in test_adapters.py: a few steps with every kind of adapter at every ZeRO stage.
 
 Usage: python -m harness.adapter_worker MODEL OUTPUT. Rank 0 writes {kind: {stage: what it found}} to OUTPUT
-(torch.save).
+(torch.save), and leaves a checkpoint of each training in `KIND/stage_N` beside it.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def batches() -> torch.Tensor:
     return torch.randint(VOCABULARY, (STEPS, ROWS, TOKENS), generator=torch.Generator().manual_seed(3))
 
 
-def train(kind: str, stage: int, model: ModelDirectory, ranks: Ranks) -> dict[str, Any]:
+def train(kind: str, stage: int, model: ModelDirectory, ranks: Ranks, checkpoints: Path) -> dict[str, Any]:
     """Values of all parameters before and after, and which of them train."""
     rows = ROWS // 2  # of a micro-batch: one rank accumulates two of them
     settings = EngineSettings(
@@ -73,6 +73,7 @@ def train(kind: str, stage: int, model: ModelDirectory, ranks: Ranks) -> dict[st
             engine.step()
     trained = [name for name, parameter in engine.module.named_parameters() if parameter.requires_grad]
     after = whole_values(engine)
+    engine.save_checkpoint(str(checkpoints / kind), tag=f"stage_{stage}", exclude_frozen_parameters=True)
     release(engine)
     return {"before": before, "after": after, "trained": trained, "units": registry.names}
 
@@ -80,7 +81,7 @@ def train(kind: str, stage: int, model: ModelDirectory, ranks: Ranks) -> dict[st
 def main() -> None:
     model, output = ModelDirectory.read(Path(sys.argv[1])), Path(sys.argv[2])
     ranks = join(rank_from_environment(os.environ))
-    found = {kind: {stage: train(kind, stage, model, ranks) for stage in STAGES} for kind in KINDS}
+    found = {kind: {stage: train(kind, stage, model, ranks, output.parent) for stage in STAGES} for kind in KINDS}
     if ranks.is_main:
         torch.save(found, output)
 

@@ -1,4 +1,4 @@
-"""The files of a study whose trials never took place: losses of documents as one wants them, in `adept eval`'s format."""
+"""The files of a study that never took place: losses of documents as one wants them, in `adept eval`'s format."""
 
 from __future__ import annotations
 
@@ -68,7 +68,11 @@ def _corpora(
     corpora: dict[str, Any] = {}
     for source, counts in tokens.items():
         corpus, name = source.split("/", 1)
-        entry: dict[str, Any] = {"loss": sum(sums[source]) / sum(counts), "tokens": sum(counts), "documents": len(counts)}
+        entry: dict[str, Any] = {
+            "loss": sum(sums[source]) / sum(counts),
+            "tokens": sum(counts),
+            "documents": len(counts),
+        }
         if accuracy and source in accuracy:
             entry["accuracy"] = accuracy[source]
         corpora.setdefault(corpus, {"sources": {}})["sources"][name] = entry
