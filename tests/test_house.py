@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 from harness.launching import ROOT
 
-HEAVY = {"torch", "deepspeed", "transformers", "datasets", "accelerate"}
+HEAVY = {"torch", "deepspeed", "transformers", "datasets", "accelerate", "peft"}
 SINGLE = [
+    "models.adapter_spec",
     "models.families",
     "models.family_table",
     "models.directory",

@@ -28,6 +28,7 @@ from adept_ds.config.section import METHOD, Section
 
 if TYPE_CHECKING:
     from adept_ds.config.schema import Config
+    from adept_ds.models.directory import ModelDirectory
 
 METHODS_PACKAGE = "adept_ds.methods"
 
@@ -55,6 +56,9 @@ class MethodSection(Section):
 
     def check(self, config: Config) -> None:
         """Raises `ValueError`, in one line with the key, the value and the remedy: it cannot work with the rest."""
+
+    def check_model(self, model: ModelDirectory) -> None:
+        """Raises `InputError`: it cannot work with this model. Reads headers alone."""
 
     @property
     def chooses_layers(self) -> bool:

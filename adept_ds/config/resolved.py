@@ -60,6 +60,7 @@ def resolve(config: Config, purpose: Purpose, num_ranks: int = 1) -> ResolvedCon
     model = ModelDirectory.resolve("model", config.model)
     if purpose not in ("eval", "export") and config.method.chooses_layers:
         check_num_copies(config, model)
+    config.method.check_model(model)
     trains, reference = purpose in ("run", "train"), None
     for key, corpus in corpora_read(config, purpose).items():
         check_files(key, corpus)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 class WholeModel(Method):
     """A base of methods in which every parameter trains."""
 
-    def trains(self, start: Start) -> Trains:
+    def trains(self, config: Config, start: Start) -> Trains:
         from adept_ds.models.loading import everything_trains
 
         return everything_trains()

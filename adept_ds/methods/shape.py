@@ -88,7 +88,10 @@ class Method(MethodSection):
         """How what was learned is turned down: by what copies write, or by interpolation with the base (WiSE-FT)."""
         return "copies" if self.starts_from == "expanded" else "interpolation"
 
-    def trains(self, start: Start) -> Trains:
+    learns_new_parameters: ClassVar[bool] = False
+    """Whether what trains is no parameter of the model that training starts from."""
+
+    def trains(self, config: Config, start: Start) -> Trains:
         """What of the loaded model trains."""
         from adept_ds.models.loading import layers_train
 

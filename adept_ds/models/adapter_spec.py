@@ -85,8 +85,8 @@ def target_projections(targets: Targets, family: Family) -> list[str]:
             raise InputError(
                 f"method.targets: '{path}' is {kind}, which takes no adapter; choose from {', '.join(possible)}"
             )
-        near = difflib.get_close_matches(path, possible, n=1, cutoff=0.0)
-        raise InputError(f"method.targets: '{path}' is no projection of this architecture; did you mean '{near[0]}'?")
+        near = max(possible, key=lambda known: _likeness(path, known))
+        raise InputError(f"method.targets: '{path}' is no projection of this architecture; did you mean '{near}'?")
     return [path for path in possible if path in targets]
 
 
@@ -139,6 +139,12 @@ _ADAPTER_NAME = re.compile(r"(.+)\.(lora_A|lora_B|lora_magnitude_vector|oft_R)\.
 
 def _is_stack(family: Family, path: str) -> bool:
     return any("*" in stored for stored in family.stored_as.get(path, ()))
+
+
+def _likeness(path: str, known: str) -> tuple[bool, float]:
+    """People leave out the module that a projection is in, or take that of another architecture."""
+    same_last = path.rpartition(".")[2] == known.rpartition(".")[2]
+    return same_last, difflib.SequenceMatcher(None, path, known).ratio()
 
 
 def _inputs_by_path(model: ModelDirectory) -> dict[str, int]:

@@ -182,7 +182,7 @@ def _train(
     preparation_seconds: float,
 ) -> None:
     config, run_dir, ranks, method = run.settings.config, run.run_dir, run.ranks, method_of(run.settings.config)
-    trains = method.trains(start)
+    trains = method.trains(config, start)
     engine = _training_engine(run, start.model, trains)
     registry = method.units(config, start, parameter_shapes(engine.module), engine.module.config)
     unit_lr = UnitLR(engine, registry, config.lr_policy, ranks)
@@ -198,6 +198,7 @@ def _train(
         partial(_gradient_batches, run),
         partial(_frozen_prefix, run, engine, lowest=trains.lowest_trainable_layer),
     )
+    written_start = None if method.learns_new_parameters else start.model
     trainer = Trainer(
         config=config,
         run_dir=run_dir,
@@ -206,7 +207,7 @@ def _train(
         unit_lr=unit_lr,
         data=run.corpora.training_data,
         rule=method.rule(training),
-        movement=UnitMovement(engine, registry, start.model, run.precision, ranks),
+        movement=UnitMovement(engine, registry, written_start, run.precision, ranks),
         eval_sets=run.corpora.held_out,
         manifest_at=manifest_at,
         flops=count_step_flops(engine.module, start.model.family, config.data.seq_len),

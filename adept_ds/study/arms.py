@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
+from adept_ds.study import wording
 from adept_ds.study.measurements import Measurements
 from adept_ds.study.trials import ADAPTED, BASE, Cell, Floats, Source
 
@@ -143,21 +144,31 @@ def best_rates(measured: Measurements) -> dict[str, list[float]]:
 
 def search_warnings(arm: Arm, chosen: Mapping[Criterion, Point | None]) -> list[str]:
     """Sentences about an arm whose search may have missed its best: nothing says that the grid holds it."""
-    lost = [
+    found = [
         f"{cell.trial.name}: the loss at dial {alpha:g} is no finite number; this position is left out."
         for cell in arm.cells.values()
         for alpha in cell.lost
     ]
     if not all(seed in arm.seeds_of(lr) for lr in arm.rates for seed in arm.search_seeds):
-        lost.append(f"{arm.name}: no seed has every learning rate; rates are compared by means over different seeds.")
+        found.append(f"{arm.name}: no seed has every learning rate; rates are compared by means over different seeds.")
     if len(arm.rates) == 1:
-        return [*lost, f"{arm.name}: only one learning rate ({arm.rates[0]:g}) was tried; others may be better."]
-    for rate, towards, factor in ((arm.rates[0], "downwards", 0.5), (arm.rates[-1], "upwards", 2.0)):
-        names = [criterion.name for criterion, point in chosen.items() if point is not None and point.lr == rate]
-        if names:
-            end = "lowest" if factor < 1 else "highest"
-            lost.append(
-                f"{arm.name}: the best learning rate, {rate:g}, is the {end} of its grid ({', '.join(names)}); "
-                f"extend the grid {towards}, to {factor * rate:g}."
-            )
-    return lost
+        only = wording.rate(arm.rates[0])
+        return [*found, f"{arm.name}: only one learning rate, {only}, was tried; others may be better."]
+    return found + [
+        sentence
+        for rate, end, towards, factor in (
+            (arm.rates[0], "lowest", "downwards", 0.5),
+            (arm.rates[-1], "highest", "upwards", 2.0),
+        )
+        if (sentence := _at_the_edge(arm.name, rate, end, f"{towards}, to {wording.rate(factor * rate)}", chosen))
+    ]
+
+
+def _at_the_edge(arm: str, rate: float, end: str, beyond: str, chosen: Mapping[Criterion, Point | None]) -> str | None:
+    criteria = [wording.criterion(of.name) for of, point in chosen.items() if point is not None and point.lr == rate]
+    if not criteria:
+        return None
+    return (
+        f"{arm}: the best learning rate, {wording.rate(rate)}, is the {end} of its grid ({', '.join(criteria)}); "
+        f"extend the grid {beyond}."
+    )

@@ -67,10 +67,12 @@ def interval(values: Floats, level: float = LEVEL) -> Interval:
 
 def _document_counts(documents: int, samples: int, random: np.random.Generator) -> Iterator[tuple[slice, Floats]]:
     """How often each document is drawn, [samples of the chunk, documents]: multinomial, counted from the draws, since
-    numpy's own would draw one binomial after another. A sample's draw does not depend on the size of chunks."""
+    numpy's own would draw one binomial after another. Each draw takes one random number, so that the size of chunks
+    changes nothing."""
     size = max(1, _CHUNK_BYTES // (8 * documents))
     for start in range(0, samples, size):
         rows = min(size, samples - start)
-        drawn = random.integers(documents, size=(rows, documents)) + documents * np.arange(rows)[:, np.newaxis]
-        counts = np.bincount(drawn.ravel(), minlength=rows * documents).reshape(rows, documents)
+        drawn = (random.random((rows, documents)) * documents).astype(np.int64)
+        flat = (drawn + documents * np.arange(rows)[:, np.newaxis]).ravel()
+        counts = np.bincount(flat, minlength=rows * documents).reshape(rows, documents)
         yield slice(start, start + rows), counts.astype(np.float64)

@@ -11,7 +11,7 @@ from adept_ds.base.records import Record
 from adept_ds.study.arms import BOUNDS
 from adept_ds.study.bootstrap import LEVEL, SAMPLES, SEED
 from adept_ds.study.fronts import GENERAL_RISE
-from adept_ds.study.verdicts import Difference
+from adept_ds.study.verdicts import Difference, Gap
 
 ByCorpus = dict[str, dict[str, float]]
 """'general' or 'domain' -> name of the source, with its role -> value."""
@@ -160,15 +160,14 @@ class Comparison(Record):
     warnings: list[str]
     trials: list[TrialRecord]
 
+    def gap(self, criterion: str, arm: str, other: str) -> Gap | None:
+        """Between two arms as the first sees it; None where one does not meet the criterion, or no seed is common."""
+        for pair in self.differences:
+            if pair.criterion == criterion and {pair.first, pair.second} == {arm, other}:
+                return pair.seen_from(arm)
+        return None
+
     def claims(self, criterion: str) -> list[str]:
-        """Sentences about the reference that the evidence allows."""
-        return [pair.sentence for pair in self.against_reference(criterion) if pair.sentence]
-
-    def undecided(self, criterion: str) -> list[str]:
-        """Arms that are not told apart from the reference."""
-        pairs = [pair for pair in self.against_reference(criterion) if pair.better is None]
-        return [pair.first if pair.second == self.reference else pair.second for pair in pairs]
-
-    def against_reference(self, criterion: str) -> list[Difference]:
+        """The sentences about arms and the reference that the evidence allows."""
         pairs = [pair for pair in self.differences if pair.criterion == criterion]
-        return [pair for pair in pairs if self.reference in (pair.first, pair.second)]
+        return [pair.sentence for pair in pairs if pair.sentence and self.reference in (pair.first, pair.second)]

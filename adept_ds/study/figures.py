@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,7 +13,7 @@ from adept_ds.report.drawing import GREY, INK, WIDTH
 from adept_ds.study import wording
 from adept_ds.study.arms import BOUNDS, CRITERIA, PLAIN, Arm
 from adept_ds.study.compare import Findings
-from adept_ds.study.comparison import ArmRecord, Comparison, PointRecord
+from adept_ds.study.comparison import ArmRecord, ChosenPoint, PointRecord
 from adept_ds.study.fronts import GENERAL_RISE
 from adept_ds.study.trials import Floats, Progress
 
@@ -22,6 +22,8 @@ PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#B58900", "#5
 
 MARKERS = "osD^vP"
 """With the colours: more arms than colours differ in these."""
+
+SOFT = "#5b6675"
 
 _SMOOTH = 0.1
 """Share of a training curve that a running mean is over."""
@@ -32,6 +34,15 @@ class Look(NamedTuple):
     marker: str
 
 
+class End(NamedTuple):
+    """Of a curve, to be labelled."""
+
+    name: str
+    color: str
+    x: float
+    y: float
+
+
 def looks(arms: Sequence[ArmRecord]) -> dict[str, Look]:
     """By name of the arm, the same in every figure."""
     return {arm.name: Look(PALETTE[i % len(PALETTE)], MARKERS[i % len(MARKERS)]) for i, arm in enumerate(arms)}
@@ -39,65 +50,74 @@ def looks(arms: Sequence[ArmRecord]) -> dict[str, Look]:
 
 def draw_fronts(findings: Findings, figure: Figure) -> None:
     """Every operating point on test documents: thin lines are dials of one rate, the thick one is the front."""
-    comparison = findings.comparison
+    arms = findings.comparison.arms
     figure.set_size_inches(WIDTH, 5.4)
     axes = figure.add_subplot()
     axes.grid(visible=True, axis="both")
-    ends = []
-    right = _widest_rise(comparison)
-    for arm in comparison.arms:
-        look = looks(comparison.arms)[arm.name]
-        for lr in arm.learning_rates:
-            dial = [point for point in arm.points if point.lr in (lr, None)]
-            axes.plot(*_places(dial), color=look.color, linewidth=0.8, alpha=0.45, zorder=2)
-        rest = [point for point in arm.points if point.lr is not None]
-        axes.scatter(*_places(rest), color=look.color, marker=look.marker, s=9, alpha=0.6, linewidths=0, zorder=3)
-        front = [point for point in arm.points if point.on_front]
-        axes.plot(*_places(sorted(front, key=lambda p: p.test_general_rise)), color=look.color, linewidth=2.4, zorder=4)
-        plain = arm.chosen[PLAIN.name]
-        if plain is not None:
-            style: dict[str, Any] = {"color": look.color, "marker": look.marker, "edgecolors": "white", "s": 62}
-            axes.scatter([plain.largest_rise], [plain.domain_loss], **style, zorder=6)
-        shown = [point for point in front if point.test_general_rise <= right]
-        last = max(shown, key=lambda point: point.test_general_rise)
-        ends.append((arm.name, look.color, last.test_general_rise, last.test_domain_loss))
-    base = comparison.arms[0].points[0]
+    for arm in arms:
+        _draw_arm(axes, arm, looks(arms)[arm.name])
+    base = arms[0].points[0]
     axes.scatter([0], [base.test_domain_loss], color=INK, marker="X", s=60, zorder=7)
     axes.annotate("base", (0, base.test_domain_loss), (-7, 2), textcoords="offset points", ha="right", weight="bold")
-    left = min(point.test_general_rise for arm in comparison.arms for point in arm.points)
-    axes.set_xlim(min(left, min(BOUNDS)) - 0.04 * right, right * 1.02)
-    for bound in BOUNDS:
-        axes.axvline(bound, color=GREY, linestyle=(0, (2, 2)), linewidth=0.9, zorder=1)
-        text = f"x = {bound:g}".replace("-", wording.MINUS)
-        axes.annotate(text, (bound, 1), (0, 3), xycoords=("data", "axes fraction"), textcoords="offset points",
-                      ha="center", fontsize=7.5, color="#5b6675")  # fmt: skip
+    rises = [point.test_general_rise for arm in arms for point in arm.points]
+    right = _widest_rise(rises)
+    axes.set_xlim(min(*rises, *BOUNDS) - 0.04 * right, right)
+    _mark_bounds(axes)
     axes.set_xlabel(
         "largest rise of a general source above the base (nats, test): \N{RIGHTWARDS ARROW} more forgetting"
     )
     axes.set_ylabel("domain loss (nats, test): \N{LEFTWARDS ARROW} more learned")
-    _label_at_right(axes, ends)
+    _label_at_right(axes, [_front_end(arm, right, looks(arms)[arm.name]) for arm in arms])
 
 
-def _places(points: Iterable[PointRecord]) -> tuple[list[float], list[float]]:
-    listed = sorted(points, key=lambda point: (point.alpha, point.lr or 0)) if not isinstance(points, list) else points
-    return [point.test_general_rise for point in listed], [point.test_domain_loss for point in listed]
+def _draw_arm(axes: Any, arm: ArmRecord, look: Look) -> None:
+    for lr in arm.learning_rates:
+        dial = [point for point in arm.points if point.lr in (lr, None)]
+        axes.plot(*_places(dial), color=look.color, linewidth=0.8, alpha=0.45, zorder=2)
+    rest = [point for point in arm.points if point.lr is not None]
+    axes.scatter(*_places(rest), color=look.color, marker=look.marker, s=9, alpha=0.6, linewidths=0, zorder=3)
+    front = sorted((point for point in arm.points if point.on_front), key=lambda point: point.test_general_rise)
+    axes.plot(*_places(front), color=look.color, linewidth=2.4, zorder=4)
+    plain = arm.chosen[PLAIN.name]
+    if plain is not None:
+        place = [plain.largest_rise], [plain.domain_loss]
+        axes.scatter(*place, color=look.color, marker=look.marker, edgecolors="white", s=62, zorder=6)
 
 
-def _widest_rise(comparison: Comparison) -> float:
+def _places(points: Sequence[PointRecord]) -> tuple[list[float], list[float]]:
+    return [point.test_general_rise for point in points], [point.test_domain_loss for point in points]
+
+
+def _widest_rise(rises: Sequence[float]) -> float:
     """Where the axis ends: points that forget more than half again what hypervolumes count would flatten the rest."""
-    rises = [point.test_general_rise for arm in comparison.arms for point in arm.points]
-    return max(max(BOUNDS), min(max(rises), 1.5 * GENERAL_RISE)) * 1.03
+    return 1.04 * max(max(BOUNDS), min(max(rises), 1.5 * GENERAL_RISE))
 
 
-def _label_at_right(axes: Any, ends: Sequence[tuple[str, str, float, float]]) -> None:
+def _mark_bounds(axes: Any) -> None:
+    for bound in BOUNDS:
+        axes.axvline(bound, color=GREY, linestyle=(0, (2, 2)), linewidth=0.9, zorder=1)
+        style: dict[str, Any] = {"textcoords": "offset points", "ha": "center", "fontsize": 7.5, "color": SOFT}
+        text = f"x = {bound:g}".replace("-", wording.MINUS)
+        axes.annotate(text, (bound, 1), (0, 3), xycoords=("data", "axes fraction"), **style)
+
+
+def _front_end(arm: ArmRecord, right: float, look: Look) -> End:
+    """The point of the front that forgets most, of those that are seen."""
+    front = [point for point in arm.points if point.on_front]
+    seen = [point for point in front if point.test_general_rise <= right] or front
+    last = max(seen, key=lambda point: point.test_general_rise)
+    return End(arm.name, look.color, last.test_general_rise, last.test_domain_loss)
+
+
+def _label_at_right(axes: Any, ends: Sequence[End]) -> None:
     """Names in the margin, in the order of the curves' ends, apart from one another, each joined to its end."""
     low, high = axes.get_ylim()
     gap = (high - low) * 13 / (72 * axes.figure.get_figheight() * 0.85)
-    ordered = sorted(ends, key=lambda end: end[3])
+    ordered = sorted(ends, key=lambda end: end.y)
     left, right = axes.get_xlim()
     margin = right + 0.025 * (right - left)
-    for (name, color, x, y), height in zip(ordered, _apart([end[3] for end in ordered], gap), strict=True):
-        leader = {"arrowstyle": "-", "color": color, "linewidth": 0.6, "alpha": 0.6, "shrinkA": 1}
+    for (name, color, x, y), height in zip(ordered, _apart([end.y for end in ordered], gap), strict=True):
+        leader = {"arrowstyle": "-", "color": color, "linewidth": 0.7, "alpha": 0.5, "linestyle": ":"}
         style = {"color": color, "weight": "bold", "fontsize": 9, "va": "center", "annotation_clip": False}
         axes.annotate(name, (x, y), (margin, height), **style, arrowprops=leader)
 
@@ -142,14 +162,15 @@ def draw_reached(findings: Findings, figure: Figure) -> None:
 def draw_differences(findings: Findings, figure: Figure) -> None:
     """To the reference; filled where told apart."""
     comparison, reference = findings.comparison, findings.comparison.reference
-    panels: dict[str, dict[str, Span]] = {}
-    for criterion in CRITERIA:
-        spans = panels.setdefault(criterion.name, {})
-        for pair in comparison.against_reference(criterion.name):
-            sign, name = (1, pair.first) if pair.second == reference else (-1, pair.second)
-            low, high = sorted((sign * pair.low, sign * pair.high))
-            spans[name] = Span(sign * pair.difference, low, high, pair.better is not None)
     others = [arm for arm in comparison.arms if arm.name != reference]
+    panels = {
+        criterion.name: {
+            arm.name: Span(gap.value, gap.low, gap.high, gap.told_apart)
+            for arm in others
+            if (gap := comparison.gap(criterion.name, arm.name, reference)) is not None
+        }
+        for criterion in CRITERIA
+    }
     if others:
         _draw_spans(others, looks(comparison.arms), panels, figure, f"domain loss less that of {reference} (nats)")
 
@@ -161,23 +182,28 @@ def _draw_spans(
     figure: Figure,
     label: str,
 ) -> None:
-    """A panel for each criterion, a line for each arm."""
+    """A panel for each criterion that something meets, a line for each arm."""
+    shown = {criterion: spans for criterion, spans in panels.items() if spans}
+    if not shown:
+        return
     figure.set_size_inches(WIDTH, 1.15 + 0.3 * len(arms))
-    grid = figure.subplots(1, len(panels), sharey=True, sharex=True, squeeze=False)[0]
-    for axes, (criterion, spans) in zip(grid, panels.items(), strict=True):
+    grid = figure.subplots(1, len(shown), sharey=True, sharex=True, squeeze=False)[0]
+    for axes, (criterion, spans) in zip(grid, shown.items(), strict=True):
         axes.grid(visible=True, axis="x")
         axes.grid(visible=False, axis="y")
         axes.axvline(0, color=INK, linewidth=0.9)
         for row, arm in enumerate(arms):
             color, marker = look[arm.name]
             if arm.name not in spans:
-                axes.text(0, row, "not reached ", ha="right", va="center", fontsize=7.5, color="#5b6675")
+                axes.text(
+                    0.5, row, wording.NONE, transform=axes.get_yaxis_transform(), ha="center", va="center", color=GREY
+                )
                 continue
             span = spans[arm.name]
-            axes.plot([span.low, span.high], [row, row], color=color, linewidth=2, solid_capstyle="butt")
+            axes.plot([span.low, span.high], [row, row], color=color, linewidth=1.6, marker="|", markersize=7)
             style = {"color": color if span.filled else "white", "edgecolors": color, "marker": marker}
-            axes.scatter([span.value], [row], **style, s=42, linewidths=1.6, zorder=3)
-        axes.set_title(criterion.replace("-", wording.MINUS), loc="left", weight="bold")
+            axes.scatter([span.value], [row], **style, s=26, linewidths=1.4, zorder=3)
+        axes.set_title(wording.criterion(criterion), loc="left", weight="bold")
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}".replace("-", wording.MINUS))
         axes.tick_params(axis="y", length=0)
     grid[0].set_yticks(range(len(arms)), [arm.name for arm in arms])
@@ -188,16 +214,20 @@ def _draw_spans(
 
 
 def draw_progress(findings: Findings, figure: Figure) -> None:
-    """Loss against tokens and against seconds, of the first search seed at the plain choice's learning rate."""
-    comparison = findings.comparison
-    curves = {arm.name: curve for arm in findings.arms if (curve := _curve(arm, comparison)) is not None}
+    """Loss against tokens and against seconds."""
+    comparison, held_out = findings.comparison, uses_held_out(findings)
+    curves = {
+        arm.name: curve
+        for arm, record in zip(findings.arms, comparison.arms, strict=True)
+        if (curve := _curve(arm, record.chosen[PLAIN.name], held_out=held_out)) is not None
+    }
     if not curves:
         return
     figure.set_size_inches(WIDTH, 3.8)
     grid = figure.subplots(1, 2, sharey=True)
     kinds: tuple[tuple[str, Callable[[Progress], Floats]], ...] = (
         ("tokens trained on", lambda curve: curve.tokens),
-        ("seconds, refreshes included", lambda curve: curve.seconds),
+        ("seconds, with all that is computed beside the steps", lambda curve: curve.seconds),
     )
     for axes, (label, along) in zip(grid, kinds, strict=True):
         axes.set_xlabel(label)
@@ -206,25 +236,23 @@ def draw_progress(findings: Findings, figure: Figure) -> None:
             color = looks(comparison.arms)[name].color
             axes.plot(along(curve), curve.loss, color=color, linewidth=1.8)
             axes.plot(along(curve)[-1:], curve.loss[-1:], color=color, marker="o", markersize=4)
-    held_out = uses_held_out(findings)
     grid[0].set_ylabel("held-out domain loss (nats)" if held_out else "training loss (nats), running mean")
     look = looks(comparison.arms)
-    ends = [(name, look[name].color, float(c.seconds[-1]), float(c.loss[-1])) for name, c in curves.items()]
+    ends = [End(name, look[name].color, float(c.seconds[-1]), float(c.loss[-1])) for name, c in curves.items()]
     _label_at_right(grid[1], ends)
 
 
 def uses_held_out(findings: Findings) -> bool:
-    """Whether every arm was evaluated often enough in training; what it trains on may differ, as with replay."""
+    """Whether every trial was evaluated often enough in training; what methods train on may differ, as with replay."""
     return all(len(cell.held_out.loss) >= 4 for arm in findings.arms for cell in arm.cells.values())
 
 
-def _curve(arm: Arm, comparison: Comparison) -> Progress | None:
-    plain = next(record for record in comparison.arms if record.name == arm.name).chosen[PLAIN.name]
+def _curve(arm: Arm, plain: ChosenPoint | None, *, held_out: bool) -> Progress | None:
+    """Of the first search seed at the learning rate of the plain choice."""
     if plain is None or plain.lr is None:
         return None
     seed = next((seed for seed in arm.search_seeds if seed in plain.seeds), plain.seeds[0])
     cell = arm.cells[plain.lr, seed]
-    held_out = all(len(other.held_out.loss) >= 4 for other in arm.cells.values())
     curve = cell.held_out if held_out else _smooth(cell.training)
     return curve if len(curve.loss) else None
 

@@ -36,10 +36,10 @@ def _latex_of(table: Table) -> str:
     def line(cells: Iterable[str]) -> str:
         return " & ".join(cells) + r" \\"
 
-    def cell(entry: Entry) -> str:
+    def cell(entry: Entry, side: str) -> str:
         first, *others = map(escape_latex, (entry.text, *entry.details))
         first = rf"\textbf{{{first}}}" if entry.strong else first
-        return r"\shortstack[r]{" + r" \\ ".join([first, *others]) + "}" if others else first
+        return rf"\shortstack[{side}]{{" + r" \\ ".join([first, *others]) + "}" if others else first
 
     columns = "l" + "r" * (len(table.header) - 1)
     return "\n".join(
@@ -53,7 +53,7 @@ def _latex_of(table: Table) -> str:
             r"\toprule",
             line(map(escape_latex, table.header)),
             r"\midrule",
-            *(line(map(cell, row)) for row in table.rows),
+            *(line(cell(entry, "r" if i else "l") for i, entry in enumerate(row)) for row in table.rows),
             r"\bottomrule",
             r"\end{tabular}}",
             r"\end{table}",

@@ -7,9 +7,9 @@ from statistics import fmean
 from typing import NamedTuple
 
 from adept_ds.study import wording
-from adept_ds.study.arms import BOUNDS, CRITERIA, PLAIN
+from adept_ds.study.arms import CRITERIA, PLAIN
 from adept_ds.study.comparison import ArmRecord, ChosenPoint, Comparison, SourceRecord, TrialRecord
-from adept_ds.study.verdicts import Difference
+from adept_ds.study.verdicts import Gap, condition
 from adept_ds.study.wording import NONE
 
 _D = [criterion.name for criterion in CRITERIA if criterion != PLAIN]
@@ -43,20 +43,41 @@ def pair_tables(comparison: Comparison) -> dict[str, Table]:
 
 def _verdicts(comparison: Comparison) -> Table:
     reference = comparison.reference
+    header = ["", f"better than {reference}", "not told apart from it", f"worse than {reference}", "no comparison"]
     rows = []
     for criterion in CRITERIA:
-        pairs = [
-            (arm.name, _pair(comparison, criterion.name, arm.name, reference))
-            for arm in comparison.arms
-            if arm.name != reference
-        ]
-        groups: dict[str, list[str]] = {"better": [], "open": [], "worse": [], "none": []}
-        for name, pair in pairs:
-            group, line = _verdict(name, pair)
-            groups[group].append(line)
-        rows.append([Entry(_signed(criterion.name)), *(Entry(NONE) if not of else Entry(of[0], tuple(of[1:])) for of in groups.values())])
-    header = ["", f"better than {reference}", "not told apart", f"worse than {reference}", "no comparison"]
+        lines: dict[str, list[str]] = {"better": [], "open": [], "worse": [], "none": []}
+        for arm in _others(comparison):
+            gap = comparison.gap(criterion.name, arm.name, reference)
+            lines[_verdict(gap)].append(arm.name if gap is None else f"{arm.name} {_in_words(gap)}")
+        if not any(arm.chosen[criterion.name] for arm in comparison.arms):
+            lines["none"] = ["no method reaches it"]
+        groups = [Entry(first, tuple(more)) for first, *more in (of or [NONE] for of in lines.values())]
+        rows.append([Entry(wording.criterion(criterion.name), (condition(criterion),)), *groups])
+    caption = (
+        f"Which methods reach another domain loss than {reference} on test documents, and by how many nats: told apart "
+        "where the 95% interval excludes 0 and every seed has the same sign. No comparison: one of the two does not "
+        "reach the bound, or no seed is common to both."
+    )
     return Table("verdicts", caption, header, rows)
+
+
+def _verdict(gap: Gap | None) -> str:
+    if gap is None:
+        return "none"
+    return "open" if not gap.told_apart else "better" if gap.value < 0 else "worse"
+
+
+def _in_words(gap: Gap) -> str:
+    """A difference whose sign is clear from where it stands, or its interval where it is not."""
+    if not gap.told_apart:
+        return f"({wording.interval(gap.low, gap.high)}; {wording.seeds(gap.num_seeds)})"
+    low, high = sorted(map(abs, (gap.low, gap.high)))
+    return f"by {abs(gap.value):.3f} ({low:.3f} to {high:.3f}; {wording.seeds(gap.num_seeds)})"
+
+
+def _others(comparison: Comparison) -> list[ArmRecord]:
+    return [arm for arm in comparison.arms if arm.name != comparison.reference]
 
 
 def _losses(comparison: Comparison) -> Table:
@@ -66,7 +87,7 @@ def _losses(comparison: Comparison) -> Table:
     header += [f"{source.corpus}: {source.name}" for source in sources] + [f"accuracy: {s.name}" for s in asked]
     base = [Entry("base"), Entry(NONE), Entry(NONE)]
     base += [Entry(wording.nats(source.base_loss)) for source in sources]
-    base += [Entry(wording.percent(source.base_accuracy)) for source in asked]
+    base += [Entry(wording.percent(source.base_accuracy, digits=".1f")) for source in asked]
     rows = [base]
     for arm, plain in _with_plain(comparison):
         trials = _trials_at(comparison, arm, plain)
@@ -76,7 +97,7 @@ def _losses(comparison: Comparison) -> Table:
             Entry(wording.nats(loss), (wording.change(loss - s.base_loss),))
             for loss, s in zip(losses, sources, strict=True)
         ]
-        row += [Entry(wording.percent(_accuracies(comparison, source).get(arm.name))) for source in asked]
+        row += [_accuracy(_accuracies(comparison, source).get(arm.name), source.base_accuracy) for source in asked]
         rows.append(row)
     caption = (
         "Losses on test documents in nats per token (change against the base), without dial, "
@@ -85,8 +106,13 @@ def _losses(comparison: Comparison) -> Table:
     return Table("losses", caption, header, rows)
 
 
+def _accuracy(value: float | None, base: float | None) -> Entry:
+    against = () if value is None or base is None else (wording.points(value - base),)
+    return Entry(wording.percent(value, digits=".1f"), against)
+
+
 def _at_most(comparison: Comparison) -> Table:
-    header = ["method", *(f"D({bound:g})".replace("-", wording.MINUS) for bound in BOUNDS), "hypervolume"]
+    header = ["method", *map(wording.criterion, _D), "hypervolume"]
     rows = [
         [Entry(arm.name), *(_reached(arm.chosen[name]) for name in _D), Entry(f"{1000 * arm.hypervolume:.1f}")]
         for arm in comparison.arms
@@ -112,40 +138,29 @@ def _reached(chosen: ChosenPoint | None) -> Entry:
 
 def _differences(comparison: Comparison) -> Table:
     reference = comparison.reference
-    header = ["method", "plain", *_D]
-    rows = []
-    for arm in comparison.arms:
-        if arm.name != reference:
-            pairs = [_pair(comparison, criterion.name, arm.name, reference) for criterion in CRITERIA]
-            rows.append([Entry(arm.name), *map(_gap, pairs)])
+    names = [criterion.name for criterion in CRITERIA]
+    rows = [
+        [Entry(arm.name), *(_gap(comparison.gap(name, arm.name, reference)) for name in names)]
+        for arm in _others(comparison)
+    ]
     caption = (
-        f"Difference of domain loss on test documents to {reference} (95% interval); negative is better. "
+        f"Domain loss on test documents less that of {reference} (95% interval); negative is better. "
         "Bold: told apart, that is, the interval excludes 0 and every seed has the same sign."
     )
-    return Table("differences", caption, [name.replace("-", wording.MINUS) for name in header], rows)
+    return Table("differences", caption, ["method", *map(wording.criterion, names)], rows)
 
 
 def _pairs(comparison: Comparison, criterion: str) -> Table:
     names = [arm.name for arm in comparison.arms]
-    rows = [[Entry(mine), *(_gap(_pair(comparison, criterion, mine, other)) for other in names)] for mine in names]
+    rows = [[Entry(mine), *(_gap(comparison.gap(criterion, mine, other)) for other in names)] for mine in names]
     return Table(criterion, "Domain loss of the row less that of the column.", ["", *names], rows)
 
 
-def _gap(pair: tuple[Difference, int] | None) -> Entry:
-    if pair is None:
+def _gap(gap: Gap | None) -> Entry:
+    if gap is None:
         return Entry(NONE)
-    found, sign = pair
-    low, high = sorted((sign * found.low, sign * found.high))
-    details = (wording.interval(low, high), wording.seeds(len(found.seeds)))
-    return Entry(wording.change(sign * found.difference), details, strong=found.better is not None)
-
-
-def _pair(comparison: Comparison, criterion: str, mine: str, other: str) -> tuple[Difference, int] | None:
-    """The difference of two arms and the sign that makes it that of `mine` less `other`."""
-    for found in comparison.differences:
-        if found.criterion == criterion and {found.first, found.second} == {mine, other}:
-            return found, 1 if found.first == mine else -1
-    return None
+    details = (wording.interval(gap.low, gap.high), wording.seeds(gap.num_seeds))
+    return Entry(wording.change(gap.value), details, strong=gap.told_apart)
 
 
 def _cost(comparison: Comparison) -> Table:

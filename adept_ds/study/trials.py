@@ -17,6 +17,7 @@ from adept_ds.base.errors import InputError
 from adept_ds.base.records import Record
 from adept_ds.base.run_dir import RunDirectory
 from adept_ds.base.run_records import MetricsLine, RunSummary, read_log
+from adept_ds.study import wording
 
 BASE, ADAPTED = 0.0, 1.0
 """Ends of the dial: weights of the base, and as training left them."""
@@ -50,7 +51,7 @@ class Trial(Record):
 
     @property
     def name(self) -> str:
-        return f"{self.arm}, learning rate {self.lr:g}, seed {self.seed}"
+        return f"{self.arm}, learning rate {wording.rate(self.lr)}, seed {self.seed}"
 
 
 class Source(NamedTuple):
@@ -138,7 +139,7 @@ class Progress(NamedTuple):
     tokens: Floats
     """Trained on so far."""
     seconds: Floats
-    """Spent so far, refreshes included."""
+    """Spent so far, with what came before the first step and refreshes."""
     loss: Floats
 
 
@@ -176,6 +177,7 @@ def read_cell(trial: Trial) -> Cell:
     """Raises `InputError`: a file is missing or damaged, or a source has no role."""
     run, losses = RunDirectory(trial.run_dir), document_losses(trial.run_dir)
     documents, sums = _read_losses(losses)
+    summary = TrialSummary.load(run.summary)
     lost = tuple(
         alpha for alpha, of in sorted(sums.items()) if not all(np.isfinite(loss).all() for loss in of.values())
     )
@@ -187,8 +189,8 @@ def read_cell(trial: Trial) -> Cell:
         sums={alpha: sums[alpha] for alpha in sorted(sums) if alpha not in lost},
         lost=lost,
         accuracy=_Accuracies.load(run.evaluation).by_alpha() if run.evaluation.is_file() else {},
-        summary=TrialSummary.load(run.summary),
-        **_read_progress(run.metrics),
+        summary=summary,
+        **_read_progress(run.metrics, trial.shared_seconds + (summary.preparation_seconds or 0.0)),
     )
 
 
@@ -249,9 +251,9 @@ def _source(name: str) -> Source:
     return Source(corpus, role, rest)
 
 
-def _read_progress(path: Path) -> dict[str, Progress]:
-    """What stands in metrics.jsonl, as the arguments of `Cell`."""
-    tokens, seconds = 0, 0.0
+def _read_progress(path: Path, seconds: float) -> dict[str, Progress]:
+    """What stands in metrics.jsonl, as the arguments of `Cell`; `seconds`: spent before the first step."""
+    tokens = 0
     points: dict[str, list[tuple[float, float, float]]] = {"training": [], "held_out": []}
     for _, line in read_log(path, ProgressLine):
         seconds += line.seconds + (line.refresh_seconds or 0.0)

@@ -8,6 +8,7 @@ two are not told apart, and no sentence says anything else. Intervals are not wi
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import NamedTuple
 
 import numpy as np
 
@@ -20,6 +21,16 @@ from adept_ds.study.trials import Floats
 
 Choices = Mapping[Criterion, Point | None]
 """Of an arm."""
+
+
+class Gap(NamedTuple):
+    """A difference as one of the two arms sees it; negative is better."""
+
+    value: float
+    low: float
+    high: float
+    num_seeds: int
+    told_apart: bool
 
 
 class Difference(Record):
@@ -38,6 +49,12 @@ class Difference(Record):
     """Name of the arm that is better; None: not told apart."""
     sentence: str | None
     """The claim, only where one is better."""
+
+    def seen_from(self, arm: str) -> Gap:
+        """Domain loss of this one of the two less that of the other."""
+        sign = 1 if arm == self.first else -1
+        low, high = sorted((sign * self.low, sign * self.high))
+        return Gap(sign * self.difference, low, high, len(self.seeds), self.better is not None)
 
 
 class TestLosses:

@@ -31,8 +31,13 @@ def rate(value: float) -> str:
     return short(value)
 
 
-def percent(part: int | float | None, whole: int | float | None = 1) -> str:
-    return NONE if part is None or not whole else f"{100 * part / whole:.3g}%"
+def percent(part: float | None, whole: float | None = 1, digits: str = ".3g") -> str:
+    return NONE if part is None or not whole else f"{100 * part / whole:{digits}}%"
+
+
+def points(value: float) -> str:
+    """A change of a share, in percentage points."""
+    return f"{100 * value:+.1f}".replace("-", MINUS)
 
 
 def count(value: float | None) -> str:
@@ -56,9 +61,9 @@ def size(num_bytes: float | None) -> str:
 def duration(seconds: float | None) -> str:
     if seconds is None:
         return NONE
-    if seconds >= 5400:
-        return f"{seconds / 3600:.1f} h"
-    return f"{seconds / 60:.1f} min" if seconds >= 90 else f"{seconds:.3g} s"
+    if seconds < 600:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def point(lr: float | None, alpha: float) -> str:
@@ -70,3 +75,7 @@ def point(lr: float | None, alpha: float) -> str:
 
 def seeds(number: int) -> str:
     return "one seed" if number == 1 else f"{number} seeds"
+
+
+def criterion(name: str) -> str:
+    return "as trained" if name == "plain" else name.replace("-", MINUS)

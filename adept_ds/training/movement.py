@@ -26,17 +26,20 @@ class UnitMovement:
     """L2 norms of the change of each unit's fp32 weights.
 
     Args:
-        start: the checkpoint that training started from.
+        start: the checkpoint that training started from; None: no file holds what trains (adapters), and the engine
+            has its first values now.
         precision: in which it was loaded: training starts from weights rounded to it.
     """
 
     def __init__(
-        self, engine: Engine, registry: UnitRegistry, start: ModelDirectory, precision: torch.dtype, ranks: Ranks
+        self, engine: Engine, registry: UnitRegistry, start: ModelDirectory | None, precision: torch.dtype, ranks: Ranks
     ) -> None:
         self._layout = partition_layout(engine)
         self._registry = registry
         self._precision = precision
-        self._stored, self._family, self._ranks = stored_tensors(start.path), start.family, ranks
+        self._ranks = ranks
+        self._files = (start.family, stored_tensors(start.path)) if start else None
+        self._first = None if start else self._weights()
         self._last: list[torch.Tensor] | None = None
         """Weights at `since`; None: those of the start."""
         self.since = 0
@@ -49,7 +52,8 @@ class UnitMovement:
         for number, partition in enumerate(self._layout):
             for fragment in partition.fragments:
                 run = slice(fragment.flat_start, fragment.flat_start + fragment.numel)
-                new, start = now[number][run], self._start(fragment)
+                new = now[number][run]
+                start = self._first[number][run] if self._first else self._stored_start(fragment)
                 changes = (new - (start if self._last is None else self._last[number][run]), new - start)
                 end = fragment.param_start + fragment.numel
                 for tile in self._registry.tiles(fragment.parameter, fragment.param_start, end):
@@ -80,12 +84,14 @@ class UnitMovement:
     def _weights(self) -> list[torch.Tensor]:
         return [partition.tensor.detach().to("cpu", torch.float32, copy=True) for partition in self._layout]
 
-    def _start(self, fragment: Fragment) -> torch.Tensor:
+    def _stored_start(self, fragment: Fragment) -> torch.Tensor:
         """The fragment's elements at the start; of each tensor that holds some, only the rows with them are read."""
-        names = [name for expert in self._family.stored_parts(fragment.parameter, self._stored) for name in expert]
+        assert self._files is not None
+        family, stored_by_name = self._files
+        names = [name for expert in family.stored_parts(fragment.parameter, stored_by_name) for name in expert]
         begin, found = 0, []
         for name in names:
-            stored = self._stored[name]
+            stored = stored_by_name[name]
             numel = math.prod(stored.shape)
             start, stop = (
                 max(fragment.param_start - begin, 0),

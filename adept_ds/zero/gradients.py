@@ -16,8 +16,8 @@ from adept_ds.zero.engine import Engine, zero_stage
 from adept_ds.zero.outside_training import outside_training
 
 Addition = Callable[[str, torch.Tensor, int, int], torch.Tensor | None]
-"""From a parameter's full name, elements start:stop of its flattened fp32 weight [stop - start], start and stop to what is
-added to the gradient of these elements, of the same shape and on the same device; None adds nothing."""
+"""From a parameter's full name, elements start:stop of its flattened fp32 weight, start and stop to what is added to
+the gradient of these elements; of the same shape [stop - start] and on the same device; None adds nothing."""
 
 
 def local_weight_and_grad(engine: Engine, parameter: Any) -> tuple[torch.Tensor, torch.Tensor, int] | None:
@@ -47,7 +47,7 @@ def add_to_gradient(engine: Engine, addition: Addition) -> None:
 
     So a term of the loss that depends on the weights alone, such as lambda/2 |w - w0|^2, whose gradient is
     lambda (w - w0), acts as if it stood in the loss. To be called on every rank, after the last backward pass of a step
-    and before the step. Also with optimizer states on the host.
+    and before the step.
 
     Args:
         addition: in units of the mean loss's gradient, without loss scaling. It is asked on each rank for the elements
@@ -69,14 +69,10 @@ def _add(engine: Engine, parameter: Any, added: torch.Tensor) -> None:
     if zero_stage(engine) == 3:
         grad = safe_get_local_grad(parameter)
         grad.flatten()[: added.numel()].add_(added)
-        safe_set_local_grad(parameter, grad)
+        safe_set_local_grad(parameter, grad)  # which takes its norm anew, with optimizer states on the host
         return
-    mapping, optimizer = parameter._hp_mapping, engine.optimizer
-    grad = mapping.get_lp_grad_fragment(parameter._index_in_param_group)
+    grad = parameter._hp_mapping.get_lp_grad_fragment(parameter._index_in_param_group)
     grad.add_(added.view_as(grad))
-    if optimizer.cpu_offload:  # its norm, and whether it is finite, were taken during the backward pass
-        optimizer.norm_for_param_grads[optimizer.get_param_id(parameter)] = grad.float().norm()
-        optimizer.update_offload_overflow_tracker(grad)
 
 
 def loss_scale(engine: Engine) -> float:

@@ -27,7 +27,7 @@ def write_trial(
     tokens: Mapping[str, Sequence[int]],
     sums: Mapping[str, Mapping[str, Sequence[float]]],
     *,
-    accuracy: Mapping[str, float] | None = None,
+    accuracy: Mapping[str, Mapping[str, float]] | None = None,
     summary: Mapping[str, Any] | None = None,
     texts: str = "text",
 ) -> Trial:
@@ -36,7 +36,7 @@ def write_trial(
     Args:
         tokens: of each document, by source ('domain/test/NAME').
         sums: of each document's token losses, by model ('base', 'adapted', 'alpha=0.5') and source.
-        accuracy: of the adapted model, by source.
+        accuracy: by model and source.
         texts: beginning of every document, of which ids are made.
     """
     trial.run_dir.mkdir(parents=True)
@@ -46,12 +46,9 @@ def write_trial(
         tensors[f"tokens/{source}"] = np.array(counts, dtype=np.int64)
         tensors |= {f"loss/{model}/{source}": np.array(of[source], dtype=np.float64) for model, of in sums.items()}
     save_file(tensors, trial.run_dir / "document_losses.safetensors")
-    evaluation = {model: _corpora(tokens, sums[model], accuracy) for model in ("base", "adapted")}
-    dial = [
-        {"alpha": float(model.removeprefix("alpha=")), "corpora": _corpora(tokens, of, accuracy)}
-        for model, of in sums.items()
-        if model.startswith("alpha=")
-    ]
+    corpora = {model: _corpora(tokens, of, (accuracy or {}).get(model, {})) for model, of in sums.items()}
+    evaluation: dict[str, Any] = {model: corpora.pop(model) for model in ("base", "adapted") if model in corpora}
+    dial = [{"alpha": float(model.removeprefix("alpha=")), "corpora": of} for model, of in corpora.items()]
     (trial.run_dir / "evaluation.json").write_text(json.dumps(evaluation | {"dial": dial}))
     (trial.run_dir / "summary.json").write_text(json.dumps(summary or {}))
     return trial
@@ -62,7 +59,7 @@ def document_id(text: str) -> int:
 
 
 def _corpora(
-    tokens: Mapping[str, Sequence[int]], sums: Mapping[str, Sequence[float]], accuracy: Mapping[str, float] | None
+    tokens: Mapping[str, Sequence[int]], sums: Mapping[str, Sequence[float]], accuracy: Mapping[str, float]
 ) -> dict[str, Any]:
     """As evaluation.json has it, of one model."""
     corpora: dict[str, Any] = {}
@@ -73,10 +70,31 @@ def _corpora(
             "tokens": sum(counts),
             "documents": len(counts),
         }
-        if accuracy and source in accuracy:
+        if source in accuracy:
             entry["accuracy"] = accuracy[source]
         corpora.setdefault(corpus, {"sources": {}})["sources"][name] = entry
     return corpora
+
+
+FOUR = ("general/validation/g", "general/test/g", "domain/validation/d", "domain/test/d")
+"""The sources of a study as small as can be."""
+
+
+def write_small(
+    study_dir: Path,
+    label: str,
+    lr: float,
+    seed: int,
+    losses: Mapping[str, Mapping[str, Sequence[float]]],
+    tokens: Mapping[str, Sequence[int]],
+) -> Trial:
+    """A trial by its losses per token: model -> source -> of each document."""
+    sums = {
+        model: {source: [loss * n for loss, n in zip(of[source], tokens[source], strict=True)] for source in of}
+        for model, of in losses.items()
+    }
+    run_dir = study_dir / f"{label} {lr:g} {seed}"
+    return write_trial(Trial(label=label, lr=lr, seed=seed, run_dir=run_dir), tokens, sums)
 
 
 @dataclass(frozen=True)
@@ -160,8 +178,9 @@ def _make_trial(trial: Trial, behaviour: Behaviour) -> Trial:
             change = strength * _change(source, behaviour, off, alpha) + alpha * luck
             losses = of_base + change * liking + alpha * own.normal(0, 0.03, documents)
             sums.setdefault(model, {})[source] = (losses * counts).tolist()
-    write_trial(trial, tokens, sums, accuracy={"general/test/questions": 0.31 - behaviour.forgetting / 3},
-                summary=_summary(behaviour))  # fmt: skip
+    right = {"base": 0.31, "adapted": 0.31 - behaviour.forgetting / 3}
+    accuracy = {model: {"general/test/questions": share} for model, share in right.items()}
+    write_trial(trial, tokens, sums, accuracy=accuracy, summary=_summary(behaviour))
     _write_log(trial, behaviour, off)
     return trial
 

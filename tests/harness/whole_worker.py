@@ -36,17 +36,15 @@ from adept_ds.zero.gradients import add_to_gradient, set_loss_scale
 
 STEPS, SAVED_AFTER = 4, 2
 ROWS, TOKENS, ACCUMULATION = 8, 20, 2
-LR, PULL = 3e-3, 0.05
+LR, PULL = 3e-3, 0.15
 OPTIONS: dict[str, Any] = {"betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1, "clip_grad_norm": 0.7}
 
-OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
 ZERO: dict[str, dict[str, Any]] = {
     "zero1": {"stage": 1},
     "zero2": {"stage": 2},
     "zero3": {"stage": 3},
     "strict": {"stage": 3, "stage3_param_persistence_threshold": 0},  # nothing stays gathered by itself
-    "zero2_offload": {"stage": 2} | OFFLOAD,
-    "zero3_offload": {"stage": 3} | OFFLOAD,
+    "zero3_offload": {"stage": 3, "offload_optimizer": {"device": "cpu"}},
 }
 
 
@@ -127,12 +125,9 @@ def train(ranks: Ranks, folder: Path, kind: str, zero: str, variant: str) -> dic
         found["norms"].append(float(engine.get_global_grad_norm()))
         found["weights"].append(whole_master_weights(engine))
         if variant == "resumed" and step + 1 == SAVED_AFTER:
+            stage, size = zero_stage(engine), ranks.world_size
             manifest = CheckpointManifest(
-                step=SAVED_AFTER,
-                world_size=ranks.world_size,
-                zero_stage=zero_stage(engine),
-                fingerprint="",
-                settings={},
+                step=SAVED_AFTER, world_size=size, zero_stage=stage, fingerprint="", settings={}
             )
             save_checkpoint(engine, checkpoints, manifest, ranks, 1, {}, lambda _: None)
             release(engine)

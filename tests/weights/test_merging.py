@@ -96,7 +96,7 @@ UP = "model.layers.2.mlp.up_proj"
     ("spec", "changes", "words"),
     [
         pytest.param(LoraSpec(rank=3), {}, ["lora_A [2, 20]", "lora_A [3, 20]", "configuration"], id="another rank"),
-        pytest.param(SPECS["dora"], {}, ["asks for", "lora_magnitude_vector [37]"], id="without a factor"),
+        pytest.param(SPECS["dora"], {}, ["asks for", "lora_magnitude_vector [20]"], id="without a factor"),
         pytest.param(OftSpec(4), {}, ["has lora_A [2, 20]", "oft_R [5, 6]"], id="another kind"),
         pytest.param(
             LORA,

@@ -24,10 +24,10 @@ CELLS = {
     2: [
         *(f"{model}/{zero}/resumed" for model in MODELS for zero in ("zero1", "zero2", "strict")),
         *(f"{model}/{zero}/plain" for model in MODELS for zero in ("zero1", "zero2", "strict")),
-        *(f"tied/{zero}/pulled" for zero in ("zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")),
+        *(f"tied/{zero}/pulled" for zero in ("zero1", "zero2", "zero3", "zero3_offload")),
         "untied/zero3/recomputed",
-        "untied/zero2_offload/plain",
-        *(f"tied/{zero}/fp16" for zero in ("zero2", "zero3", "zero2_offload", "zero3_offload")),
+        "untied/zero3_offload/plain",
+        *(f"tied/{zero}/fp16" for zero in ("zero2", "zero3", "zero3_offload")),
     ],
 }
 """Model / ZeRO setting / variant, by number of ranks."""

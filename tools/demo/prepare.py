@@ -104,9 +104,10 @@ def parse_questions(prompt: str) -> Iterator[str]:
     return (f"Q: {question.strip()}" for question in QUESTION_START.split(prompt)[1:])
 
 
-def mmlu_records() -> Iterator[Record]:
-    """Yield the MMLU development questions with their worked answers."""
-    for subject, prompt in json.loads((package_folder("lm_eval") / MMLU_PROMPTS).read_bytes()).items():
+def mmlu_records(prompts: bytes | None = None) -> Iterator[Record]:
+    """Yield the MMLU development questions with their worked answers, from `prompts` or the installed package."""
+    content = (package_folder("lm_eval") / MMLU_PROMPTS).read_bytes() if prompts is None else prompts
+    for subject, prompt in json.loads(content).items():
         yield from (Record(question, f"mmlu_dev/{subject}") for question in parse_questions(prompt))
 
 
@@ -137,7 +138,7 @@ def sympy_records(folder: Path | None = None) -> Iterator[Record]:
                 yield Record(f"# {name}\n\n{text}", f"sympy/{name}")
 
 
-def write_jsonl(path: Path, records: Iterable[Record]) -> None:
+def write_jsonl(path: Path, records: Iterable[NamedTuple]) -> None:
     """Write one JSON record per line; the file appears only when it is complete."""
     with atomic_path(path) as partial, partial.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(record._asdict(), ensure_ascii=False) + "\n" for record in records)

@@ -33,15 +33,17 @@ _THEOREM = re.compile(r"\$\(((?:(?!\$\)).)*)\$\)\s*(\S+)\s+\$p\s", re.DOTALL)
 _STRING = r"""(?:"[^"]*"|'[^']*')"""
 _SYMBOL = re.compile(rf"althtmldef\s+({_STRING})\s+as\s+({_STRING}(?:\s*\+\s*{_STRING})*)\s*;")
 _TAG = re.compile(r"<[^<>]*>")
-_ATTRIBUTION = re.compile(
-    r"\s*\((?:Contributed|Revised|Proof shortened|Proof revised|Shortened|Proposed|Suggested)\s+by\s[^()]*"
-    r"(?:\([^()]*\)[^()]*)*\)|\s*\((?:New usage is|Proof modification is) discouraged\.\)"
+_INNER = r"(?:[^()]|\([^()]*\))*"
+_ADMINISTRATIVE = re.compile(
+    rf"\s*\({_INNER}\b\d{{1,2}}-[A-Z][a-z]{{2}}-\d{{4}}\.?\s*\)|\s*\((?:New usage|Proof modification) is discouraged\.\)"
 )
+"""What ends with a date tells who did something; the rest is for those who write proofs."""
 _FORMULA = re.compile(r"(?<!`)`(?!`)\s*((?:[^`]|``)*?)\s*(?<!`)`(?!`)")
 _LABEL = re.compile(r"(?<!~)~\s+(\S+)")
 _EMPHASIS = re.compile(r"(?<![\w_])_(?!_)([^_]+)_(?![\w_])")
 _WORK = re.compile(r"(?<!\[)\[([A-Za-z][\w-]*)\](?!\])")
-_BEFORE_PUNCTUATION = re.compile(r"\s+(?=[.,;:?!)](?:\s|$))")
+_STRAY_SPACE = re.compile(r"\s+(?=[.,;:?!)](?:\s|$))|(?<=\()\s+")
+"""Before punctuation and inside parentheses, where tokens were kept apart."""
 
 
 def theorems(archive: Path) -> list[Record]:
@@ -69,12 +71,12 @@ def _plain(definition: str) -> str:
 
 def readable(comment: str, symbols: Mapping[str, str]) -> str:
     """A comment without its markup, on one line."""
-    text = _ATTRIBUTION.sub("", " ".join(comment.split()))
+    text = _ADMINISTRATIVE.sub("", " ".join(comment.split()))
     text = _FORMULA.sub(partial(_formula, symbols), text)
     text = _WORK.sub(r"\1", _EMPHASIS.sub(r"\1", _LABEL.sub(r"\1", text)))
     for mark in ("~", "`", "[", "_"):
         text = text.replace(mark * 2, mark)
-    return _BEFORE_PUNCTUATION.sub("", text).strip()
+    return _STRAY_SPACE.sub("", text).strip()
 
 
 def _formula(symbols: Mapping[str, str], match: re.Match[str]) -> str:

@@ -13,7 +13,7 @@ PASSAGE_CHARACTERS = 1200
 
 _Item = TypeVar("_Item")
 
-_SENTENCE_END = re.compile(r"(?<=[.!?][\"'”’)]|(?<=.)[.!?])\s+(?=[\"'“‘(]?[A-Z])")
+_SENTENCE_END = re.compile(r"""(?:(?<=[.!?])|(?<=[.!?]["'”’)]))\s+(?=["'“‘(]?[A-Z])""")
 
 
 class Question(NamedTuple):
