@@ -98,6 +98,15 @@ class RunDirectory:
     def report(self) -> Path:
         return self.root / "report.html"
 
+    @property
+    def diagnosis(self) -> Path:
+        """What went wrong, where, and what to change."""
+        return self.root / "diagnosis.json"
+
+    @property
+    def diagnosis_page(self) -> Path:
+        return self.root / "diagnosis.html"
+
     def log(self, rank: int) -> Path:
         """All that libraries print on that rank."""
         return self.root / "logs" / f"rank_{rank}.log"

@@ -36,6 +36,11 @@ class Batch(NamedTuple):
         positions = None if self.positions is None else self.positions.to(device)
         return Batch(self.input_ids.to(device), self.labels.to(device), positions)
 
+    def trimmed(self, num_tokens: int) -> Batch:
+        """The first tokens of every row."""
+        positions = None if self.positions is None else self.positions[:, :num_tokens]
+        return Batch(self.input_ids[:, :num_tokens], self.labels[:, :num_tokens], positions)
+
     @classmethod
     def joined(cls, batches: Sequence[Batch]) -> Batch:
         """The rows of all, in order."""

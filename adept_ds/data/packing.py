@@ -98,7 +98,7 @@ class WholeDocuments:
             ends: [documents], the first token after each document.
         """
         starts = np.concatenate([np.zeros(1, np.int64), ends[:-1]])
-        parts = _cut(starts, np.asarray(ends), block_tokens)
+        parts = cut_long(starts, np.asarray(ends), block_tokens)
         stretches = [parts[first : first + _TOGETHER] for first in range(0, len(parts), _TOGETHER)]
         filled = [block for stretch in stretches for block in _fit(stretch, block_tokens)]
         firsts = np.cumsum([0, *map(len, filled)], dtype=np.int64)
@@ -132,7 +132,7 @@ def _kept_in(file: TokenFile, block_tokens: int) -> Path:
     return file.directory / f"documents_{block_tokens}.npz"
 
 
-def _cut(starts: np.ndarray, ends: np.ndarray, block_tokens: int) -> np.ndarray:
+def cut_long(starts: np.ndarray, ends: np.ndarray, block_tokens: int) -> np.ndarray:
     """[parts, 2]: longer documents than a block in parts of a block; without single tokens, which predict nothing."""
     counts = -(-(ends - starts) // block_tokens)
     position = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)

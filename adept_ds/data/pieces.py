@@ -6,6 +6,7 @@ cut where tokenizers begin a new token anyway: behind a line break, or else befo
 
 from __future__ import annotations
 
+import hashlib
 import unicodedata
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -36,26 +37,39 @@ class Piece:
     """Where its document is, for messages: "'FILE' line 12"."""
     following: tuple[int, int] = (0, 0)
     """What comes after its document: index of the file, and of the record in it; to go on from with `skip`."""
+    document_id: int = 0
+    """Of the document, on its last piece (see `id_of`)."""
+
+
+def id_of(digest: bytes) -> int:
+    """What a document is known by: the first 8 bytes of the SHA-256 digest of its text, as a signed integer."""
+    return int.from_bytes(digest[:8], "big", signed=True)
+
+
+def document_id(text: str) -> int:
+    """As `id_of`, of a text."""
+    return id_of(hashlib.sha256(text.encode()).digest())
 
 
 def cut_document(chunks: Iterable[str], place: str, following: tuple[int, int]) -> Iterator[Piece]:
     """The pieces of a document that comes in chunks of any size; the same ones however these are cut."""
-    text, start, begins = "", 0, True
+    text, start, begins, digest = "", 0, True, hashlib.sha256()
     for chunk in chunks:
         text += chunk
+        digest.update(chunk.encode())
         while len(text) - start > _PART + _CONTEXT:
             stop = _boundary(text, start + _PART // 2, start + _PART)
             after = _boundary(text, stop + _CONTEXT // 2, stop + _CONTEXT)
             yield Piece(text[:after], start, stop, begins, False, place, following)
             before = _boundary(text, stop - _CONTEXT, stop - _CONTEXT // 2)
             text, start, begins = text[before:], stop - before, False
-    yield Piece(text, start, len(text), begins, True, place, following)
+    yield Piece(text, start, len(text), begins, True, place, following, id_of(digest.digest()))
 
 
 def pieces_of(text: str, place: str, following: tuple[int, int]) -> Iterator[Piece]:
     """The pieces of a document that is in memory."""
     if len(text) <= _PART:  # as most are
-        yield Piece(text, 0, len(text), True, True, place, following)
+        yield Piece(text, 0, len(text), True, True, place, following, document_id(text))
         return
     step = MAX_PIECE_CHARACTERS
     chunks = (text[first : first + step] for first in range(0, len(text), step))

@@ -42,6 +42,8 @@ class TokenisedPiece:
     """As in `Piece`."""
     refusal: str | None = None
     """Why the text cannot be tokenised; its document is a bad record."""
+    document_id: int = 0
+    """As in `Piece`."""
 
 
 def tokenise(pieces: Iterable[Piece], tokenizer: TextTokenizer, workers: int = 1) -> Iterator[TokenisedPiece]:
@@ -120,7 +122,9 @@ def _separated(tokenizer: TextTokenizer, piece: Piece, tokens: np.ndarray) -> To
 
 
 def _of(piece: Piece, tokens: np.ndarray, refusal: str | None = None) -> TokenisedPiece:
-    return TokenisedPiece(tokens, piece.begins, piece.ends, piece.place, piece.following, refusal)
+    return TokenisedPiece(
+        tokens, piece.begins, piece.ends, piece.place, piece.following, refusal, piece.document_id
+    )
 
 
 # --- in a process of the pool ---------------------------------------------------------------------------------------

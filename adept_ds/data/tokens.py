@@ -5,6 +5,7 @@ so one file serves every sequence length.
 
     tokens.bin     int32: document after document, each with its separators
     ends.bin       int64: where each document ends in it
+    ids.bin        int64: what each document is known by, whatever its tokens (see `pieces.id_of`)
     manifest.json  written last
 """
 
@@ -31,8 +32,8 @@ from adept_ds.data.tokenising import TokenisedPiece, tokenise
 from adept_ds.data.tokenizer import TextTokenizer
 from adept_ds.ranks.collectives import Ranks
 
-_TOKENS, _ENDS, _MANIFEST = "tokens.bin", "ends.bin", "manifest.json"
-_TOKEN, _END = np.dtype("<i4"), np.dtype("<i8")
+_TOKENS, _ENDS, _IDS, _MANIFEST = "tokens.bin", "ends.bin", "ids.bin", "manifest.json"
+_TOKEN, _END, _ID = np.dtype("<i4"), np.dtype("<i8"), np.dtype("<i8")
 
 
 _SERIAL_BYTES = 4 << 20
@@ -72,8 +73,18 @@ class TokenFile:
         """[documents] int64: the first token after each document."""
         return np.memmap(self.directory / _ENDS, _END, "r", shape=(self.manifest.documents,))
 
+    @cached_property
+    def ids(self) -> np.ndarray:
+        """[documents] int64: see `pieces.id_of`."""
+        return np.memmap(self.directory / _IDS, _ID, "r", shape=(self.manifest.documents,))
+
     def is_whole(self) -> bool:
-        expected = {_TOKENS: self.manifest.tokens * _TOKEN.itemsize, _ENDS: self.manifest.documents * _END.itemsize}
+        tokens, documents = self.manifest.tokens, self.manifest.documents
+        expected = {
+            _TOKENS: tokens * _TOKEN.itemsize,
+            _ENDS: documents * _END.itemsize,
+            _IDS: documents * _ID.itemsize,
+        }
         files = {name: self.directory / name for name in expected}
         return all(file.is_file() and file.stat().st_size == expected[name] for name, file in files.items())
 
@@ -83,7 +94,8 @@ class TokenWriter:
 
     def __init__(self, directory: Path, bad: BadRecords) -> None:
         self._directory, self.bad = directory, bad
-        self._tokens, self._ends = (directory / _TOKENS).open("w+b"), (directory / _ENDS).open("wb")
+        self._tokens = (directory / _TOKENS).open("w+b")
+        self._ends, self._ids = (directory / _ENDS).open("wb"), (directory / _IDS).open("wb")
         self.num_tokens = self._documents = self._document_start = 0
         self._dropping = False
 
@@ -95,6 +107,7 @@ class TokenWriter:
     ) -> None:
         self._tokens.close()
         self._ends.close()
+        self._ids.close()
 
     def add(self, piece: TokenisedPiece) -> None:
         """Append a piece; one that was refused takes the whole of its document with it."""
@@ -110,12 +123,12 @@ class TokenWriter:
         self._tokens.write(piece.tokens.astype(_TOKEN, copy=False).tobytes())
         self.num_tokens += len(piece.tokens)
         if piece.ends:
-            self._end_document()
+            self._end_document(piece.document_id)
 
     def finish(self) -> None:
         """After the last piece. The whole is there only when its directory is published."""
         if self.num_tokens > self._document_start and not self._dropping:
-            self._end_document()
+            self._end_document(0)  # cut off: a part of a text is known by nothing
         places = tuple(self.bad.places)
         manifest = TokensManifest(
             tokens=self.num_tokens, documents=self._documents, skipped=self.bad.count, skipped_places=places
@@ -127,8 +140,9 @@ class TokenWriter:
         self._tokens.seek((self.num_tokens - count) * _TOKEN.itemsize)
         return np.frombuffer(self._tokens.read(), _TOKEN)
 
-    def _end_document(self) -> None:
+    def _end_document(self, document_id: int) -> None:
         self._ends.write(np.array(self.num_tokens, _END).tobytes())
+        self._ids.write(np.array(document_id, _ID).tobytes())
         self._documents += 1
         self._document_start = self.num_tokens
 

@@ -12,8 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag
 
+from adept_ds.config.section import PART, WORD
 from adept_ds.methods.shape import Method, Start, Training
 from adept_ds.models.adapter_spec import AdapterSpec, LoraSpec, adapter_multipliers, adapter_units, check_adapters
 
@@ -26,7 +27,10 @@ if TYPE_CHECKING:
     from adept_ds.training.rule import TrainingRule
     from adept_ds.units.registry import UnitRegistry
 
-Targets = Literal["all"] | Annotated[list[str], Field(min_length=1)]
+Targets = Annotated[
+    Annotated[Literal["all"], Tag(WORD)] | Annotated[list[str], Field(min_length=1), Tag(PART)],
+    Discriminator(lambda value: PART if isinstance(value, list) else WORD),
+]
 
 TARGETS = "projections by their path in a layer, [self_attn.q_proj, ...]; all: every linear one but experts'"
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -20,10 +20,18 @@ class PassProgress:
     Args:
         check: moves the bar; called between batches by every rank, it may communicate and end the work.
         move: moves the bar only; for within a batch.
+        variants: that pass each layer; by default one more than pass the layer below.
     """
 
-    def __init__(self, num_layers: int, check: ProgressCallback, move: ProgressCallback) -> None:
+    def __init__(
+        self,
+        num_layers: int,
+        check: ProgressCallback,
+        move: ProgressCallback,
+        variants: Sequence[int] | None = None,
+    ) -> None:
         self._num_layers, self._check, self._move = num_layers, check, move
+        self._variants = range(1, num_layers + 1) if variants is None else variants
         self._number, self._count = 0, 1
 
     def batch(self, number: int, count: int) -> None:
@@ -32,8 +40,8 @@ class PassProgress:
         self._check(number / count, f"batch {number + 1} of {count}")
 
     def layer(self, position: int) -> None:
-        """The stack of a sweep has passed a layer; each layer takes one variant more than the one below."""
-        share = (position + 1) * (position + 2) / (self._num_layers * (self._num_layers + 1))
+        """The stack of a sweep has passed a layer."""
+        share = sum(self._variants[: position + 1]) / sum(self._variants)
         self._move(
             (self._number + share) / self._count,
             f"batch {self._number + 1} of {self._count}, layer {position + 1} of {self._num_layers}",

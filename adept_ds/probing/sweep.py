@@ -11,7 +11,8 @@ under ZeRO-3 each layer is gathered once per batch instead of M + 1 times.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -49,32 +50,73 @@ def bypass_losses(
         )
 
 
-def install_layer_sweep(
-    model: torch.nn.Module, family: Family, max_stack_tokens: int, on_layer: Callable[[int], None] | None = None
-) -> None:
-    """Make every decoder layer carry the stack of variants: `model(input_ids, labels)` returns M + 1 losses per row.
+@dataclass(frozen=True)
+class Stack:
+    """Which variants there are just below a layer, and what becomes of them there."""
 
-    Needs nothing of a family's `forward` but that it maps hidden states to hidden states. Replaces the instance's
-    `forward`, so DeepSpeed's hooks around the layer's call gather its weights once for the whole stack.
+    variants: int
+    """Those that have joined, the unchanged model included."""
+    around: tuple[int, ...]
+    """Places of those that go around this layer; more of them join behind the last."""
+    joining: int
+
+    @property
+    def through(self) -> list[int]:
+        """Places of those that pass the layer."""
+        return [place for place in range(self.variants) if place not in self.around]
+
+
+def stacks(num_layers: int, bypasses: Sequence[Collection[int]]) -> list[Stack]:
+    """The stack below each layer.
+
+    Args:
+        bypasses: of each variant the layers that it goes around, those with the lowest layer first.
+    """
+    lowest = [min(layers) for layers in bypasses]
+    assert lowest == sorted(lowest), "variants join in order"
+    found = []
+    for layer in range(num_layers):
+        joined = sum(low < layer for low in lowest)
+        around = tuple(1 + number for number in range(joined) if layer in bypasses[number])
+        found.append(Stack(1 + joined, around, lowest.count(layer)))
+    return found
+
+
+def install_layer_sweep(
+    model: torch.nn.Module,
+    family: Family,
+    max_stack_tokens: int,
+    on_layer: Callable[[int], None] | None = None,
+    bypasses: Sequence[Collection[int]] | None = None,
+) -> None:
+    """Make every decoder layer carry the stack of variants: `model(input_ids, labels)` returns losses of all of them.
+
+    First those of the rows in the unchanged model, then in each variant. Needs nothing of a family's `forward` but that
+    it maps hidden states to hidden states. Replaces the instance's `forward`, so DeepSpeed's hooks around the layer's
+    call gather its weights once for the whole stack.
 
     Args:
         max_stack_tokens: the stack passes a layer in chunks of at most so many tokens (at least one block).
         on_layer: called with the index of each layer that the stack has passed.
+        bypasses: see `stacks`; by default one variant without each layer.
     """
-    for position, layer in enumerate(family.layer_modules(model)):
-        layer.forward = functools.partial(_sweep_layer, layer.forward, position, max_stack_tokens)
+    layers = family.layer_modules(model)
+    of_layers = stacks(len(layers), [{layer} for layer in range(len(layers))] if bypasses is None else bypasses)
+    for position, (layer, stack) in enumerate(zip(layers, of_layers, strict=True)):
+        layer.forward = functools.partial(_sweep_layer, layer.forward, stack, max_stack_tokens)
         if on_layer:
             layer.register_forward_hook(functools.partial(_report, on_layer, position))
 
 
 def _sweep_layer(
-    forward: Callable[..., Any], position: int, max_stack_tokens: int, hidden: torch.Tensor, *args: Any, **kwargs: Any
+    forward: Callable[..., Any], stack: Stack, max_stack_tokens: int, hidden: torch.Tensor, *args: Any, **kwargs: Any
 ) -> torch.Tensor:
-    """hidden [(position + 1) * rows, tokens, dim] -> [(position + 2) * rows, tokens, dim]."""
-    rows = hidden.shape[0] // (position + 1)
+    """hidden [variants * rows, tokens, dim] -> [(variants + joining) * rows, tokens, dim]."""
+    rows = hidden.shape[0] // stack.variants
+    passing = _at(hidden, stack.through, rows) if stack.around else hidden
     variants_per_chunk = max(1, max_stack_tokens // (rows * hidden.shape[1]))
     outputs = []
-    for chunk in hidden.split(variants_per_chunk * rows):
+    for chunk in passing.split(variants_per_chunk * rows):
         repeat = chunk.shape[0] // rows
         output = forward(
             chunk,
@@ -82,7 +124,21 @@ def _sweep_layer(
             **{key: _repeat_rows(value, rows, repeat) for key, value in kwargs.items()},
         )
         outputs.append(output[0] if isinstance(output, tuple) else output)
-    return torch.cat([*outputs, hidden[:rows]])
+    if stack.around:
+        outputs = _merged(torch.cat(outputs), hidden, stack, rows)
+    return torch.cat([*outputs, *[hidden[:rows]] * stack.joining])
+
+
+def _at(hidden: torch.Tensor, places: Sequence[int], rows: int) -> torch.Tensor:
+    """The hidden states of the variants at these places."""
+    return torch.cat([hidden[place * rows : (place + 1) * rows] for place in places])
+
+
+def _merged(passed: torch.Tensor, hidden: torch.Tensor, stack: Stack, rows: int) -> list[torch.Tensor]:
+    """Of each variant in the stack what it is above the layer."""
+    above = iter(passed.split(rows))
+    below = hidden.split(rows)
+    return [below[place] if place in stack.around else next(above) for place in range(stack.variants)]
 
 
 def _report(on_layer: Callable[[int], None], position: int, *_: Any) -> None:

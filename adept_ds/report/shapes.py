@@ -95,6 +95,7 @@ class EvaluationShape(Shape):
 class SummaryShape(Shape):
     """summary.json"""
 
+    method: str | None = None
     trainable_parameters: float | None = None
     total_parameters: float | None = None
     tokens: float | None = None

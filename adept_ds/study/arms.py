@@ -95,11 +95,13 @@ class Arm:
 
     def loss(self, point: Point, sources: Sequence[Source], seeds: Iterable[int] | None = None) -> float:
         """Of these sources together; mean over these seeds, or over all that have the point."""
+        if point == AT_BASE:
+            return self.measured.loss(self.measured.base, sources)
         chosen = list(self.seeds_at(point) if seeds is None else seeds)
         return math.fsum(self.measured.loss(self.sums(point, seed), sources) for seed in chosen) / len(chosen)
 
     def rise(self, point: Point, source: Source, seeds: Iterable[int] | None = None) -> float:
-        """Of a source's loss above the base's, in nats."""
+        """Of a source's loss above the base's, in nats; of the base itself exactly 0, which every bound has to hold."""
         return self.loss(point, [source], seeds) - self.measured.loss(self.measured.base, [source])
 
     def largest_rise(self, point: Point, role: str, seeds: Iterable[int] | None = None) -> tuple[float, Source]:

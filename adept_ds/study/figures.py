@@ -17,10 +17,10 @@ from adept_ds.study.comparison import ArmRecord, ChosenPoint, PointRecord
 from adept_ds.study.fronts import GENERAL_RISE
 from adept_ds.study.trials import Floats, Progress
 
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#B58900", "#5B5B5B", "#882255")
-"""Of Okabe and Ito, told apart by the colour-blind; its yellow, too pale on white, is darkened, and wine added."""
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#B58900", "#5B5B5B", "#882255", "#332288")
+"""Of Okabe and Ito, told apart by the colour-blind; yellow, too pale on white, is darkened; wine and indigo are new."""
 
-MARKERS = "osD^vP"
+MARKERS, LINES = "osD^vP*", ("solid", (0, (4, 1.2)))
 """With the colours: more arms than colours differ in these."""
 
 SOFT = "#5b6675"
@@ -32,6 +32,7 @@ _SMOOTH = 0.1
 class Look(NamedTuple):
     color: str
     marker: str
+    line: str | tuple[float, tuple[float, ...]]
 
 
 class End(NamedTuple):
@@ -45,7 +46,10 @@ class End(NamedTuple):
 
 def looks(arms: Sequence[ArmRecord]) -> dict[str, Look]:
     """By name of the arm, the same in every figure."""
-    return {arm.name: Look(PALETTE[i % len(PALETTE)], MARKERS[i % len(MARKERS)]) for i, arm in enumerate(arms)}
+    return {
+        arm.name: Look(PALETTE[i % len(PALETTE)], MARKERS[i % len(MARKERS)], LINES[i // len(PALETTE) % len(LINES)])
+        for i, arm in enumerate(arms)
+    }
 
 
 def draw_fronts(findings: Findings, figure: Figure) -> None:
@@ -77,7 +81,7 @@ def _draw_arm(axes: Any, arm: ArmRecord, look: Look) -> None:
     rest = [point for point in arm.points if point.lr is not None]
     axes.scatter(*_places(rest), color=look.color, marker=look.marker, s=9, alpha=0.6, linewidths=0, zorder=3)
     front = sorted((point for point in arm.points if point.on_front), key=lambda point: point.test_general_rise)
-    axes.plot(*_places(front), color=look.color, linewidth=2.4, zorder=4)
+    axes.plot(*_places(front), color=look.color, linewidth=2.4, linestyle=look.line, zorder=4)
     plain = arm.chosen[PLAIN.name]
     if plain is not None:
         place = [plain.largest_rise], [plain.domain_loss]
@@ -97,7 +101,7 @@ def _mark_bounds(axes: Any) -> None:
     for bound in BOUNDS:
         axes.axvline(bound, color=GREY, linestyle=(0, (2, 2)), linewidth=0.9, zorder=1)
         style: dict[str, Any] = {"textcoords": "offset points", "ha": "center", "fontsize": 7.5, "color": SOFT}
-        text = f"x = {bound:g}".replace("-", wording.MINUS)
+        text = f"{bound:g}".replace("-", wording.MINUS)
         axes.annotate(text, (bound, 1), (0, 3), xycoords=("data", "axes fraction"), **style)
 
 
@@ -116,13 +120,13 @@ def _label_at_right(axes: Any, ends: Sequence[End]) -> None:
     ordered = sorted(ends, key=lambda end: end.y)
     left, right = axes.get_xlim()
     margin = right + 0.025 * (right - left)
-    for (name, color, x, y), height in zip(ordered, _apart([end.y for end in ordered], gap), strict=True):
+    for (name, color, x, y), height in zip(ordered, spread([end.y for end in ordered], gap), strict=True):
         leader = {"arrowstyle": "-", "color": color, "linewidth": 0.7, "alpha": 0.5, "linestyle": ":"}
         style = {"color": color, "weight": "bold", "fontsize": 9, "va": "center", "annotation_clip": False}
         axes.annotate(name, (x, y), (margin, height), **style, arrowprops=leader)
 
 
-def _apart(values: Sequence[float], gap: float) -> list[float]:
+def spread(values: Sequence[float], gap: float) -> list[float]:
     """Sorted values moved so that neighbours are `gap` apart, each group around its mean."""
     groups: list[list[float]] = []
     for value in values:
@@ -193,7 +197,7 @@ def _draw_spans(
         axes.grid(visible=False, axis="y")
         axes.axvline(0, color=INK, linewidth=0.9)
         for row, arm in enumerate(arms):
-            color, marker = look[arm.name]
+            color, marker, _ = look[arm.name]
             if arm.name not in spans:
                 axes.text(
                     0.5, row, wording.NONE, transform=axes.get_yaxis_transform(), ha="center", va="center", color=GREY
@@ -233,8 +237,8 @@ def draw_progress(findings: Findings, figure: Figure) -> None:
         axes.set_xlabel(label)
         axes.xaxis.set_major_formatter(lambda value, _: wording.count(value).replace(" ", ""))
         for name, curve in curves.items():
-            color = looks(comparison.arms)[name].color
-            axes.plot(along(curve), curve.loss, color=color, linewidth=1.8)
+            color, _, line = looks(comparison.arms)[name]
+            axes.plot(along(curve), curve.loss, color=color, linewidth=1.8, linestyle=line)
             axes.plot(along(curve)[-1:], curve.loss[-1:], color=color, marker="o", markersize=4)
     grid[0].set_ylabel("held-out domain loss (nats)" if held_out else "training loss (nats), running mean")
     look = looks(comparison.arms)

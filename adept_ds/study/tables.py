@@ -70,10 +70,8 @@ def _verdict(gap: Gap | None) -> str:
 
 def _in_words(gap: Gap) -> str:
     """A difference whose sign is clear from where it stands, or its interval where it is not."""
-    if not gap.told_apart:
-        return f"({wording.interval(gap.low, gap.high)}; {wording.seeds(gap.num_seeds)})"
-    low, high = sorted(map(abs, (gap.low, gap.high)))
-    return f"by {abs(gap.value):.3f} ({low:.3f} to {high:.3f}; {wording.seeds(gap.num_seeds)})"
+    seeds = ", one seed" if gap.num_seeds == 1 else ""
+    return f"by {abs(gap.value):.3f}{seeds}" if gap.told_apart else f"({wording.interval(gap.low, gap.high)}{seeds})"
 
 
 def _others(comparison: Comparison) -> list[ArmRecord]:

@@ -12,7 +12,9 @@ def nats(value: float) -> str:
 
 
 def change(value: float) -> str:
-    """With its sign."""
+    """With its sign, but for what is 0 up to rounding."""
+    if abs(value) < 1e-9:
+        return "0.000"
     return f"{value:+.3f}".replace("-", MINUS)
 
 

@@ -6,18 +6,15 @@ the host, 4 bytes for each trained element over all ranks.
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from adept_ds.models.directory import ModelDirectory
 from adept_ds.ranks.collectives import Ranks
 from adept_ds.units.registry import UnitRegistry
-from adept_ds.weights.hf_directory import stored_tensors
-from adept_ds.weights.tensor_files import StoredTensor
+from adept_ds.weights.start_weights import StartWeights
 from adept_ds.zero.engine import Engine
 from adept_ds.zero.layout import Fragment, partition_layout
 
@@ -36,9 +33,8 @@ class UnitMovement:
     ) -> None:
         self._layout = partition_layout(engine)
         self._registry = registry
-        self._precision = precision
         self._ranks = ranks
-        self._files = (start.family, stored_tensors(start.path)) if start else None
+        self._start = StartWeights(start, precision) if start else None
         self._first = None if start else self._weights()
         self._last: list[torch.Tensor] | None = None
         """Weights at `since`; None: those of the start."""
@@ -85,29 +81,7 @@ class UnitMovement:
         return [partition.tensor.detach().to("cpu", torch.float32, copy=True) for partition in self._layout]
 
     def _stored_start(self, fragment: Fragment) -> torch.Tensor:
-        """The fragment's elements at the start; of each tensor that holds some, only the rows with them are read."""
-        assert self._files is not None
-        family, stored_by_name = self._files
-        names = [name for expert in family.stored_parts(fragment.parameter, stored_by_name) for name in expert]
-        begin, found = 0, []
-        for name in names:
-            stored = stored_by_name[name]
-            numel = math.prod(stored.shape)
-            start, stop = (
-                max(fragment.param_start - begin, 0),
-                min(fragment.param_start + fragment.numel - begin, numel),
-            )
-            if start < stop:
-                found.append(_elements(name, stored, start, stop))
-            begin += numel
-        return torch.cat(found).to(self._precision).float()
-
-
-def _elements(name: str, stored: StoredTensor, start: int, stop: int) -> torch.Tensor:
-    """Elements start:stop of the flattened tensor."""
-    row = math.prod(stored.shape[1:])
-    first, last = start // row, -(-stop // row)
-    with safe_open(stored.file, framework="pt") as file:
-        rows = file.get_slice(name)[first:last]
-    flat: torch.Tensor = rows.flatten()[start - first * row : stop - first * row]
-    return flat
+        """The fragment's elements at the start."""
+        assert self._start is not None
+        end = fragment.param_start + fragment.numel
+        return self._start.elements(fragment.parameter, fragment.param_start, end)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from adept_ds.base.errors import NonFiniteLossError
 from adept_ds.units.importance import OnlineImportance
 
 
@@ -59,3 +62,13 @@ class TrainingRule:
 
     def save(self, checkpoint: Path) -> None:
         """What is too large for `state_dict`, into the checkpoint's directory, in files named after the rank."""
+
+
+def check_start(values: Sequence[float]) -> None:
+    """What was estimated from gradients of the untrained model, on any text.
+
+    Raises:
+        NonFiniteLossError: that model's weights are to blame, and no learning rate.
+    """
+    if not all(map(math.isfinite, values)):
+        raise NonFiniteLossError("a gradient of the model that training starts from is NaN or infinite")

@@ -50,7 +50,7 @@ def multipliers_from_importance(
     Raises:
         ValueError: an importance is negative or not finite (the message names the unit), or their number is wrong.
     """
-    values = _checked(importance, units)
+    values = checked_importance(importance, units)
     if policy.preset == "official":
         return _official(values, units).tolist()
     numel = np.array([unit.numel for unit in units], dtype=np.float64)
@@ -77,7 +77,12 @@ def smooth(previous: Sequence[float] | None, new: Sequence[float], share: float)
     return (share * np.asarray(previous, dtype=np.float64) + (1.0 - share) * np.asarray(new, dtype=np.float64)).tolist()
 
 
-def _checked(importance: Sequence[float], units: Sequence[Unit]) -> Vector:
+def checked_importance(importance: Sequence[float], units: Sequence[Unit]) -> Vector:
+    """[n_units], once they are seen to be what importances can be.
+
+    Raises:
+        ValueError: one is negative or not finite (the message names the unit), or their number is wrong.
+    """
     if len(importance) != len(units):
         raise ValueError(f"{len(importance)} importances for {len(units)} units")
     values = np.asarray(importance, dtype=np.float64)

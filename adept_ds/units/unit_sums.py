@@ -80,18 +80,28 @@ class UnitSums:
         return sums
 
     def of_batch(
-        self, batches: GradientBatches, number: int, prefix: FrozenPrefix | None = None
+        self,
+        batches: GradientBatches,
+        number: int,
+        prefix: FrozenPrefix | None = None,
+        read: Callable[[], None] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The sums for one global batch, and the summed loss of each of its rows on this rank.
 
         In fp16 the loss scale that training has arrived at may be too large for these gradients: it is lowered until
         all are finite.
+
+        Args:
+            read: called once, while these gradients are there.
         """
         while True:
             losses = backward_global_batch(self._engine, batches, number, self._ranks, prefix)
             sums = self.local()
+            overflowed = self.have_overflowed(sums)
+            if read and not overflowed:
+                read()
             clear_gradients(self._engine)
-            if not self.have_overflowed(sums):
+            if not overflowed:
                 return sums, losses
             set_loss_scale(self._engine, max(1.0, loss_scale(self._engine) / 16))
 

@@ -1,11 +1,12 @@
 """What one rank does in test_whole_model.py: trainings of every parameter, in many settings, in one process group.
 
-Usage: python -m harness.whole_worker FOLDER OUTPUT CELL... with cells such as tied/zero3/plain; FOLDER holds the models
-`tied` and `untied`. Rank 0 writes the outcome of each to OUTPUT (torch.save).
+Usage: python -m harness.whole_worker FOLDER OUTPUT CELL... with cells such as llama/zero3/plain; FOLDER holds a model
+of each name. Rank 0 writes the outcome of each to OUTPUT (torch.save).
 """
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Iterable
@@ -25,6 +26,7 @@ from adept_ds.ranks.collectives import Ranks
 from adept_ds.ranks.groups import join
 from adept_ds.ranks.launchers import rank_from_environment
 from adept_ds.training.checkpoint import CheckpointManifest, load_checkpoint, save_checkpoint
+from adept_ds.training.movement import UnitMovement
 from adept_ds.units.adamw import UnitAdamW
 from adept_ds.units.registry import UnitRegistry, build_registry
 from adept_ds.units.unit_lr import UnitLR
@@ -64,7 +66,7 @@ def unlike_multipliers(units: Iterable[str]) -> dict[str, float]:
     return {unit: 0.25 + 0.13 * (number % 11) for number, unit in enumerate(sorted(units))}
 
 
-def build(settings: EngineSettings, model: ModelDirectory, *, recompute: bool) -> tuple[Engine, UnitRegistry]:
+def build(settings: EngineSettings, model: ModelDirectory, variant: str) -> tuple[Engine, UnitRegistry]:
     clip = OPTIONS["clip_grad_norm"]
     engine = build_training_engine(
         settings,
@@ -74,12 +76,13 @@ def build(settings: EngineSettings, model: ModelDirectory, *, recompute: bool) -
             parameters, lr=LR, betas=OPTIONS["betas"], eps=OPTIONS["eps"], weight_decay=OPTIONS["weight_decay"]
         ),
         StepShape(ROWS, ROWS // ACCUMULATION // settings.ranks.world_size, ACCUMULATION, clip),
-        recompute_activations=recompute,
+        recompute_activations=variant == "recomputed",
     )
     shapes = parameter_shapes(engine.module)
-    registry = build_registry(model.family, shapes, range(model.num_layers), outside=True)
+    registry = build_registry(model.family, shapes, range(model.num_layers), config=engine.module.config, outside=True)
     unit_lr = UnitLR(engine, registry, ranks=settings.ranks)
-    unit_lr.set(unlike_multipliers(registry.names))
+    if variant != "exported":
+        unit_lr.set(unlike_multipliers(registry.names))
     return engine, registry
 
 
@@ -97,15 +100,23 @@ def accumulate(engine: Engine, step: int, ranks: Ranks) -> float:
     return float(ranks.sum([total])[0])
 
 
-def train(ranks: Ranks, folder: Path, kind: str, zero: str, variant: str) -> dict[str, Any]:
+def save(engine: Engine, directory: Path, step: int, ranks: Ranks) -> CheckpointManifest:
+    stage, size = zero_stage(engine), ranks.world_size
+    manifest = CheckpointManifest(step=step, world_size=size, zero_stage=stage, fingerprint="", settings={})
+    save_checkpoint(engine, directory, manifest, ranks, 1, {}, lambda _: None)
+    return manifest
+
+
+def train(ranks: Ranks, folder: Path, name: str, zero: str, variant: str) -> dict[str, Any]:
     """Four steps, the last two of which a variant `resumed` takes in a new engine, from a checkpoint."""
-    model = ModelDirectory.read(folder / kind)
+    model = ModelDirectory.read(folder / name)
     precision = torch.float16 if variant == "fp16" else torch.float32
     settings = EngineSettings({"zero_optimization": ZERO[zero]}, precision, ranks)
-    checkpoints = folder / f"checkpoints_{kind}_{zero}_{ranks.world_size}"
-    engine, registry = build(settings, model, recompute=variant == "recomputed")
+    checkpoints = folder / f"checkpoints_{name}_{zero}_{ranks.world_size}"
+    engine, registry = build(settings, model, variant)
     if variant == "fp16":
         set_loss_scale(engine, 2.0**10)
+    movement = UnitMovement(engine, registry, model, precision, ranks)
     start = whole_master_weights(engine)
 
     def pull(name: str, weight: torch.Tensor, first: int, stop: int) -> torch.Tensor:
@@ -125,14 +136,13 @@ def train(ranks: Ranks, folder: Path, kind: str, zero: str, variant: str) -> dic
         found["norms"].append(float(engine.get_global_grad_norm()))
         found["weights"].append(whole_master_weights(engine))
         if variant == "resumed" and step + 1 == SAVED_AFTER:
-            stage, size = zero_stage(engine), ranks.world_size
-            manifest = CheckpointManifest(
-                step=SAVED_AFTER, world_size=size, zero_stage=stage, fingerprint="", settings={}
-            )
-            save_checkpoint(engine, checkpoints, manifest, ranks, 1, {}, lambda _: None)
+            manifest = save(engine, checkpoints, SAVED_AFTER, ranks)
             release(engine)
-            engine, _ = build(settings, model, recompute=False)
+            engine, _ = build(settings, model, variant)
             load_checkpoint(engine, checkpoints, manifest, ranks)
+    if variant == "exported":
+        found["moved"] = math.hypot(*movement.measure(STEPS)[1])
+        save(engine, checkpoints, STEPS, ranks)
     release(engine)
     return found
 

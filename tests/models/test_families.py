@@ -203,6 +203,15 @@ def test_checkpoints_that_hold_stacks_of_experts_are_expanded_too(
     assert torch.equal(before, after)
 
 
+@each_family
+def test_every_parameter_of_a_model_is_found_in_its_files(model_type: str, folder: Path) -> None:
+    """Under the name that files have for it, elements and all."""
+    stored = load_file(folder / model_type / "source" / "model.safetensors")
+    for name, parameter in load(folder / model_type / "source").named_parameters():
+        parts = [part for expert in FAMILIES[model_type].stored_parts(name, stored) for part in expert]
+        assert torch.equal(torch.cat([stored[part].flatten() for part in parts]), parameter.flatten()), name
+
+
 def test_attention_that_depends_on_the_layers_index_is_refused(tmp_path: Path) -> None:
     source = save_tiny_model(tmp_path / "source", "gpt2", scale_attn_by_inverse_layer_idx=True)
     with pytest.raises(InputError, match=r"scale_attn_by_inverse_layer_idx=True.*=False can be expanded"):

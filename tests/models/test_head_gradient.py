@@ -165,6 +165,31 @@ def test_gradients_of_all_parameters_are_those_of_hugging_faces_loss(
     assert not expected
 
 
+def test_in_bf16_a_whole_models_gradient_is_as_near_to_the_exact_one_as_hugging_faces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All parameters together, the tied one counted once: rounding, not a missing or doubled part."""
+    from transformers import AutoModelForCausalLM
+
+    monkeypatch.setattr(loss_module, "_CHUNK_ELEMENTS", FEW_TOKENS)
+    directory = save_tiny_model(tmp_path)
+    input_ids, labels, positions = packed_batch()
+    gradients = []
+    for dtype in (torch.bfloat16, torch.float64):
+        plain: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).eval()
+        plain(input_ids=input_ids, labels=labels, position_ids=positions, use_cache=False).loss.backward()
+        gradients.append(list(plain.parameters()))
+    ours: Any = load_causal_lm(ModelDirectory.read(directory), torch.bfloat16).eval()
+    make_all_trainable(ours)
+    (ours(input_ids, labels, positions).sum() / count_predicted(labels)).backward()
+    flat = [
+        torch.cat([parameter.grad.flatten().double() for parameter in parameters])
+        for parameters in (list(ours.parameters()), *gradients)
+    ]
+    error, plain_error = (float((gradient - flat[2]).norm() / flat[2].norm()) for gradient in flat[:2])
+    assert error < 1.1 * plain_error < 0.1
+
+
 def test_a_tied_head_counts_as_embedding_and_as_head_once_each(tmp_path: Path) -> None:
     """The gradient of a tied matrix is the sum of those of its two uses, which an untied copy shows apart."""
     from transformers import AutoModelForCausalLM

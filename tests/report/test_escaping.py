@@ -5,26 +5,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from harness.made_up_run import FIGURES, SELECTED, figures, make_run, page_of
+from harness.page_structure import HOSTILE, Structure
 
-HOSTILE = {
-    "markup": "</script><img src=x onerror=alert(1)>",
-    "quotes": "\"'&<> onmouseover=alert(1) '\"><b>",
-    "comment": "--><svg onload=alert(1)><!--",
-    "entity": "&lt;b&gt;&#x3c;i&#x3e;",
-    "template": "{{ 7 * 7 }}{% raw %}",
-    "mathematics": "$x_{<b>$ \\frac{ $",
-    "style": "</style><style>*{display:none}</style>",
-    "end of text": "</pre></td></table></main></body></html><p>",
-    "half a character": "\ud83d<b>\udc00",
-    "control characters": "\x00\x1b[31m<b>\r\n\x85\u2028",
-}
 HARMLESS = "harmless"
 _KEYS_OF_TABLES = {"methods", "spearman", "rules", "eval", "base", "adapted"}
 """Objects whose keys are names, not fields."""
@@ -69,38 +57,6 @@ def page_with(run_dir: Path, more: str) -> str:
             read, write = _WRITTEN_AS[path.suffix]
             path.write_text(write(with_strings(read(path.read_text()), more)))
     return page_of(run_dir)
-
-
-class Structure(HTMLParser):
-    """What a browser's parser makes of a page besides text; of figures, which kinds of elements and attributes."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.elements: list[tuple[str, tuple[str, ...]]] = []
-        self.in_figures: set[tuple[str, str]] = set()
-        self.text: list[str] = []
-        self._figure_depth = 0
-        self.feed(page)
-        self.close()
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self._figure_depth += tag == "svg"
-        names = tuple(name for name, _ in attrs)
-        if self._figure_depth:
-            self.in_figures |= {(tag, name) for name in names}
-        else:
-            self.elements.append((tag, names))
-
-    def handle_endtag(self, tag: str) -> None:
-        self._figure_depth -= tag == "svg"
-        if not self._figure_depth:
-            self.elements.append((f"/{tag}", ()))
-
-    def handle_comment(self, data: str) -> None:
-        self.elements.append(("comment", (data,)))
-
-    def handle_data(self, data: str) -> None:
-        self.text.append(data)
 
 
 @pytest.fixture(scope="module")

@@ -92,6 +92,17 @@ def test_every_general_source_has_to_keep_the_bound(tmp_path: Path) -> None:
     assert chosen == {-0.02: None, 0.0: AT_BASE, 0.02: AT_BASE, 0.05: Point(1e-4, 1.0)}
 
 
+def test_the_base_holds_its_own_loss_exactly_whatever_rounding_does(tmp_path: Path) -> None:
+    """Means over seeds of numbers that are no binary fractions must not lift it above itself."""
+    tokens = dict.fromkeys(FOUR, (7, 11, 13))
+    base = {source: [3.1, 2.7, 1.3] for source in FOUR}
+    worse = {source: [9.1, 9.7, 9.3] for source in FOUR}
+    trials = [write_small(tmp_path, "m", 1e-4, seed, {"base": base, "adapted": worse}, tokens) for seed in range(3)]
+    arm = arm_of(trials)
+    assert arm.choose(Criterion(0.0)) == AT_BASE
+    assert arm.largest_rise(AT_BASE, "test")[0] == 0
+
+
 def test_seeds_that_tried_one_rate_only_choose_nothing(tmp_path: Path) -> None:
     """Seed 0 searched; seed 1 exists at its best rate, and counts in what is reported alone."""
     trials = [

@@ -55,7 +55,7 @@ def rename(kind: str, old: str, new: str) -> Callable[[dict[str, np.ndarray]], o
         (rename("tokens", "test/g", "test/other"), "has not the same documents for every model"),
         (rename("", "test/g", "held_out"), "the source 'held_out' of data.general_eval has no role"),
         (lambda tensors: tensors.update({"loss/base/domain/test/d": np.full(2, np.inf)}), "are no finite numbers"),
-        (lambda tensors: tensors.update({"loss/base/domain/test/d": np.full(2, 9.0)}), "another loss of the base"),
+        (lambda tensors: tensors.update({"loss/base/domain/test/d": np.full(2, 99.0)}), "another loss of the base"),
     ],
 )
 def test_a_trial_that_is_not_like_the_first_is_refused(
@@ -69,12 +69,10 @@ def test_a_trial_that_is_not_like_the_first_is_refused(
     assert not (tmp_path / "study").exists()
 
 
-@pytest.mark.parametrize("role", ["validation", "test"])
-def test_a_study_without_one_of_the_roles_is_refused(tmp_path: Path, role: str) -> None:
+@pytest.mark.parametrize(("role", "other"), [("validation", "test"), ("test", "validation")])
+def test_a_study_without_one_of_the_roles_is_refused(tmp_path: Path, role: str, other: str) -> None:
     trial = write_small(tmp_path, "m", 1e-4, 0, losses(), TOKENS)
-    change_tensors(
-        trial, rename("", f"domain/{role}/d", "domain/" + ("test" if role == "validation" else "validation") + "/e")
-    )
+    change_tensors(trial, rename("", f"domain/{role}/d", f"domain/{other}/e"))
     with pytest.raises(InputError, match=f"has no {role} documents of data.domain_eval"):
         read_measurements([trial])
 

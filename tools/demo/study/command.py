@@ -9,12 +9,12 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.table import Column, Table
-
-from adept_ds.base.errors import EXIT_BAD_INPUT, InputError
 from demo.prepare import console, prepare_model, write_jsonl
 from demo.study.corpora import CORPORA, Corpus
 from demo.study.packages import check_clients, fetch
+from rich.table import Column, Table
+
+from adept_ds.base.errors import EXIT_BAD_INPUT, InputError
 
 MODEL = "model"
 PACKAGES = "packages"
@@ -68,10 +68,10 @@ def _file(out: Path, corpus: Corpus) -> Path:
 
 
 def _table(out: Path, corpora: Sequence[Corpus]) -> Table:
-    table = Table(Column("file", no_wrap=True), "role", "records", "characters", "SHA-256", "the study's")
+    table = Table(Column("file", no_wrap=True), "role", "records", "SHA-256", "as in docs")
     for corpus in corpora:
         content = _file(out, corpus).read_bytes()
         digest = hashlib.sha256(content).hexdigest()
-        counts = (f"{count:,}" for count in (len(content.splitlines()), len(content.decode())))
-        table.add_row(corpus.name, corpus.role, *counts, digest[:8], "yes" if digest == corpus.sha256 else "no")
+        same = "yes" if digest == corpus.sha256 else "no"
+        table.add_row(corpus.name, corpus.role, f"{len(content.splitlines()):,}", digest[:8], same)
     return table

@@ -7,7 +7,7 @@ What becomes of it:
 - formulas have the Unicode symbols of the database's own typesetting table, without fonts: `A. x x e. A` is ∀ x x ∈ A;
 - labels, emphasised words and authors stay, without their marks, and doubled marks are single ones;
 - who contributed, revised or shortened a proof, and when, is left out, and so is advice on using the theorem;
-- comments with HTML in them are left out: they are tables of proof steps.
+- comments with HTML in them are left out, as tables of proof steps, and those of obsolete theorems, as repetitions.
 """
 
 from __future__ import annotations
@@ -30,13 +30,14 @@ MIN_CHARACTERS = 40
 
 _THEOREM = re.compile(r"\$\(((?:(?!\$\)).)*)\$\)\s*(\S+)\s+\$p\s", re.DOTALL)
 """A comment (1) and, behind it, the label (2) of a statement that is proved."""
+_LEFT_OUT = re.compile(r"<HTML>|\bobsolete\b", re.IGNORECASE)
 _STRING = r"""(?:"[^"]*"|'[^']*')"""
 _SYMBOL = re.compile(rf"althtmldef\s+({_STRING})\s+as\s+({_STRING}(?:\s*\+\s*{_STRING})*)\s*;")
 _TAG = re.compile(r"<[^<>]*>")
 _INNER = r"(?:[^()]|\([^()]*\))*"
-_ADMINISTRATIVE = re.compile(
-    rf"\s*\({_INNER}\b\d{{1,2}}-[A-Z][a-z]{{2}}-\d{{4}}\.?\s*\)|\s*\((?:New usage|Proof modification) is discouraged\.\)"
-)
+_DATE = r"\b\d{1,2}-[A-Z][a-z]{2}-\d{4}\.?\s*"
+_ADVICE = r"(?:New usage|Proof modification) is discouraged\."
+_ADMINISTRATIVE = re.compile(rf"\s*\((?:{_INNER}{_DATE}|{_ADVICE})\)")
 """What ends with a date tells who did something; the rest is for those who write proofs."""
 _FORMULA = re.compile(r"(?<!`)`(?!`)\s*((?:[^`]|``)*?)\s*(?<!`)`(?!`)")
 _LABEL = re.compile(r"(?<!~)~\s+(\S+)")
@@ -55,7 +56,7 @@ def theorems(archive: Path) -> list[Record]:
 def _comments(database: str, symbols: Mapping[str, str]) -> Iterator[Record]:
     for comment, label in _THEOREM.findall(database):
         text = readable(comment, symbols)
-        if "<HTML>" not in comment.upper() and len(text) >= MIN_CHARACTERS:
+        if len(text) >= MIN_CHARACTERS and not _LEFT_OUT.search(comment):
             yield Record(text, f"set.mm/{label}")
 
 

@@ -6,13 +6,11 @@ another spelling, or are symbols of genes.
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
 
-import zstandard
-
+import pyarrow
 from demo.prepare import Record
 from demo.study.packages import member
 from demo.study.texts import distinct_texts
@@ -27,7 +25,7 @@ def diseases(archive: Path) -> list[Record]:
 
 
 def _definitions(compressed: bytes) -> Iterator[Record]:
-    terms = json.load(zstandard.ZstdDecompressor().stream_reader(io.BytesIO(compressed)))
+    terms = json.load(pyarrow.input_stream(pyarrow.py_buffer(compressed), compression="zstd"))
     known: set[str] = set()
     for identifier, term in sorted(terms.items()):
         definition = " ".join((term.get("description") or "").split())

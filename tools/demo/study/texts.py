@@ -13,7 +13,7 @@ PASSAGE_CHARACTERS = 1200
 
 _Item = TypeVar("_Item")
 
-_SENTENCE_END = re.compile(r"""(?:(?<=[.!?])|(?<=[.!?]["'”’)]))\s+(?=["'“‘(]?[A-Z])""")
+_SENTENCE_END = re.compile(r"""(?:(?<=[.!?])|(?<=[.!?]["'\u201d\u2019)]))\s+(?=["'\u201c\u2018(]?[A-Z])""")
 
 
 class Question(NamedTuple):

@@ -1,0 +1,168 @@
+"""Old and new weights consolidated after training, unit by unit (TaSL), by the importance of units on both sides.
+
+Training itself is plain: it is watched, and what was seen is written into each checkpoint (consolidation.json). The
+export mixes by it, so that what is evaluated during training is not consolidated yet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field
+
+from adept_ds.base.errors import InputError
+from adept_ds.base.records import Record
+from adept_ds.models.directory import ModelDirectory, understood_by_transformers
+from adept_ds.models.families import module_path
+from adept_ds.ranks.collectives import Ranks
+from adept_ds.training.rule import Refresh, TrainingRule, check_start
+from adept_ds.units.registry import UnitRegistry, build_registry
+from adept_ds.units.roles import Role, roles_of_units
+from adept_ds.units.smoothed import SmoothedImportance
+from adept_ds.units.unit_lr import UnitLR
+from adept_ds.units.unit_sums import GradientBatches, UnitSums
+from adept_ds.weights.start_weights import StartWeights
+from adept_ds.zero.engine import Engine
+from adept_ds.zero.gradients import gradients_outside_training
+
+CONSOLIDATION_NAME = "consolidation.json"
+
+
+class UnitShare(Record):
+    """What becomes of a unit."""
+
+    general: Annotated[float, Field(ge=0)]
+    """Score on general text, at the start."""
+    domain: Annotated[float, Field(ge=0)]
+    """Score on what was trained on."""
+    role: Role
+    new: Annotated[float, Field(ge=0, le=1)]
+    """Share of the trained weights in those that are exported; the rest are those of the start."""
+
+
+class Consolidation(Record):
+    """The record that stands in a checkpoint (consolidation.json)."""
+
+    units: dict[str, UnitShare]
+    """By name, in registry order."""
+
+    @classmethod
+    def remedy(cls) -> str:
+        return "copy the checkpoint again, or export another one"
+
+
+class ConsolidationRule(TrainingRule):
+    """Scores units on both sides: on general text at the start, and on the gradient of training steps.
+
+    Args:
+        batches: general text; asked for once, where training begins.
+        smoothing: see `SmoothedImportance`.
+        every: optimizer steps from one look at the gradient to the next; the first step is looked at.
+        important: share of the units that count as important on each side.
+        new_shares: of the trained weights, by role.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        unit_lr: UnitLR,
+        ranks: Ranks,
+        batches: Callable[[], GradientBatches],
+        *,
+        smoothing: tuple[float, float],
+        every: int,
+        important: float,
+        new_shares: dict[Role, float],
+    ) -> None:
+        self._engine, self._unit_lr, self._ranks, self._batches = engine, unit_lr, ranks, batches
+        self._every, self._important, self._new_shares = every, important, new_shares
+        self._unit_sums = UnitSums(engine, unit_lr.registry, ranks)
+        self._general = SmoothedImportance(len(unit_lr.registry), smoothing)
+        self._domain = SmoothedImportance(len(unit_lr.registry), smoothing)
+        self._steps = 0
+
+    def start(self) -> Refresh:
+        """Score units on general text, as if training went over it without moving; multipliers stay."""
+        batches = self._batches()
+        with gradients_outside_training(self._engine):
+            for number in range(len(batches.global_batches())):
+                self._general.observe(self._mean(self._unit_sums.of_batch(batches, number)[0]))
+        check_start(self._general.scores)
+        return Refresh(self._general.scores, self._unit_lr.multipliers)
+
+    def before_update(self) -> dict[str, float]:
+        if self._steps % self._every == 0:
+            sums = self._unit_sums.local()
+            if not self._unit_sums.have_overflowed(sums):  # then the step is skipped for the same reason
+                self._domain.observe(self._mean(sums))
+        self._steps += 1
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"general": self._general.state_dict(), "domain": self._domain.state_dict(), "steps": self._steps}
+
+    def load(self, checkpoint: Path, state: dict[str, Any]) -> None:
+        self._general.load_state_dict(state["general"])
+        self._domain.load_state_dict(state["domain"])
+        self._steps = state["steps"]
+
+    def save(self, checkpoint: Path) -> None:
+        self._ranks.on_main(lambda: self._consolidation().save(checkpoint / CONSOLIDATION_NAME))
+
+    def _mean(self, sums: torch.Tensor) -> torch.Tensor:
+        """[n_units]: this rank's sums -> means over the elements of units."""
+        return self._ranks.sum(sums) / self._unit_lr.registry.sizes
+
+    def _consolidation(self) -> Consolidation:
+        units, general, domain = self._unit_lr.registry.units, self._general.scores, self._domain.scores
+        roles = roles_of_units(general, domain, units, self._important)
+        return Consolidation(
+            units={
+                unit.name: UnitShare(general=old, domain=new, role=role, new=self._new_shares[role])
+                for unit, old, new, role in zip(units, general, domain, roles, strict=True)
+            }
+        )
+
+
+def consolidated(
+    trained: dict[str, torch.Tensor], model: ModelDirectory, checkpoint: Path
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Each parameter of a whole model as old + new share * (trained - old), elementwise in fp32.
+
+    Args:
+        trained: fp32, by name.
+        model: that training started from, which holds the old weights.
+        checkpoint: where `ConsolidationRule` wrote what becomes of units.
+
+    Raises:
+        InputError: the checkpoint does not hold that, or of another model.
+    """
+    shares = Consolidation.load(checkpoint / CONSOLIDATION_NAME).units
+    head, embedding = model.family.head, model.family.outside[0]
+    is_tied = head in trained and module_path(head).rpartition(".")[2] not in shares
+    registry = _registry(model, {name: p for name, p in trained.items() if not (is_tied and name == head)})
+    if registry.names != list(shares):
+        raise InputError(f"'{checkpoint / CONSOLIDATION_NAME}' is of another model than '{model}'; give its own base")
+    new_share = torch.tensor([share.new for share in shares.values()])
+    start = StartWeights(model, torch.float32)
+    for name in registry.placements:
+        new = trained[name]
+        mixed = start.elements(name, 0, new.numel())
+        for tile in registry.tiles(name, 0, new.numel()):
+            tile.view(mixed).lerp_(tile.view(new.flatten()), tile.spread(new_share))
+        yield name, mixed.view(new.shape)
+        if is_tied and name == embedding:
+            yield head, mixed.view(new.shape)
+
+
+def _registry(model: ModelDirectory, trained: dict[str, torch.Tensor]) -> UnitRegistry:
+    """Of the units that were trained."""
+    from transformers import AutoConfig
+
+    with understood_by_transformers(model.path):
+        config = AutoConfig.from_pretrained(model.path, local_files_only=True, trust_remote_code=False)
+    shapes = {name: tuple(parameter.shape) for name, parameter in trained.items()}
+    return build_registry(model.family, shapes, range(model.num_layers), config=config, outside=True)

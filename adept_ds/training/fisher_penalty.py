@@ -1,0 +1,121 @@
+"""A penalty on the way from the start, weighted by how much general text minds it (elastic weight consolidation).
+
+It costs 8 bytes for each trained element over all ranks, on the device that steps it, and 4 in a checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from adept_ds.ranks.collectives import Ranks
+from adept_ds.training.rule import Refresh, TrainingRule, check_start
+from adept_ds.units.unit_lr import UnitLR
+from adept_ds.units.unit_sums import GradientBatches, UnitSums, grad_squared
+from adept_ds.weights.start_weights import StartWeights
+from adept_ds.zero.engine import Engine
+from adept_ds.zero.gradients import add_to_gradient, gradients_outside_training, local_weight_and_grad
+from adept_ds.zero.layout import partition_layout
+
+Slices = dict[str, torch.Tensor]
+"""Of each parameter, by full name: this rank's elements, fp32, as they follow each other in the flattened parameter."""
+
+
+class FisherPenalty(TrainingRule):
+    """The term strength/2 * sum_i F_i (w_i - w0_i)^2 of the loss.
+
+    F is the diagonal of the empirical Fisher matrix (see `estimate_fisher`) at the start; w0 are the weights at the
+    start.
+
+    Args:
+        start: where the weights at the start are read.
+        batches: general text; asked for once, where training begins.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        unit_lr: UnitLR,
+        ranks: Ranks,
+        start: StartWeights,
+        strength: float,
+        batches: Callable[[], GradientBatches],
+    ) -> None:
+        self._engine, self._unit_lr, self._ranks = engine, unit_lr, ranks
+        self._strength, self._batches = strength, batches
+        self._start: Slices = {
+            name: start.elements(name, first, stop).to(device) for name, first, stop, device in _own_elements(engine)
+        }
+        self._fisher: Slices = {}
+
+    def start(self) -> Refresh:
+        """Estimate F. What is logged as importance is its mean over each unit; multipliers stay."""
+        self._fisher, means = estimate_fisher(self._engine, self._unit_lr, self._batches(), self._ranks)
+        check_start(means)
+        return Refresh(means, self._unit_lr.multipliers)
+
+    def before_update(self) -> dict[str, float]:
+        """Add the term's gradient; the term itself, at the weights before the update, is what is recorded."""
+        terms: list[torch.Tensor] = []
+
+        def gradient(name: str, weight: torch.Tensor, *_: int) -> torch.Tensor:
+            change = weight - self._start[name]
+            pull = self._strength * self._fisher[name] * change
+            terms.append((pull * change).sum(dtype=torch.float64))
+            return pull
+
+        add_to_gradient(self._engine, gradient)
+        # The host waits for the device here, as it does right after for the gradient's norm.
+        own = float(torch.stack(terms).sum()) / 2 if terms else 0.0
+        return {"penalty": float(self._ranks.sum([own]))}
+
+    def save(self, checkpoint: Path) -> None:
+        save_file(self._fisher, self._file(checkpoint))
+
+    def load(self, checkpoint: Path, state: dict[str, Any]) -> None:
+        saved = load_file(self._file(checkpoint))
+        self._fisher = {name: saved[name].to(start.device) for name, start in self._start.items()}
+
+    def _file(self, checkpoint: Path) -> Path:
+        return checkpoint / f"fisher_rank_{self._ranks.rank}.safetensors"
+
+
+def estimate_fisher(
+    engine: Engine, unit_lr: UnitLR, batches: GradientBatches, ranks: Ranks
+) -> tuple[Slices, list[float]]:
+    """The diagonal of the empirical Fisher matrix of one token's prediction, and its mean over each unit.
+
+    F_i = mean over batches of N (dL/dw_i)^2, L being the mean loss over the N predicted tokens of a batch. Where the
+    gradients of tokens are uncorrelated, that is the mean over tokens of their squared gradients, whatever the size of
+    the batches: it costs one backward pass a batch instead of one a token. Leaves no trace in training.
+    """
+    registry = unit_lr.registry
+    unit_sums = UnitSums(engine, registry, ranks, grad_squared)
+    global_batches = batches.global_batches()
+    total, fisher = torch.zeros(len(registry), dtype=torch.float64), Slices()
+    with gradients_outside_training(engine):
+        for number, batch in enumerate(global_batches):
+            share = batches.blocks.predicted_tokens(batch) / len(global_batches)
+
+            def add(share: float = share) -> None:
+                for name, parameter in engine.module.named_parameters():
+                    found = local_weight_and_grad(engine, parameter) if parameter.requires_grad else None
+                    if found is not None:
+                        squares = grad_squared(found[0], found[1]).mul_(share)
+                        fisher[name] = fisher[name].add_(squares) if name in fisher else squares
+
+            total += share * unit_sums.of_batch(batches, number, read=add)[0]
+    means: list[float] = (ranks.sum(total) / registry.sizes).tolist()
+    return fisher, means
+
+
+def _own_elements(engine: Engine) -> Iterator[tuple[str, int, int, torch.device]]:
+    """Of each parameter that this rank steps elements of: its name, the first and last + 1 of them, and their device."""
+    for partition in partition_layout(engine):
+        for fragment in partition.fragments:
+            stop = fragment.param_start + fragment.numel
+            yield fragment.parameter, fragment.param_start, stop, partition.tensor.device
