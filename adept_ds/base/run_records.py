@@ -4,36 +4,106 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from pydantic import ConfigDict, NonNegativeFloat, NonNegativeInt, ValidationError, model_validator
+from pydantic import ConfigDict, Field, NonNegativeFloat, NonNegativeInt, ValidationError, model_validator
 
 from adept_ds.base.errors import InputError
 from adept_ds.base.records import Record, first_mistake
 
 
-class CorpusLoss(Record):
-    """Of a model on a held-out corpus."""
+class Accuracy(Record):
+    """Of a model on questions with choices."""
+
+    questions: NonNegativeInt
+    accuracy: float
+    """Share of questions whose right choice is the likeliest."""
+    accuracy_stderr: float | None
+    """Its standard error; of a single question there is none."""
+    accuracy_norm: float
+    """As `accuracy`, with each log-likelihood divided by the number of characters of the choice."""
+    accuracy_norm_stderr: float | None
+
+
+class SourceLoss(Record):
+    """Of a model on the held-out documents of a source; None is what is not known of them."""
 
     loss: float
-    """Mean over tokens, in nats."""
+    """Mean over predicted tokens, in nats."""
     tokens: NonNegativeInt
+    """That are predicted."""
+    documents: NonNegativeInt | None = None
+    questions: NonNegativeInt | None = None
+    """How many of them are questions with choices; the next ones are about these, as in `Accuracy`."""
+    accuracy: float | None = None
+    accuracy_stderr: float | None = None
+    accuracy_norm: float | None = None
+    accuracy_norm_stderr: float | None = None
+
+    def with_accuracy(self, found: Accuracy | None) -> SourceLoss:
+        return self.model_copy(update=dict(found)) if found else self
 
 
-class Evaluation(Record):
-    """Held-out losses of both models by corpus (evaluation.json)."""
+class CorpusLoss(SourceLoss):
+    """Of a model on a held-out corpus: over all tokens of all sources."""
 
-    base: dict[str, CorpusLoss]
-    adapted: dict[str, CorpusLoss]
+    sources: dict[str, SourceLoss] = Field(default_factory=dict)
+    """By name."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Without what is not known."""
+        return self.model_dump(mode="json", exclude_defaults=True)
+
+
+Scores = dict[str, dict[str, float]]
+"""Of a model on tasks: task -> measure -> value."""
+
+
+class DialLoss(Record):
+    """Of a model between base and adapted: weights = base + alpha (adapted - base)."""
+
+    alpha: float
+    corpora: dict[str, CorpusLoss]
+    tasks: Scores = Field(default_factory=dict)
+
+
+class BaseEvaluation(Record):
+    """What was found out of the base alone (evaluation_base.json)."""
+
+    corpora: dict[str, CorpusLoss]
+    tasks: Scores = Field(default_factory=dict)
 
     @classmethod
     def remedy(cls) -> str:
         return "move it away, and `adept eval CONFIG` makes it again"
 
+    def to_json(self) -> dict[str, Any]:
+        """Without what is not known."""
+        return self.model_dump(mode="json", exclude_defaults=True)
+
+
+class Evaluation(Record):
+    """Held-out losses of both models, and of those between them, by corpus (evaluation.json)."""
+
+    base: dict[str, CorpusLoss]
+    adapted: dict[str, CorpusLoss]
+    dial: list[DialLoss] = Field(default_factory=list)
+    tasks: dict[str, Scores] = Field(default_factory=dict)
+    """By model: 'base', 'adapted'."""
+
+    @classmethod
+    def remedy(cls) -> str:
+        return "move it away, and `adept eval CONFIG` makes it again"
+
+    def to_json(self) -> dict[str, Any]:
+        """Without what is not known, or not there."""
+        return self.model_dump(mode="json", exclude_defaults=True)
+
     @model_validator(mode="after")
     def _of_the_same_corpora(self) -> Evaluation:
-        if self.base.keys() != self.adapted.keys():
-            raise ValueError("base and adapted are of different corpora")
+        for corpora in (self.adapted, *(position.corpora for position in self.dial)):
+            if self.base.keys() != corpora.keys():
+                raise ValueError("base and adapted are of different corpora")
         return self
 
 

@@ -13,11 +13,12 @@ import typer
 from adept_ds.base.errors import InputError
 from adept_ds.base.outputs import check_output
 from adept_ds.base.terminal import Terminal
+from adept_ds.cli.evaluation_tables import print_evaluation
 from adept_ds.cli.forms import JsonOption, OutArg, OverwriteOption
 from adept_ds.cli.options import MethodOption, ResultOption, check_result_file
 from adept_ds.cli.probe import probe_and_show
 from adept_ds.cli.session import passing_session, quiet_session, show
-from adept_ds.cli.summary import print_expansion, print_losses
+from adept_ds.cli.summary import print_expansion
 from adept_ds.config.checks import check_files, check_layers
 from adept_ds.config.loading import parse_config
 from adept_ds.config.resolved import resolve
@@ -116,23 +117,19 @@ def evaluate(
         from adept_ds.run.evaluate import evaluate_model
 
         losses = evaluate_model(session, settings.model, "evaluating")
-        results = {"model": {"text": losses["domain"]}}
-        show(session.terminal, as_json, results, lambda: print_losses(results, session.terminal))
+        results = {"model": {"text": losses["domain"].to_json()}}
+        show(session.terminal, as_json, results, lambda: print_evaluation(results, session.terminal))
 
 
 def export(
     checkpoint: Path,
     out: OutArg,
-    base: Annotated[
-        Path | None, typer.Option(help="model it was trained from (with CHECKPOINT)")
-    ] = None,
+    base: Annotated[Path | None, typer.Option(help="model it was trained from (with CHECKPOINT)")] = None,
     dtype: Annotated[str, typer.Option(help="source, float32 or bfloat16 (with CHECKPOINT)")] = "source",
     overwrite: OverwriteOption = False,
 ) -> None:
     if base is None:
-        raise InputError(
-            "--base is missing; give what the checkpoint was trained from: run_dir/expanded, or the base"
-        )
+        raise InputError("--base is missing; give what the checkpoint was trained from: run_dir/expanded, or the base")
     if dtype not in ("source", "float32", "bfloat16"):
         raise InputError(f"--dtype: '{dtype}' is not possible; use source, float32 or bfloat16")
     check_model_dir("--base", base)

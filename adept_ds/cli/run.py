@@ -10,13 +10,13 @@ from typing import Annotated, Any
 import typer
 
 from adept_ds.base.terminal import OutputCapture, Terminal
+from adept_ds.cli.evaluation_tables import print_evaluation
 from adept_ds.cli.forms import JsonOption
 from adept_ds.cli.options import MethodOption, ResultOption, check_result_file, with_method
 from adept_ds.cli.probe import probe_and_show
 from adept_ds.cli.session import run_session, show
 from adept_ds.cli.summary import (
     describe_plan,
-    print_losses,
     print_summary,
 )
 from adept_ds.config.loading import dump_config
@@ -70,7 +70,7 @@ def evaluate(config: Config, as_json: JsonOption = False) -> None:
         from adept_ds.run.evaluate import eval_stage
 
         results = eval_stage(session)
-        show(session.terminal, as_json, results, lambda: print_losses(results, session.terminal))
+        show(session.terminal, as_json, results, lambda: print_evaluation(results, session.terminal))
 
 
 def export(

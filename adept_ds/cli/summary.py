@@ -10,6 +10,7 @@ from rich.table import Table
 from adept_ds.base.run_dir import RunDirectory, checkpoint_steps
 from adept_ds.base.run_records import Evaluation, RunSummary
 from adept_ds.base.terminal import Terminal
+from adept_ds.cli.evaluation_tables import print_evaluation
 from adept_ds.config.resolved import ResolvedConfig
 from adept_ds.methods.shape import method_of
 from adept_ds.weights.expansion import Expansion
@@ -40,7 +41,7 @@ def print_expansion(facts: dict[str, Any], terminal: Terminal) -> None:
 def print_summary(run_dir: RunDirectory, terminal: Terminal) -> None:
     """The end of `adept run`: losses before and after, what was trained, how fast, and where everything lies."""
     if run_dir.evaluation.is_file():
-        print_losses(Evaluation.load(run_dir.evaluation).to_json(), terminal)
+        print_evaluation(Evaluation.load(run_dir.evaluation).to_json(), terminal)
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     rows = _copies_of(run_dir) | _numbers_of(RunSummary.load(run_dir.summary))
     rows |= {"checkpoint": escape(str(run_dir.export)), "report": escape(str(run_dir.report))}
@@ -73,19 +74,6 @@ def _numbers_of(summary: RunSummary) -> dict[str, str]:
         peaks = ", ".join(f"{peak / 2**30:.2f} GiB" for peak in summary.peak_memory_bytes)
         rows["peak memory"] = f"{peaks} per rank"
     return rows
-
-
-def print_losses(results: dict[str, Any], terminal: Terminal) -> None:
-    """Held-out losses of each model, and the change from the first to the last."""
-    if not results:
-        return
-    models = list(results)
-    table = Table("held-out loss (nats)", *models, *(["change"] if len(models) > 1 else []))
-    for corpus, first in results[models[0]].items():
-        losses = [results[model][corpus]["loss"] for model in models]
-        change = [f"{losses[-1] - losses[0]:+.4f}"] if len(models) > 1 else []
-        table.add_row(f"{corpus} ({first['tokens']} tokens)", *(f"{loss:.4f}" for loss in losses), *change)
-    terminal.console.print(table)
 
 
 def print_layer_importance(result: LayerImportance, terminal: Terminal) -> None:

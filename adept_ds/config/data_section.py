@@ -25,7 +25,9 @@ class DataSection(Section):
     replay_share: float = Field(0.25, gt=0, lt=1, description="of a batch's sequences, that are replayed ones")
     general_eval: list[HeldOutEntry] = Field(default_factory=list, description="held-out general text")
     domain_eval: list[HeldOutEntry] = Field(default_factory=list, description="held-out domain text")
-    eval_sequences: Count = Field(128, description="at most so many sequences of each held-out corpus are evaluated")
+    eval_sequences: Count = Field(
+        128, description="so many sequences' worth of tokens of each held-out corpus are evaluated at most"
+    )
     format: Format = Field("auto", description="of every corpus of the run; auto: by what the files hold, not by name")
     text_key: str = Field("text", min_length=1, description="the field of a record that holds the text")
     max_bad_records: int = Field(
@@ -59,7 +61,7 @@ class DataSection(Section):
 
     @model_validator(mode="after")
     def _every_source_has_its_name(self) -> DataSection:
-        for key in ("domain", "replay"):
+        for key in ("domain", "replay", "general_eval", "domain_eval"):
             twice = twice_named(getattr(self, key))
             if twice is not None:
                 raise ValueError(f"{key}: two sources are named '{twice}': give each a name of its own")

@@ -14,7 +14,6 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from adept_ds.config.schema import Config
 from adept_ds.config.section import Section, is_alternative
 from adept_ds.config.yaml_text import read_scalar
 
@@ -47,12 +46,12 @@ class Mistake:
     message: str
     value: Any = dataclasses.field(compare=False)
 
-    def describe(self) -> str:
-        """One line in our words."""
+    def describe(self, root: type[Section]) -> str:
+        """One line in our words; `root` is what keys are looked up in."""
         keys = [part for part in self.location if isinstance(part, str)]
         key, value = ".".join(keys), shown(self.value)
         if self.kind == "extra_forbidden":
-            return f"unknown key '{key}'; {_nearest_key(keys)}"
+            return f"unknown key '{key}'; {_nearest_key(root, keys)}"
         if self.kind == "missing" and isinstance(self.location[-1], int):
             return f"{key}: {value} has too few values; the default is the form to follow"
         if self.kind == "missing":
@@ -107,9 +106,9 @@ def nearest(key: str, siblings: Collection[str], section: str = "") -> str:
     return f"valid keys here: {', '.join(siblings)}"
 
 
-def _nearest_key(location: list[str]) -> str:
-    siblings = _fields_at(location[:-1])
-    leaves = {path.rsplit(".", 1)[-1]: path for path in _all_keys(Config)}
+def _nearest_key(root: type[Section], location: list[str]) -> str:
+    siblings = _fields_at(root, location[:-1])
+    leaves = {path.rsplit(".", 1)[-1]: path for path in _all_keys(root)}
     near = difflib.get_close_matches(location[-1], list(leaves), n=1, cutoff=0.75)
     if near and not difflib.get_close_matches(location[-1], siblings, n=1, cutoff=0.6):
         return f"did you mean '{leaves[near[0]]}'?"
@@ -130,8 +129,8 @@ def _sections_within(annotation: Any) -> list[type[Section]]:
     return [found for argument in typing.get_args(annotation) for found in _sections_within(argument)]
 
 
-def _fields_at(location: list[str]) -> list[str]:
-    sections: list[type[Section]] = [Config]
+def _fields_at(root: type[Section], location: list[str]) -> list[str]:
+    sections: list[type[Section]] = [root]
     for part in location:
         fields = [section.model_fields[part] for section in sections if part in section.model_fields]
         sections = [child for field in fields for child in _sections_within(field.annotation)]

@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from adept_ds.config.data_section import DataSection
+from adept_ds.config.eval_section import EvalSection
 from adept_ds.config.layer_sections import ExpandSection, ProbeSection
 from adept_ds.config.method import DEFAULT_METHOD, AnyMethod, known_methods, with_presets, without_effect
 from adept_ds.config.paths import ModelName, UserPath
@@ -40,6 +41,7 @@ class Config(Section):
     lr_policy: LrPolicySection = LrPolicySection()
     train: TrainSection = TrainSection()
     export: ExportSection = ExportSection()
+    eval: EvalSection = EvalSection()
 
     @model_validator(mode="before")
     @classmethod

@@ -122,9 +122,7 @@ def _separated(tokenizer: TextTokenizer, piece: Piece, tokens: np.ndarray) -> To
 
 
 def _of(piece: Piece, tokens: np.ndarray, refusal: str | None = None) -> TokenisedPiece:
-    return TokenisedPiece(
-        tokens, piece.begins, piece.ends, piece.place, piece.following, refusal, piece.document_id
-    )
+    return TokenisedPiece(tokens, piece.begins, piece.ends, piece.place, piece.following, refusal, piece.document_id)
 
 
 # --- in a process of the pool ---------------------------------------------------------------------------------------

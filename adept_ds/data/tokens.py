@@ -66,17 +66,17 @@ class TokenFile:
     @cached_property
     def tokens(self) -> np.ndarray:
         """[tokens] int32."""
-        return np.memmap(self.directory / _TOKENS, _TOKEN, "r", shape=(self.manifest.tokens,))
+        return _mapped(self.directory / _TOKENS, _TOKEN, self.manifest.tokens)
 
     @cached_property
     def ends(self) -> np.ndarray:
         """[documents] int64: the first token after each document."""
-        return np.memmap(self.directory / _ENDS, _END, "r", shape=(self.manifest.documents,))
+        return _mapped(self.directory / _ENDS, _END, self.manifest.documents)
 
     @cached_property
     def ids(self) -> np.ndarray:
         """[documents] int64: see `pieces.id_of`."""
-        return np.memmap(self.directory / _IDS, _ID, "r", shape=(self.manifest.documents,))
+        return _mapped(self.directory / _IDS, _ID, self.manifest.documents)
 
     def is_whole(self) -> bool:
         tokens, documents = self.manifest.tokens, self.manifest.documents
@@ -87,6 +87,11 @@ class TokenFile:
         }
         files = {name: self.directory / name for name in expected}
         return all(file.is_file() and file.stat().st_size == expected[name] for name, file in files.items())
+
+
+def _mapped(path: Path, dtype: np.dtype, count: int) -> np.ndarray:
+    """[count]; an empty file cannot be mapped."""
+    return np.memmap(path, dtype, "r", shape=(count,)) if count else np.empty(0, dtype)
 
 
 class TokenWriter:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from pydantic import Field
+
+from adept_ds.config.section import Count
 from adept_ds.methods.shape import Method, Start
 
 if TYPE_CHECKING:
@@ -27,6 +30,22 @@ class WholeModel(Method):
 
         granularity = config.importance.granularity
         return build_registry(start.model.family, shapes, start.layers, granularity, model_config, outside=True)
+
+
+class WithGeneralText(WholeModel):
+    """A base of those that estimate something on general text, once, before training."""
+
+    needs_general_text: ClassVar[bool] = True
+    sequences: Count = Field(32, description="sequences of general text (probe.corpus), over all ranks")
+    batch_sequences: Count = Field(1, description="sequences per gradient, whatever the number of ranks")
+
+    def check(self, config: Config) -> None:
+        sources = len(config.probe.sources)
+        if self.sequences < sources:
+            raise ValueError(
+                f"method.sequences: {self.sequences} leaves none for some of the {sources} sources of probe.corpus: "
+                f"raise it to at least {sources}"
+            )
 
 
 class Full(WholeModel):

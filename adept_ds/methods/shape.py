@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from adept_ds.config.method import MethodSection
 
@@ -42,6 +42,13 @@ class Start:
     """The layers of `base` that `layers` came from, in the same order."""
 
 
+class TextSample(Protocol):
+    """Text for gradients outside training, always the same; as many sequences, in batches of as many, as are asked for,
+    or as the section `importance` says."""
+
+    def __call__(self, sequences: int | None = None, batch_sequences: int | None = None) -> GradientBatches: ...
+
+
 @dataclass(frozen=True)
 class Training:
     """What a rule may be made of: an engine that is ready to train, and what belongs to it."""
@@ -53,8 +60,10 @@ class Training:
     ranks: Ranks
     prepared: Any
     """What `Method.prepare` returned; None where training goes on from a checkpoint."""
-    general_text: Callable[[], GradientBatches]
-    """Text for gradients outside training: `importance.sequences` sequences of `probe.corpus`."""
+    general_text: TextSample
+    """Of `probe.corpus`."""
+    domain_text: TextSample
+    """Of `data.domain`; not where it is streamed."""
     frozen_prefix: Callable[[GradientBatches], FrozenPrefix]
     """Of the layers below the lowest trainable one."""
 

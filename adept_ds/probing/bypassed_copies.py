@@ -1,4 +1,4 @@
-"""What each copy of an adapted model does to a text: what the loss is without it, and what it writes (docs/diagnosis.md).
+"""What each copy of an adapted model does to a text: the loss without it, and what it writes (docs/diagnosis.md).
 
     harm_c = loss(adapted model) - loss(adapted model with copy c bypassed)
 

@@ -69,7 +69,7 @@ def separability(x: Array, y: Array, folds: int = FOLDS) -> Separation:
 def _ridge(features: Array, targets: Array, new: Array) -> Array:
     """Predict the targets of `new`; both classes weigh alike, and the penalty is chosen by leave-one-out errors.
 
-    In the eigenbasis of the weighted, centred Gram matrix, of as many rows as there are vectors: dimensions may be many.
+    In the eigenbasis of the weighted, centred Gram matrix, a row for each vector: dimensions may be many.
     """
     weights = np.where(targets > 0, 0.5 / (targets > 0).sum(), 0.5 / (targets < 0).sum())
     root = np.sqrt(weights)

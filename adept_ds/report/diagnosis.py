@@ -40,9 +40,10 @@ class Setting(Record):
     eps: float
     steps: int
     map: str
+    """From importance to multiplier; constant: the method has none."""
+    preset: bool
+    """Whether `lr_policy` is one."""
     every: int
-    granularity: str
-    """Of units."""
     replays: bool
     source_layers: int
     copied: tuple[int, ...]
@@ -180,3 +181,11 @@ class Diagnosis(Record):
     @property
     def domain_stayed(self) -> bool:
         return "domain" in self.losses and not self.losses["domain"].beyond_noise
+
+    @property
+    def advice(self) -> dict[str, Any]:
+        """What all problems together say: of two values for one key, that of the first."""
+        found: dict[str, Any] = {}
+        for finding in self.findings:
+            found = {**finding.settings, **found} if finding.problem else found
+        return found

@@ -91,7 +91,7 @@ def _without_repeats(lines: Sequence[_MovementLine]) -> list[_MovementLine]:
 def _mean_importance(run: RunDirectory, intervals: Sequence[_MovementLine]) -> dict[str, float]:
     """Over the steps of all intervals, of the refresh that was in force."""
     refreshes = [line for _, line in read_log(run.unit_importance, _RefreshLine)]
-    kept = [line for line, after in pairwise([*refreshes, None]) if after is None or line.step < after.step]
+    kept = [line for line, after in pairwise(refreshes) if line.step < after.step] + refreshes[-1:]
     steps, sums, weights = [line.step for line in kept], dict[str, float](), dict[str, int]()
     for interval in intervals:
         number, weight = bisect_right(steps, interval.since) - 1, interval.step - interval.since
@@ -110,7 +110,7 @@ def _with_conflicts(courses: Sequence[UnitCourse]) -> tuple[UnitCourse, ...]:
     Ranks, because importances differ by orders of magnitude, and since what was silent has no norm at the start that a
     change could be a share of. Where every unit moved the less, the more important it is, all are 0.
     """
-    found = {}
+    found: dict[str, float] = {}
     for norms in (True, False):
         group = [c for c in courses if (c.kind == "norm") == norms and c.importance is not None]
         if len(group) > 1:

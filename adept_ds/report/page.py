@@ -22,10 +22,15 @@ from adept_ds.report.run_files import finite, read_run, short
 def write_report(run_dir: Path) -> Path:
     """Write a run's report.html from the files beside it; a reader never sees half a page."""
     run, target = read_run(Path(run_dir)), RunDirectory(Path(run_dir)).report
+    svgs = {name: svg(name, draw, run) for name, draw in FIGURES.items()}
+    write_text(target, environment().get_template("report.html.j2").render(run=run, svgs=svgs))
+    return target
+
+
+def environment() -> Environment:
+    """What pages are rendered in."""
     loader = FileSystemLoader(Path(__file__).parent / "templates")
     # Chainable: a number that a file lacks leaves its place empty instead of costing the page.
     env = Environment(loader=loader, autoescape=True, undefined=ChainableUndefined, trim_blocks=True)
     env.filters["short"], env.tests["finite"] = short, finite
-    svgs = {name: svg(name, draw, run) for name, draw in FIGURES.items()}
-    write_text(target, env.get_template("report.html.j2").render(run=run, svgs=svgs))
-    return target
+    return env

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
+from typing import Literal
 
 from adept_ds.base.digests import FileDigests
 from adept_ds.base.errors import InputError
 from adept_ds.config.corpus_entries import CorpusFiles, CorpusSource, corpus_sources
 from adept_ds.config.resolved import ResolvedConfig
 from adept_ds.data.blocks import Blocks
+from adept_ds.data.document_rows import DocumentRows, token_shares
 from adept_ds.data.documents import TextSource
 from adept_ds.data.mixture import Mixture
 from adept_ds.data.packing import Packing
 from adept_ds.data.streaming import StreamedCorpus, StreamedSource, WindowMaker
 from adept_ds.data.tokenizer import TextTokenizer
-from adept_ds.data.tokens import Tokenisation, tokens_of
+from adept_ds.data.tokens import TokenFile, Tokenisation, tokens_of
 from adept_ds.data.training_data import TrainingData
+from adept_ds.evaluation.held_out import HeldOut, SourceName
 from adept_ds.run.progress import StageProgress
 from adept_ds.training.evaluation import EvalSet
 
@@ -29,6 +32,8 @@ class Corpora:
 
     settings: ResolvedConfig
     progress: StageProgress
+    _complained_of: set[Path] = field(default_factory=set)
+    """Tokens of sources with bad records."""
 
     def prepare(self) -> dict[str, int | str]:
         """Tokenise and pack all that the configuration names; how many blocks each corpus has. Streamed ones begin."""
@@ -37,6 +42,7 @@ class Corpora:
         }
         counts |= {"replay": len(self.replay.blocks)} if self.replay else {}
         counts |= {f"{eval_set.name} held out": len(eval_set.indices) for eval_set in self.held_out}
+        _ = self.held_out_documents  # what is wrong with them shows before training
         return counts | ({"general probe": len(self.general.blocks)} if self.settings.config.probe.corpus else {})
 
     @cached_property
@@ -69,6 +75,7 @@ class Corpora:
 
     @cached_property
     def held_out(self) -> list[EvalSet]:
+        """In packed blocks, as training looks at them in passing."""
         data = self.settings.config.data
         corpora = {"general": data.general_eval, "domain": data.domain_eval}
         found = {
@@ -77,6 +84,33 @@ class Corpora:
             if entries
         }
         return [EvalSet(name, corpus.blocks, corpus.first(data.eval_sequences)) for name, corpus in found.items()]
+
+    @cached_property
+    def held_out_documents(self) -> HeldOut:
+        """The same text, each document in a row of its own."""
+        data = self.settings.config.data
+        corpora = {"general": data.general_eval, "domain": data.domain_eval}
+        return {
+            SourceName(name, source): documents
+            for name, entries in corpora.items()
+            if entries
+            for source, documents in self._documents(f"data.{name}_eval", corpus_sources(entries)).items()
+        }
+
+    def _documents(self, key: str, sources: Sequence[CorpusSource]) -> dict[str, DocumentRows]:
+        data, tokenisation = self.settings.config.data, self._tokenisation_of_documents
+        files = [self._tokens(key, source, tokenisation) for source in sources]
+        shares = token_shares(data.eval_sequences * data.seq_len, files)
+        found = {}
+        for source, file, share in zip(sources, files, shares, strict=True):
+            documents = DocumentRows.of(file, share, data.seq_len, tokenisation.bos_of_blocks)
+            if not documents.tokens.sum():
+                raise InputError(
+                    f"{key}: {', '.join(map(str, source.files))} has no token with one before it that it is "
+                    "predicted from; add text"
+                )
+            found[source.title] = documents
+        return found
 
     def for_probing(self, key: str, entries: Sequence[Path | CorpusSource]) -> Mixture:
         """A corpus of weighted sources, in blocks for probing."""
@@ -119,12 +153,7 @@ class Corpora:
 
     def _blocks(self, key: str, source: CorpusSource, packing: Packing) -> Blocks:
         ranks, seq_len = self.progress.ranks, packing.seq_len
-        with self.progress.on_main(f"tokenising {key}") as bar:
-            tokens = tokens_of(self._text(key, source), self._tokenisation, ranks, bar)
-        skipped = tokens.manifest.skipped
-        if skipped:
-            first = tokens.manifest.skipped_places[0]
-            self.progress.terminal.stage("data", f"{key}: {skipped} bad records skipped, the first: {first}")
+        tokens = self._tokens(key, source, self._tokenisation)
         blocks = Blocks.of(tokens, packing, self._tokenisation.bos_of_blocks, ranks)
         if not len(blocks):
             raise InputError(
@@ -133,17 +162,34 @@ class Corpora:
             )
         return blocks
 
+    def _tokens(self, key: str, source: CorpusSource, tokenisation: Tokenisation) -> TokenFile:
+        with self.progress.on_main(f"tokenising {key}") as bar:
+            tokens = tokens_of(self._text(key, source), tokenisation, self.progress.ranks, bar)
+        skipped = tokens.manifest.skipped
+        if skipped and tokens.directory not in self._complained_of:
+            self._complained_of.add(tokens.directory)
+            first = tokens.manifest.skipped_places[0]
+            self.progress.terminal.stage("data", f"{key}: {skipped} bad records skipped, the first: {first}")
+        return tokens
+
     def _text(self, key: str, source: CorpusSource) -> TextSource:
         return TextSource.of(key, source, self.settings.config.data)
 
     @cached_property
     def _tokenisation(self) -> Tokenisation:
+        """Of blocks."""
+        # A document that is a sequence of its own begins like one.
+        by_document = self.settings.config.data.packing == "documents"
+        return self._tokenise_with("document" if by_document else self.settings.model.family.bos_per)
+
+    @cached_property
+    def _tokenisation_of_documents(self) -> Tokenisation:
+        """Of rows, which begin as the family wants whatever it sees to begin."""
+        return self._tokenise_with(self.settings.model.family.bos_per)
+
+    def _tokenise_with(self, bos_per: Literal["document", "block"]) -> Tokenisation:
         settings, data = self.settings, self.settings.config.data
         tokenizer = TextTokenizer(
-            settings.model.path,
-            bos=data.bos,
-            special_tokens_in_text=data.special_tokens_in_text,
-            # A document that is a sequence of its own begins like one.
-            bos_per="document" if data.packing == "documents" else settings.model.family.bos_per,
+            settings.model.path, bos=data.bos, special_tokens_in_text=data.special_tokens_in_text, bos_per=bos_per
         )
         return Tokenisation(tokenizer, settings.run_dir.tokens, FileDigests(settings.run_dir.digests), data.workers)

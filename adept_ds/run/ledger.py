@@ -27,6 +27,8 @@ class Stage:
     output: Path
     inputs: Callable[[], Any]
     """Everything that decides what the output is, as JSON; called on rank 0."""
+    also: tuple[Path, ...] = ()
+    """What is made beside the output, and belongs to it."""
 
 
 class Ledger:
@@ -54,7 +56,8 @@ class Ledger:
         self._ranks.on_main(self._recorded)
 
     def _is_recorded(self, stage: Stage, inputs: Any) -> bool:
-        return stage.output.exists() and self._recorded().get(stage.name) == inputs
+        whole = all(path.exists() for path in (stage.output, *stage.also))
+        return whole and self._recorded().get(stage.name) == inputs
 
     def _recorded(self) -> dict[str, Any]:
         if not self._file.is_file():

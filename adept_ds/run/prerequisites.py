@@ -6,7 +6,7 @@ Imports neither torch nor DeepSpeed.
 from __future__ import annotations
 
 from adept_ds.base.errors import InputError
-from adept_ds.base.run_dir import RunDirectory, checkpoint_steps
+from adept_ds.base.run_dir import EXPANSION_NAME, RunDirectory, checkpoint_steps
 from adept_ds.config.resolved import Purpose, corpora_read
 from adept_ds.config.schema import Config
 from adept_ds.data.documents import check_corpus
@@ -34,6 +34,15 @@ def check_ready(config: Config, purpose: Purpose, step: int | None = None) -> No
         exported_step(config, step)
     if purpose == "eval" and not (run.export / "config.json").is_file():
         raise InputError(f"eval: '{run.export}' holds no model; run `adept export CONFIG` first")
+
+
+def check_diagnosable(config: Config) -> None:
+    """There is a trained run to look into. Raises `InputError`, naming the command that makes what is missing."""
+    run = RunDirectory(config.run_dir)
+    if not run.unit_movement.is_file():
+        raise InputError(f"diagnose: '{run.unit_movement}' does not exist; run `adept run CONFIG` first")
+    if method_of(config).starts_from == "expanded" and not (run.export / EXPANSION_NAME).is_file():
+        raise InputError(f"diagnose: '{run.export}' holds no adapted model; run `adept export CONFIG` first")
 
 
 def check_expands(config: Config) -> None:

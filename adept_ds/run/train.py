@@ -18,6 +18,7 @@ from adept_ds.base.version import __version__
 from adept_ds.config.loading import dump_config
 from adept_ds.config.method import EVERY_KEY
 from adept_ds.config.schema import Config
+from adept_ds.data.mixture import Mixture
 from adept_ds.methods.shape import Preparation, Start, Training, method_of
 from adept_ds.models.device import peak_memory_bytes
 from adept_ds.models.directory import ModelDirectory
@@ -164,7 +165,7 @@ def _prepare(run: Context, start: Start) -> Any:
         config,
         start,
         make_engine,
-        partial(_gradient_batches, run),
+        partial(_general_text, run),
         run.ranks,
         partial(run.terminal.stage, "train"),
         run.progress.together,
@@ -195,7 +196,8 @@ def _train(
         unit_lr,
         ranks,
         prepared,
-        partial(_gradient_batches, run),
+        partial(_general_text, run),
+        partial(_domain_text, run),
         partial(_frozen_prefix, run, engine, lowest=trains.lowest_trainable_layer),
     )
     written_start = None if method.learns_new_parameters else start.model
@@ -254,13 +256,23 @@ def _training_engine(run: Context, model: ModelDirectory, trains: Trains) -> Eng
     )
 
 
-def _gradient_batches(run: Context) -> GradientBatches:
-    section, corpus = run.settings.config.importance, run.corpora.for_importance
+def _general_text(run: Context, sequences: int | None = None, batch_sequences: int | None = None) -> GradientBatches:
+    return _sampled(run, run.corpora.for_importance, sequences, batch_sequences)
+
+
+def _domain_text(run: Context, sequences: int | None = None, batch_sequences: int | None = None) -> GradientBatches:
+    domain = run.corpora.domain
+    assert isinstance(domain, Mixture)
+    return _sampled(run, domain, sequences, batch_sequences)
+
+
+def _sampled(run: Context, corpus: Mixture, sequences: int | None, batch_sequences: int | None) -> GradientBatches:
+    config = run.settings.config
     return GradientBatches(
         corpus.blocks,
-        corpus.sample(section.sequences, run.settings.config.probe.seed).indices,
-        section.batch_sequences,
-        run.settings.config.train.micro_batch_size,
+        corpus.sample(sequences or config.importance.sequences, config.probe.seed).indices,
+        batch_sequences or config.importance.batch_sequences,
+        config.train.micro_batch_size,
     )
 
 

@@ -76,7 +76,7 @@ def read_measurements(trials: Sequence[Trial]) -> Measurements:
 
 
 def _check_roles(cell: Cell) -> None:
-    path = document_losses(cell.trial.run_dir)
+    path = document_losses(cell.trial)
     for source, documents in cell.documents.items():
         if not documents.tokens.sum():
             raise InputError(
@@ -96,8 +96,8 @@ def _check_same_documents(first: Cell, other: Cell) -> None:
         same = one and two and np.array_equal(one.ids, two.ids) and np.array_equal(one.tokens, two.tokens)
         if not same:
             raise InputError(
-                f"'{document_losses(other.trial.run_dir)}' has other documents of '{source.key}' in "
-                f"data.{source.corpus}_eval than '{document_losses(first.trial.run_dir)}'; evaluate both on the same"
+                f"'{document_losses(other.trial)}' has other documents of '{source.key}' in "
+                f"data.{source.corpus}_eval than '{document_losses(first.trial)}'; evaluate both on the same"
             )
 
 
@@ -106,6 +106,6 @@ def _check_same_base(first: Cell, other: Cell) -> None:
         mine, theirs = (float(cell.sums[BASE][source].sum()) for cell in (first, other))
         if abs(mine - theirs) > _SAME_BASE * abs(mine):
             raise InputError(
-                f"'{document_losses(other.trial.run_dir)}' has another loss of the base on '{source.key}' than "
-                f"'{document_losses(first.trial.run_dir)}'; train and evaluate both from the same base"
+                f"'{document_losses(other.trial)}' has another loss of the base on '{source.key}' than "
+                f"'{document_losses(first.trial)}'; train and evaluate both from the same base"
             )

@@ -9,14 +9,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat
+from pydantic import ConfigDict, NonNegativeFloat, NonNegativeInt, PositiveFloat
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from adept_ds.base.errors import InputError
 from adept_ds.base.records import Record
 from adept_ds.base.run_dir import RunDirectory
-from adept_ds.base.run_records import MetricsLine, RunSummary, read_log
+from adept_ds.base.run_records import Evaluation, MetricsLine, RunSummary, read_log
 from adept_ds.study import wording
 
 BASE, ADAPTED = 0.0, 1.0
@@ -82,51 +82,6 @@ class _Evaluated(Record):
     loss: float
 
 
-class _SourceAccuracy(Record):
-    model_config = ConfigDict(extra="ignore")
-
-    accuracy: float | None = None
-
-
-class _CorpusAccuracy(Record):
-    model_config = ConfigDict(extra="ignore")
-
-    sources: dict[str, _SourceAccuracy] = Field(default_factory=dict)
-
-
-class _DialAccuracy(Record):
-    model_config = ConfigDict(extra="ignore")
-
-    alpha: float
-    corpora: dict[str, _CorpusAccuracy] = Field(default_factory=dict)
-
-
-class _Accuracies(Record):
-    """evaluation.json, as far as the losses of documents do not say it better."""
-
-    model_config = ConfigDict(extra="ignore")
-
-    base: dict[str, _CorpusAccuracy] = Field(default_factory=dict)
-    adapted: dict[str, _CorpusAccuracy] = Field(default_factory=dict)
-    dial: list[_DialAccuracy] = Field(default_factory=list)
-
-    @classmethod
-    def remedy(cls) -> str:
-        return f"move it away, and {_EVALUATE}"
-
-    def by_alpha(self) -> dict[float, dict[Source, float]]:
-        models = {BASE: self.base, ADAPTED: self.adapted} | {at.alpha: at.corpora for at in self.dial}
-        return {
-            alpha: {
-                _source(f"{corpus}/{name}"): source.accuracy
-                for corpus, found in corpora.items()
-                for name, source in found.sources.items()
-                if source.accuracy is not None
-            }
-            for alpha, corpora in models.items()
-        }
-
-
 class ProgressLine(MetricsLine):
     """A line of metrics.jsonl, with the held-out losses of an evaluation during training."""
 
@@ -169,13 +124,13 @@ class Cell:
     """The loss on all held-out text of the domain, as far as evaluations during training say it."""
 
 
-def document_losses(run_dir: Path) -> Path:
-    return run_dir / "document_losses.safetensors"
+def document_losses(trial: Trial) -> Path:
+    return RunDirectory(trial.run_dir).document_losses
 
 
 def read_cell(trial: Trial) -> Cell:
     """Raises `InputError`: a file is missing or damaged, or a source has no role."""
-    run, losses = RunDirectory(trial.run_dir), document_losses(trial.run_dir)
+    run, losses = RunDirectory(trial.run_dir), document_losses(trial)
     documents, sums = _read_losses(losses)
     summary = TrialSummary.load(run.summary)
     lost = tuple(
@@ -188,7 +143,7 @@ def read_cell(trial: Trial) -> Cell:
         documents=documents,
         sums={alpha: sums[alpha] for alpha in sorted(sums) if alpha not in lost},
         lost=lost,
-        accuracy=_Accuracies.load(run.evaluation).by_alpha() if run.evaluation.is_file() else {},
+        accuracy=_accuracies(Evaluation.load(run.evaluation)) if run.evaluation.is_file() else {},
         summary=summary,
         **_read_progress(run.metrics, trial.shared_seconds + (summary.preparation_seconds or 0.0)),
     )
@@ -237,6 +192,20 @@ def _position(model: str, path: Path) -> float:
         return float(model.removeprefix("alpha="))
     except ValueError:
         raise InputError(f"'{path}' has a model {model!r}, which is no position of the dial; {_EVALUATE}") from None
+
+
+def _accuracies(evaluation: Evaluation) -> dict[float, dict[Source, float]]:
+    """Shares of right answers by position of the dial and source, of sources with questions: by log-likelihood per
+    character where that is known."""
+    models = {BASE: evaluation.base, ADAPTED: evaluation.adapted}
+    found: dict[float, dict[Source, float]] = {}
+    for alpha, corpora in (models | {at.alpha: at.corpora for at in evaluation.dial}).items():
+        for corpus, losses in corpora.items():
+            for name, of in losses.sources.items():
+                share = of.accuracy if of.accuracy_norm is None else of.accuracy_norm
+                if share is not None:
+                    found.setdefault(alpha, {})[_source(f"{corpus}/{name}")] = share
+    return found
 
 
 def _source(name: str) -> Source:

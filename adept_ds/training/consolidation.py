@@ -95,9 +95,9 @@ class ConsolidationRule(TrainingRule):
 
     def before_update(self) -> dict[str, float]:
         if self._steps % self._every == 0:
-            sums = self._unit_sums.local()
-            if not self._unit_sums.have_overflowed(sums):  # then the step is skipped for the same reason
-                self._domain.observe(self._mean(sums))
+            importance = self._mean(self._unit_sums.local())
+            if importance.isfinite().all():  # or loss scaling (fp16) was too much, and the step is skipped
+                self._domain.observe(importance)
         self._steps += 1
         return {}
 

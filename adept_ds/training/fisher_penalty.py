@@ -114,7 +114,7 @@ def estimate_fisher(
 
 
 def _own_elements(engine: Engine) -> Iterator[tuple[str, int, int, torch.device]]:
-    """Of each parameter that this rank steps elements of: its name, the first and last + 1 of them, and their device."""
+    """Name, first and last + 1 element, and their device, of each parameter that this rank steps elements of."""
     for partition in partition_layout(engine):
         for fragment in partition.fragments:
             stop = fragment.param_start + fragment.numel

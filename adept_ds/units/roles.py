@@ -19,7 +19,9 @@ Role = Literal["general", "domain", "shared", "idle"]
 """Important to one side only, to both, or to neither."""
 
 
-def roles_of_units(general: Sequence[float], domain: Sequence[float], units: Sequence[Unit], share: float) -> list[Role]:
+def roles_of_units(
+    general: Sequence[float], domain: Sequence[float], units: Sequence[Unit], share: float
+) -> list[Role]:
     """The role of every unit, in the order of `units`.
 
     Args:
@@ -40,7 +42,7 @@ def roles_of_units(general: Sequence[float], domain: Sequence[float], units: Seq
 
 
 def _important(importance: NDArray[np.float64], units: Sequence[Unit], share: float) -> NDArray[np.bool_]:
-    """Above the quantile 1 - share: among norms, whose importances are orders of magnitude larger, and among all else."""
+    """Above the quantile 1 - share, among norms and among all else: importances of norms are magnitudes larger."""
     is_norm = np.array([unit.kind == "norm" for unit in units], dtype=bool)
     important = np.zeros(len(units), dtype=bool)
     for members in (is_norm, ~is_norm):

@@ -1,4 +1,4 @@
-"""Importance smoothed over batches, times its uncertainty (Zhang et al., ICML 2022; AdaLoRA, equations 9 to 11)."""
+"""Importance smoothed over batches, times its uncertainty (PLATON: Zhang et al., ICML 2022, arXiv 2206.12562)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class SmoothedImportance:
         mean        <- a1 mean        + (1 - a1) I
         uncertainty <- a2 uncertainty + (1 - a2) |I - mean|
 
-    and the score mean * uncertainty of each; both begin as zero. The same numbers on every rank if all observe the same.
+    and the score mean * uncertainty of each. Both begin as zero. Ranks that observe the same hold the same.
 
     Args:
         size: how many importances a batch gives.

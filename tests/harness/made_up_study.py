@@ -29,28 +29,27 @@ def write_trial(
     *,
     accuracy: Mapping[str, Mapping[str, float]] | None = None,
     summary: Mapping[str, Any] | None = None,
-    texts: str = "text",
 ) -> Trial:
     """Write what a finished trial leaves.
 
     Args:
         tokens: of each document, by source ('domain/test/NAME').
         sums: of each document's token losses, by model ('base', 'adapted', 'alpha=0.5') and source.
-        accuracy: by model and source.
-        texts: beginning of every document, of which ids are made.
+        accuracy: by model and source; None: no evaluation.json.
     """
     trial.run_dir.mkdir(parents=True)
     tensors: dict[str, Array] = {}
     for source, counts in tokens.items():
-        tensors[f"ids/{source}"] = np.array([document_id(f"{texts} {source} {i}") for i in range(len(counts))])
+        tensors[f"ids/{source}"] = np.array([document_id(f"{source} {i}") for i in range(len(counts))])
         tensors[f"tokens/{source}"] = np.array(counts, dtype=np.int64)
         tensors |= {f"loss/{model}/{source}": np.array(of[source], dtype=np.float64) for model, of in sums.items()}
     save_file(tensors, trial.run_dir / "document_losses.safetensors")
-    corpora = {model: _corpora(tokens, of, (accuracy or {}).get(model, {})) for model, of in sums.items()}
-    evaluation: dict[str, Any] = {model: corpora.pop(model) for model in ("base", "adapted") if model in corpora}
-    dial = [{"alpha": float(model.removeprefix("alpha=")), "corpora": of} for model, of in corpora.items()]
-    (trial.run_dir / "evaluation.json").write_text(json.dumps(evaluation | {"dial": dial}))
     (trial.run_dir / "summary.json").write_text(json.dumps(summary or {}))
+    if accuracy is not None:
+        corpora = {model: _corpora(tokens, of, accuracy.get(model, {})) for model, of in sums.items()}
+        evaluation: dict[str, Any] = {model: corpora.pop(model) for model in ("base", "adapted")}
+        dial = [{"alpha": float(model.removeprefix("alpha=")), "corpora": of} for model, of in corpora.items()]
+        (trial.run_dir / "evaluation.json").write_text(json.dumps(evaluation | {"dial": dial}))
     return trial
 
 
@@ -65,14 +64,14 @@ def _corpora(
     corpora: dict[str, Any] = {}
     for source, counts in tokens.items():
         corpus, name = source.split("/", 1)
-        entry: dict[str, Any] = {
-            "loss": sum(sums[source]) / sum(counts),
-            "tokens": sum(counts),
-            "documents": len(counts),
-        }
+        entry = {"loss": sum(sums[source]) / sum(counts), "tokens": sum(counts), "documents": len(counts)}
         if source in accuracy:
-            entry["accuracy"] = accuracy[source]
+            entry |= {"questions": len(counts), "accuracy": 0.9, "accuracy_norm": accuracy[source]}
         corpora.setdefault(corpus, {"sources": {}})["sources"][name] = entry
+    for of in corpora.values():
+        tokens_of = {name: source["tokens"] for name, source in of["sources"].items()}
+        of["tokens"] = sum(tokens_of.values())
+        of["loss"] = sum(n * of["sources"][name]["loss"] for name, n in tokens_of.items()) / of["tokens"]
     return corpora
 
 

@@ -23,9 +23,9 @@ def losses(base: float = 3.0, adapted: float = 2.0) -> dict[str, dict[str, list[
 
 
 def change_tensors(trial: Trial, change: Callable[[dict[str, np.ndarray]], object]) -> None:
-    tensors = dict(load_file(document_losses(trial.run_dir)))
+    tensors = dict(load_file(document_losses(trial)))
     change(tensors)
-    save_file(tensors, document_losses(trial.run_dir))
+    save_file(tensors, document_losses(trial))
 
 
 def spoil_ids(tensors: dict[str, np.ndarray]) -> None:
@@ -109,7 +109,17 @@ def test_losses_are_weighted_by_tokens_over_all_sources(tmp_path: Path) -> None:
 
 def test_a_trial_needs_neither_accuracies_nor_evaluations_nor_logs(tmp_path: Path) -> None:
     trial = write_small(tmp_path, "m", 1e-4, 0, losses(), TOKENS)
-    (trial.run_dir / "evaluation.json").unlink()
+    assert {path.name for path in trial.run_dir.iterdir()} == {"document_losses.safetensors", "summary.json"}
     (cell,) = read_measurements([trial]).cells
     assert (dict(cell.accuracy), len(cell.training.loss), len(cell.held_out.loss)) == ({}, 0, 0)
     write_comparison(tmp_path / "study", description(), [trial])
+
+
+def test_accuracies_are_those_of_length_normalised_likelihoods(tmp_path: Path) -> None:
+    trial = Trial(label="m", lr=1e-4, seed=0, run_dir=tmp_path / "run")
+    sums = {model: {source: [1.0, 8.0] for source in FOUR} for model in ("base", "alpha=0.5", "adapted")}
+    shares = {"base": 0.25, "alpha=0.5": 0.5, "adapted": 0.375}
+    write_trial(trial, TOKENS, sums, accuracy={model: {"general/test/g": share} for model, share in shares.items()})
+    (cell,) = read_measurements([trial]).cells
+    source = Source("general", "test", "g")
+    assert dict(cell.accuracy) == {0.0: {source: 0.25}, 0.5: {source: 0.5}, 1.0: {source: 0.375}}

@@ -46,7 +46,7 @@ def test_the_page_says_what_was_compared_and_found(study_dir: Path, page: str) -
     assert [sentence for sentence in told if sentence not in text] == []
 
 
-def test_a_page_is_the_same_when_it_is_made_again(study_dir: Path, tmp_path: Path) -> None:
+def test_a_page_is_the_same_when_it_is_made_again(tmp_path: Path) -> None:
     for folder in (tmp_path / "1", tmp_path / "2"):
         write_comparison(folder, description(), make_study(folder, {"full": METHODS["full"], "lora": METHODS["lora"]}))
     for name in ("compare.html", "compare.json", "tables.md", "tables.tex"):

@@ -76,6 +76,19 @@ def test_nothing_is_claimed_without_evidence(tmp_path: Path, old: list[float], n
     assert {pair.sentence for pair in found.differences} == {None}
 
 
+@pytest.mark.parametrize("swapped", [False, True])
+def test_one_seed_of_many_that_disagrees_is_enough_to_claim_nothing(tmp_path: Path, swapped: bool) -> None:
+    """Though the interval excludes 0: of six seeds, one is too rarely drawn often enough."""
+    gains = {"old": [0.2] * 6, "new": [0.5] * 5 + [0.19]}
+    trials = two_arms(tmp_path, gains, noise=0.001)
+    found = compared(tmp_path, trials[::-1] if swapped else trials)
+    gap = found.gap("plain", "new", "old")
+    assert gap is not None
+    assert gap.high < 0
+    assert not gap.told_apart
+    assert found.claims("plain") == []
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_no_claim_has_seeds_that_disagree_or_an_interval_with_0(tmp_path: Path, seed: int) -> None:
     """In studies where methods differ by about as much as seeds do, so that some pairs are told apart."""
@@ -94,7 +107,14 @@ def test_no_claim_has_seeds_that_disagree_or_an_interval_with_0(tmp_path: Path, 
 
 @pytest.mark.parametrize(
     ("by_seed", "low", "high", "sign"),
-    [([-1, -2], -3, -0.1, -1), ([1, 2], 0.1, 3, 1), ([-1, 2], 0.1, 3, 0), ([1, 2], -0.1, 3, 0), ([0, 1], 0.1, 1, 0)],
+    [
+        ([-1, -2], -3, -0.1, -1),
+        ([1, 2], 0.1, 3, 1),
+        ([-1, 2], 0.1, 3, 0),
+        ([1, -2], -3, -0.1, 0),
+        ([1, 2], -0.1, 3, 0),
+        ([0, 1], 0.1, 1, 0),
+    ],
 )
 def test_the_rule(by_seed: list[float], low: float, high: float, sign: int) -> None:
     assert agreed_sign(by_seed, low, high) == sign

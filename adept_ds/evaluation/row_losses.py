@@ -1,0 +1,58 @@
+"""Summed token losses of rows of any lengths, by all ranks together.
+
+Rows are sorted by length, longest first, and fall into batches of about the same number of tokens, so that hardly any
+computation is spent on padding. Batches are the same at any number of ranks, which take them in turn; where they do not
+come out even, a rank makes a pass over nothing, since under ZeRO-3 every rank takes part in every pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from adept_ds.base.progress import ProgressCallback
+from adept_ds.data.document_rows import Rows
+from adept_ds.data.order import FILLER
+from adept_ds.ranks.collectives import Ranks
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """A model that losses are asked of."""
+
+    model: Callable[..., torch.Tensor]
+    """`model(input_ids, labels, positions)` returns the summed loss of each row (see `head_loss`)."""
+    device: torch.device | str
+    ranks: Ranks
+    batch_tokens: int
+    """Of a batch, with padding; but a batch has one row at least."""
+
+    def losses(self, rows: Rows, progress: ProgressCallback | None = None) -> np.ndarray:
+        """[rows] float64, nats: the same on every rank."""
+        batches = token_batches(rows.lengths, self.batch_tokens)
+        found = np.zeros(len(rows.lengths))
+        passes = -(-len(batches) // self.ranks.world_size)
+        with torch.no_grad():
+            for number in range(passes):
+                if progress:
+                    progress(number / passes, f"pass {number} of {passes}")
+                place = number * self.ranks.world_size + self.ranks.rank
+                batch = batches[place] if place < len(batches) else [FILLER]
+                losses = self.model(*rows.batch(batch).to(self.device))
+                if place < len(batches):
+                    found[batch] = losses.double().cpu().numpy()
+        return self.ranks.sum(torch.from_numpy(found)).numpy()
+
+
+def token_batches(lengths: np.ndarray, batch_tokens: int) -> list[list[int]]:
+    """Rows in batches: longest first, ties in their order."""
+    order = np.argsort(-lengths, kind="stable").tolist()
+    batches, first = [], 0
+    while first < len(order):
+        count = max(1, batch_tokens // int(lengths[order[first]]))
+        batches.append(order[first : first + count])
+        first += count
+    return batches
