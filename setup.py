@@ -28,6 +28,7 @@ setup(
         "accelerate>=1.1",
         "datasets>=3.0",
         "pyarrow>=16",
+        "peft>=0.18",
         "safetensors>=0.4.3",
         "sentencepiece>=0.2.3",
         "tokenizers>=0.21",

@@ -53,6 +53,8 @@ class MethodSection(Section):
     """Values that it gives to keys of other sections, by section; no others may be given there."""
     needs_general_text: ClassVar[bool] = False
     """Whether it reads `probe.corpus` for more than choosing layers."""
+    replays: ClassVar[bool] = False
+    """Whether it cannot do without `data.replay`."""
 
     def check(self, config: Config) -> None:
         """Raises `ValueError`, in one line with the key, the value and the remedy: it cannot work with the rest."""

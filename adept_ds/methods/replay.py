@@ -6,7 +6,7 @@ Ibrahim et al., TMLR 2024, arXiv 2403.08763).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from adept_ds.methods.full import WholeModel
 
@@ -18,6 +18,8 @@ class Replay(WholeModel):
     """Everything at one learning rate, on domain and general text."""
 
     name: Literal["replay"] = "replay"
+
+    replays: ClassVar[bool] = True
 
     def check(self, config: Config) -> None:
         if not config.data.replay:

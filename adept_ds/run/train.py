@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -43,6 +44,7 @@ from adept_ds.training.trainer import Trainer
 from adept_ds.units.adamw import UnitAdamW
 from adept_ds.units.unit_lr import UnitLR
 from adept_ds.units.unit_sums import GradientBatches
+from adept_ds.weights.hf_directory import stored_tensors
 from adept_ds.zero.build import StepShape, build_training_engine
 from adept_ds.zero.engine import Engine, count_parameters, parameter_shapes, release
 
@@ -221,6 +223,7 @@ def _train(
         "method": method.name,
         "trainable_parameters": trainable,
         "total_parameters": total,
+        "learned_bytes": round(trainable * _bytes_per_element(start.model)),
         "units": len(registry),
         "world_size": ranks.world_size,
         "zero_stage": run.settings.zero_stage,
@@ -236,6 +239,12 @@ def _train(
     peaks = ranks.gather(peak_memory_bytes())
     ranks.on_main(lambda: _complete_summary(run_dir, peak_memory_bytes=peaks))
     release(engine)
+
+
+def _bytes_per_element(model: ModelDirectory) -> float:
+    """On disk, of the model that training starts from: what was learned will be kept in its precision."""
+    tensors = stored_tensors(model.path).values()
+    return sum(tensor.num_bytes for tensor in tensors) / sum(math.prod(tensor.shape) for tensor in tensors)
 
 
 def _training_engine(run: Context, model: ModelDirectory, trains: Trains) -> Engine:

@@ -6,6 +6,7 @@ It costs 8 bytes for each trained element over all ranks, on the device that ste
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -100,17 +101,19 @@ def estimate_fisher(
     with gradients_outside_training(engine):
         for number, batch in enumerate(global_batches):
             share = batches.blocks.predicted_tokens(batch) / len(global_batches)
-
-            def add(share: float = share) -> None:
-                for name, parameter in engine.module.named_parameters():
-                    found = local_weight_and_grad(engine, parameter) if parameter.requires_grad else None
-                    if found is not None:
-                        squares = grad_squared(found[0], found[1]).mul_(share)
-                        fisher[name] = fisher[name].add_(squares) if name in fisher else squares
-
-            total += share * unit_sums.of_batch(batches, number, read=add)[0]
+            sums, _ = unit_sums.of_batch(batches, number, read=partial(_add_squares, fisher, engine, share))
+            total += share * sums
     means: list[float] = (ranks.sum(total) / registry.sizes).tolist()
     return fisher, means
+
+
+def _add_squares(fisher: Slices, engine: Engine, share: float) -> None:
+    """Add `share` times the square of the gradient that the engine holds right now."""
+    for name, parameter in engine.module.named_parameters():
+        found = local_weight_and_grad(engine, parameter) if parameter.requires_grad else None
+        if found is not None:
+            squares = grad_squared(*found[:2]).to(found[0].device).mul_(share)
+            fisher[name] = fisher[name].add_(squares) if name in fisher else squares
 
 
 def _own_elements(engine: Engine) -> Iterator[tuple[str, int, int, torch.device]]:

@@ -26,7 +26,7 @@ STEPS = 4
 MIDDLE = 2
 """The step of the first checkpoint."""
 
-GRID = [(1, 2), (2, 1), (2, 2), (3, 1), (3, 2)]
+GRID = [(1, 2), (2, 2), (3, 1), (3, 2)]
 """ZeRO stages and numbers of ranks."""
 
 

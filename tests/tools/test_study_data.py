@@ -195,7 +195,7 @@ def test_development_questions_are_those_of_the_demo(tmp_path: Path) -> None:
 
 def test_web_pages_are_original_english_texts_not_shuffled_ones(tmp_path: Path) -> None:
     page = "A page that goes on. " * 20
-    others = [{"0": "Too short.", "1": ""}, {"0": "Страница. " * 40, "1": ""}]
+    others = [{"0": text, "1": ""} for text in ("Too short.", "Too long. " * 400, "Страница. " * 40)]
     rows = [{"0": f"\n{page}", "1": "goes A that page on."}, *others]
     archive = wheel(tmp_path, {openai_evals.PAGES: json_lines(*rows)})
     assert openai_evals.web_pages(archive) == [Record(page.strip(), "openwebtext/0")]

@@ -35,7 +35,7 @@ CORPORA = (
     Corpus("domain_medical", "domain", _ONTOLOGIES, mondo.diseases, "809500e5728a7c47"),
     Corpus("domain_mathematics", "domain", _METAMATH, metamath.theorems, "5d39c6bf0ba1dca9"),
     Corpus("general_mmlu", "probing, replay", _LM_EVAL, mmlu.development_questions, "9bd4d5b4c31c0848"),
-    Corpus("general_web", "validation", _OPENAI_EVALS, openai_evals.web_pages, "33d69e9569ac6e83"),
+    Corpus("general_web", "validation", _OPENAI_EVALS, openai_evals.web_pages, "f782d707419552cc"),
     Corpus("general_countries", "test", _FACTBOOK, factbook.countries, "adf5a217d8397574"),
     Corpus("general_speeches", "test", _SPEECHES, speeches.speeches, "45691dd256326358"),
     Corpus("general_questions", "accuracy", _OPENAI_EVALS, openai_evals.mmlu_questions, "8e70874c86b9ca4e"),

@@ -22,8 +22,8 @@ from adept_ds.base.errors import InputError
 _DATA = "evals/registry/data/"
 PAGES = _DATA + "schelling_point/owt_5.jsonl"
 
-MIN_CHARACTERS = 250
-"""About 50 tokens."""
+PAGE_CHARACTERS = range(250, 2000)
+"""About 50 to 400 tokens; the few that are longer are tables and programs."""
 
 MIN_ASCII_SHARE = 0.97
 """Pages with less are in another language, or debris; English ones reach it with typographic quotes and names."""
@@ -39,7 +39,7 @@ def web_pages(archive: Path) -> list[Record]:
 
 
 def _is_wanted(text: str) -> bool:
-    return len(text) >= MIN_CHARACTERS and sum(map(str.isascii, text)) >= MIN_ASCII_SHARE * len(text)
+    return len(text) in PAGE_CHARACTERS and sum(map(str.isascii, text)) >= MIN_ASCII_SHARE * len(text)
 
 
 class Layout(NamedTuple):

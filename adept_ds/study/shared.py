@@ -1,0 +1,157 @@
+"""What runs of a study need alike, made by whichever came first: tokens, what the probe found, losses of the base.
+
+Every run makes these by its own stages and records, with content, what they were made of. What a run has made is
+linked into `shared/`, and from there into the directories of cells that begin later, with the entries of its ledger;
+so their stages find themselves unchanged, or, where anything is different after all, do their work again.
+
+    shared/tokens/<name of the tokens>/     as cache/tokens of a run
+    shared/<work>/<key>/                    files of a run, and those entries of stages.json that are about them
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from adept_ds.base.digests import json_digest
+from adept_ds.base.files import new_directory, read_json, write_json
+from adept_ds.base.run_dir import RunDirectory
+from adept_ds.probing.scores import LayerScores
+
+_READ = ("format", "text_key", "question_template", "max_bad_records", "bos", "special_tokens_in_text", "packing")
+"""Keys of `data` that decide which tokens texts become."""
+
+Inputs = Mapping[str, Any]
+"""Of a cell; see `cells.inputs_of`."""
+
+
+@dataclass(frozen=True)
+class _Work:
+    """Something that a run makes and another may take over."""
+
+    name: str
+    stages: tuple[str, ...]
+    """Entries of the ledger."""
+    files: Callable[[RunDirectory], tuple[Path, ...]]
+    """The first is always made, the others perhaps."""
+    made_of: Callable[[Inputs], Any]
+    """What can make a difference, or more than that: it only says where to look, the ledger decides."""
+
+
+def _tokenised(inputs: Inputs) -> list[Any]:
+    return [inputs["model"], [inputs["data"][key] for key in _READ], inputs["train"]["precision"]]
+
+
+_PROBE = _Work(
+    "probe",
+    ("probe", "probe_corpus", "probe_model"),
+    lambda run: (run.layer_scores(), run.layer_scores("corpus"), run.layer_scores("model")),
+    lambda inputs: [*_tokenised(inputs), inputs["probe"]],
+)
+_BASE_LOSSES = _Work(
+    "base",
+    ("eval_base",),
+    lambda run: (run.base_evaluation, run.base_document_losses),
+    lambda inputs: [
+        *_tokenised(inputs),
+        [inputs["data"][key] for key in ("general_eval", "domain_eval", "eval_sequences", "seq_len")],
+        inputs["eval"]["tasks"],
+    ],
+)
+_WORKS = (_PROBE, _BASE_LOSSES)
+
+
+@dataclass(frozen=True)
+class SharedWork:
+    """The directory `shared/` of a study."""
+
+    root: Path
+
+    def take_over(self, run: RunDirectory, inputs: Inputs) -> None:
+        """Link into a fresh run directory what others have made."""
+        _link_folders(self._tokens, run.tokens)
+        if self._digests.is_file():
+            _copy(self._digests, run.digests)
+        entries = dict[str, Any]()
+        for work in _WORKS:
+            place = self._place(work, inputs)
+            if place.is_dir():
+                for file in work.files(run):
+                    if (place / file.name).is_file():
+                        _link(place / file.name, file)
+                entries |= read_json(place / run.ledger.name)
+        if entries:
+            write_json(run.ledger, entries)
+
+    def keep(self, run: RunDirectory, inputs: Inputs) -> None:
+        """Link what a run has made into `shared/`, unless it is there."""
+        _link_folders(run.tokens, self._tokens)
+        if run.digests.is_file():
+            _copy(run.digests, self._digests)
+        ledger = read_json(run.ledger) if run.ledger.is_file() else {}
+        for work in _WORKS:
+            place, files = self._place(work, inputs), work.files(run)
+            if not place.exists() and files[0].is_file() and work.stages[0] in ledger:
+                with new_directory(place) as fresh:
+                    for file in filter(Path.is_file, files):
+                        _link(file, fresh / file.name)
+                    write_json(fresh / run.ledger.name, {name: ledger[name] for name in work.stages if name in ledger})
+
+    def has(self, inputs: Inputs) -> bool:
+        """Whether nothing of what this cell shares is left to be made."""
+        needed = [work for work in _WORKS if work is not _PROBE or "corpus" in inputs["probe"]]
+        return all(self._place(work, inputs).is_dir() for work in needed)
+
+    def key(self, inputs: Inputs) -> str:
+        """The same for cells that share all of it."""
+        return json_digest([work.made_of(inputs) for work in _WORKS])
+
+    def _place(self, work: _Work, inputs: Inputs) -> Path:
+        return self.root / work.name / json_digest(work.made_of(inputs))[:12]
+
+    @property
+    def _tokens(self) -> Path:
+        return self.root / "tokens"
+
+    @property
+    def _digests(self) -> Path:
+        return self.root / "digests.json"
+
+
+def probe_seconds(run: RunDirectory) -> float:
+    """That the passes took which chose this run's layers, whichever run made them; 0 without any."""
+    scores = run.layer_scores()
+    return LayerScores.load(scores).seconds if scores.is_file() else 0.0
+
+
+def _link_folders(source: Path, target: Path) -> None:
+    """Each folder of `source` that is not in `target` yet, file by file."""
+    for folder in _whole_folders(source):
+        if not (target / folder.name).exists():
+            with new_directory(target / folder.name) as fresh:
+                for file in folder.iterdir():
+                    _link(file, fresh / file.name)
+
+
+def _whole_folders(place: Path) -> Iterator[Path]:
+    """Without those that are still being filled."""
+    if place.is_dir():
+        yield from (folder for folder in sorted(place.iterdir()) if folder.is_dir() and not folder.name.startswith("."))
+
+
+def _link(source: Path, target: Path) -> None:
+    """A second name for a file that is never written into again; a copy where the file system has none."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        _copy(source, target)
+
+
+def _copy(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy2(source, target)
