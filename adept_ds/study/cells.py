@@ -27,7 +27,7 @@ from adept_ds.study.naming import slug
 from adept_ds.study.trials import Trial
 from adept_ds.study.variants import Variant
 
-_HOW = {
+_HOW: dict[str, Any] = {
     "run_dir": True,
     "dist_timeout_minutes": True,
     "data": {"workers"},
@@ -61,7 +61,7 @@ class Failure(Record):
     """Its last line."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Cell:
     """What is to be run, or has been."""
 
@@ -132,16 +132,11 @@ def make_cell(variant: Variant, config: Config, identity: Identity, cells: Path)
         config: with any `run_dir`.
     """
     inputs = inputs_of(config, identity)
-    parts = [
-        variant.label,
-        variant.setting,
-        f"lr{config.train.lr:g}",
-        f"seed{config.train.seed}",
-        json_digest(inputs)[:8],
-    ]
+    train, digits = config.train, json_digest(inputs)[:8]
+    parts = [variant.label, variant.setting, f"lr{train.lr:g}", f"seed{train.seed}", digits]
     name = "_".join(slug(part) for part in parts if part)
     placed = config.model_copy(update={"run_dir": cells / name})
-    return Cell(variant, config.train.lr, config.train.seed, placed, inputs)
+    return Cell(variant, train.lr, train.seed, placed, inputs)
 
 
 def inputs_of(config: Config, identity: Identity) -> dict[str, Any]:

@@ -146,6 +146,8 @@ def _whole_folders(place: Path) -> Iterator[Path]:
 def _link(source: Path, target: Path) -> None:
     """A second name for a file that is never written into again; a copy where the file system has none."""
     target.parent.mkdir(parents=True, exist_ok=True)
+    if target.exists():  # whoever began this was killed
+        return
     try:
         os.link(source, target)
     except OSError:

@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from adept_ds.base.terminal import Terminal
 from adept_ds.config.corpus_entries import CorpusSource
 from adept_ds.config.data_section import DataSection
 from adept_ds.data.documents import TextSource, read_pieces
-from adept_ds.data.pieces import Piece, document_id
+from adept_ds.data.pieces import Piece
 from adept_ds.run.identity import Identity
 from adept_ds.study.naming import slug
 from adept_ds.study.schema import DomainTexts
@@ -110,25 +109,6 @@ def documents_of(source: TextSource, meter: Meter | None = None) -> Iterator[str
         if piece.ends:
             yield "".join(parts)
             parts = []
-
-
-def overlaps(sources: Mapping[str, list[TextSource]], held_out: Mapping[str, list[TextSource]]) -> list[str]:
-    """Sentences about held-out documents that are elsewhere too, word for word: nothing is done about it but this.
-
-    Args:
-        sources: that are read whole, by a name for them.
-        held_out: the same, of what is looked for.
-    """
-    wanted = {name: Counter(document_id(text) for of in group for text in documents_of(of))
-              for name, group in held_out.items()}  # fmt: skip
-    found = []
-    for name, group in sources.items():
-        there = {document_id(text) for of in group for text in documents_of(of)}
-        for other, documents in wanted.items():
-            common = sum(count for document, count in documents.items() if document in there)
-            if other != name and common:
-                found.append(f"{common} of {documents.total()} documents of {other} are in {name} too, word for word.")
-    return found
 
 
 def _own_text(piece: Piece) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +27,7 @@ class Texts:
     general_eval: tuple[CorpusSource, ...]
 
 
-def texts_of(study: Study, domain: dict[str, Sequence[CorpusSource]] | None = None) -> Texts:
+def texts_of(study: Study, domain: Mapping[str, Sequence[CorpusSource]] | None = None) -> Texts:
     """All of them.
 
     Args:

@@ -80,7 +80,7 @@ def test_a_package_is_downloaded_once(tmp_path: Path, bin_folder: Path, monkeypa
     archive = fetch(NPM, tmp_path / "packages")
     assert archive.read_text() == "content\n"
     assert fetch(NPM, tmp_path / "packages") == archive
-    assert calls.read_text().splitlines() == ["pack --silent @scope/texts@1.2.3"]
+    assert calls.read_text().splitlines() == ["pack --loglevel=error @scope/texts@1.2.3"]
 
 
 @pytest.mark.parametrize("script", ["echo half > texts.tgz; echo 'no network' >&2; exit 1", "echo 'no network' >&2"])

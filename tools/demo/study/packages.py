@@ -41,7 +41,7 @@ class Package(NamedTuple):
                 pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--quiet"]
                 return [*pip, "--no-deps", "--only-binary=:all:", f"{self.name}=={self.version}"]
             case "npm":
-                return ["npm", "pack", "--silent", f"{self.name}@{self.version}"]
+                return ["npm", "pack", "--loglevel=error", f"{self.name}@{self.version}"]
             case "apt-get":
                 return ["apt-get", "download", "--quiet", f"{self.name}={self.version}"]
 
@@ -64,7 +64,7 @@ def fetch(package: Package, folder: Path) -> Path:
     """The package's archive in `folder`, downloaded unless it is there.
 
     Raises:
-        InputError: the client could not download it; the message has the client's last word.
+        InputError: the client could not download it; the message has the client's words.
     """
     place = _place(package, folder)
     if not place.is_dir():
@@ -85,7 +85,7 @@ def _place(package: Package, folder: Path) -> Path:
 def _download(package: Package, folder: Path) -> None:
     result = subprocess.run(package.command, cwd=folder, capture_output=True, text=True)
     if result.returncode or not any(folder.iterdir()):
-        words = (result.stderr.strip() or result.stdout.strip() or "it said nothing").splitlines()[-1]
+        words = " ".join((result.stderr.strip() or result.stdout).split()) or "it said nothing"
         hint = "run 'apt-get update' first, or " if package.registry == "apt-get" else "try again later, or "
         raise InputError(
             f"{package.registry}: could not download '{package}' ({words}); {hint}"

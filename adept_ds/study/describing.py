@@ -1,0 +1,79 @@
+"""What the page says of a study beside its figures."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from adept_ds.base.version import __version__
+from adept_ds.study.budget import tokens_per_step
+from adept_ds.study.cells import Cell, Failure
+from adept_ds.study.comparison import StudyDescription
+from adept_ds.study.plan import Plan
+from adept_ds.study.variants import Variant
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a study is."""
+
+    missing: Sequence[Cell]
+    """Planned, and neither finished nor failed."""
+    failed: Mapping[Cell, Failure]
+
+
+def describe(plan: Plan, progress: Progress, overlaps: Sequence[str], scale: float) -> StudyDescription:
+    study = plan.study
+    texts = {
+        "trained on": _names(plan.texts.train),
+        "replayed and probed": _names(plan.texts.general) or "nothing",
+    }
+    arguments = [str(plan.checked.path), *([f"--scale={scale:g}"] if scale != 1 else [])]
+    return StudyDescription(
+        title=study.title or study.study_dir.name,
+        model=plan.example(plan.checked.variants[0]).model,
+        budget=budget_in_words(plan),
+        reference=study.reference,
+        texts=texts,
+        commands=[shlex.join(["adept", "compare", *arguments])],
+        notes=[*_notes(plan), *overlaps, *_unfinished(progress)],
+    )
+
+
+def budget_in_words(plan: Plan) -> str:
+    budget = plan.study.budget
+    if budget.tokens is None:
+        return f"{budget.seconds:g} seconds each, of steps and of everything that a method needs beside them"
+    lengths = {_length(plan, variant) for variant in plan.checked.variants}
+    detail = f" ({lengths.pop()})" if len(lengths) == 1 else ""
+    return f"{budget.tokens:,} tokens of training each{detail}"
+
+
+def _length(plan: Plan, variant: Variant) -> str:
+    return f"{plan.steps(variant):,} steps of {tokens_per_step(plan.example(variant)):,} tokens"
+
+
+def _notes(plan: Plan) -> list[str]:
+    study = plan.study
+    validation, test = study.domain.validation, study.domain.test
+    notes = [f"Of the domain's documents {validation:.0%} are for validation and {test:.0%} for test, by hash."]
+    if plan.checked.tells_time:
+        notes += [
+            f"{name}: {rate.step_seconds:.3f} s a step, {rate.refresh_seconds:.2f} s a refresh, "
+            f"{rate.before_training:.1f} s before the first step; measured alone, before the study."
+            for name, rate in plan.rates.items()
+        ]
+        notes += [f"{variant.name}: {_length(plan, variant)}." for variant in plan.checked.variants]
+    return [*notes, f"adept-ds {__version__}, {study.ranks} rank{'s' if study.ranks > 1 else ''}."]
+
+
+def _unfinished(progress: Progress) -> list[str]:
+    notes = [f"Failed: {cell.title}: {failure.reason}" for cell, failure in progress.failed.items()]
+    if progress.missing:
+        notes.append(f"{len(progress.missing)} cells have not been run yet.")
+    return notes
+
+
+def _names(sources: Sequence[object]) -> str:
+    return ", ".join(getattr(source, "title", "") for source in sources)
