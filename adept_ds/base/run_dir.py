@@ -106,6 +106,16 @@ class RunDirectory:
         return self.root / "document_losses_base.safetensors"
 
     @property
+    def task_scores(self) -> Path:
+        """Of base and adapted model, on tasks."""
+        return self.root / "task_scores.json"
+
+    @property
+    def base_task_scores(self) -> Path:
+        """Of the base alone."""
+        return self.root / "task_scores_base.json"
+
+    @property
     def summary(self) -> Path:
         return self.root / "summary.json"
 

@@ -55,23 +55,17 @@ class CorpusLoss(SourceLoss):
         return self.model_dump(mode="json", exclude_defaults=True)
 
 
-Scores = dict[str, dict[str, float]]
-"""Of a model on tasks: task -> measure -> value."""
-
-
 class DialLoss(Record):
     """Of a model between base and adapted: weights = base + alpha (adapted - base)."""
 
     alpha: float
     corpora: dict[str, CorpusLoss]
-    tasks: Scores = Field(default_factory=dict)
 
 
 class BaseEvaluation(Record):
     """What was found out of the base alone (evaluation_base.json)."""
 
     corpora: dict[str, CorpusLoss]
-    tasks: Scores = Field(default_factory=dict)
 
     @classmethod
     def remedy(cls) -> str:
@@ -88,8 +82,6 @@ class Evaluation(Record):
     base: dict[str, CorpusLoss]
     adapted: dict[str, CorpusLoss]
     dial: list[DialLoss] = Field(default_factory=list)
-    tasks: dict[str, Scores] = Field(default_factory=dict)
-    """By model: 'base', 'adapted'."""
 
     @classmethod
     def remedy(cls) -> str:
@@ -105,6 +97,21 @@ class Evaluation(Record):
             if self.base.keys() != corpora.keys():
                 raise ValueError("base and adapted are of different corpora")
         return self
+
+
+Scores = dict[str, dict[str, float]]
+"""Of a model: task -> measure -> value."""
+
+
+class TaskScores(Record):
+    """What models score on tasks (task_scores.json, task_scores_base.json)."""
+
+    models: dict[str, Scores]
+    """'base', 'adapted', 'alpha=0.5'."""
+
+    @classmethod
+    def remedy(cls) -> str:
+        return "move it away, and `adept eval CONFIG` makes it again"
 
 
 class RunSummary(Record):

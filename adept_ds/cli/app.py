@@ -16,7 +16,7 @@ import typer
 
 from adept_ds.base.errors import EXIT_BAD_INPUT, EXIT_STOPPED, AdeptError, InputError, StopRequestedError
 from adept_ds.base.version import __version__
-from adept_ds.cli import delta, diagnose, model_files, run
+from adept_ds.cli import compare, delta, diagnose, model_files, run
 from adept_ds.cli.forms import either, on_config_only
 
 app = typer.Typer(
@@ -52,6 +52,11 @@ app.command("report", epilog="Example:  adept report config.yaml   ·   adept re
 app.command(
     "diagnose", epilog="Example:  adept diagnose runs/math   ·   adept diagnose config.yaml --sequences 32 --json"
 )(either(diagnose.on_config, diagnose.on_directory, directory="RUN"))
+app.command(
+    "compare",
+    epilog="Example:  adept compare launch/studies/first.yaml   ·   adept compare study.yaml --dry-run   ·   "
+    "adept compare study.yaml --scale 100 --submit",
+)(compare.compare)
 app.command("show", epilog="Example:  adept show config.yaml train.lr=1e-4")(on_config_only(run.show_plan))
 
 delta_app = typer.Typer(

@@ -45,7 +45,7 @@ def compare(
     cell: Annotated[str | None, typer.Option("--cell", hidden=True)] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Compare methods on equal terms: every learning rate and seed a run, one page about all. Run it again to resume."""
+    """Methods side by side, on equal terms: each learning rate and seed a run, one page about all. Again to resume."""
     from adept_ds.study.plan import check_study
     from adept_ds.study.schema import load_study
 
@@ -53,11 +53,11 @@ def compare(
         raise InputError("compare starts the ranks of its runs itself; start it once, and set ranks: in the study")
     if sum((report, submit, dry_run and not submit)) > 1:
         raise InputError("--report, --submit and --dry-run: --report goes with neither of the others; leave it out")
-    checked = check_study(load_study(study, overrides or ()), study, scale)
+    checked = check_study(load_study(study, overrides or ()), study, scale, overrides or ())
     _check_labels(checked, only or [])
     logging.captureWarnings(True)
     terminal = Terminal(sys.stdout)
-    if as_json:
+    if as_json or cell is not None:
         terminal.mute()
     with StopRequest().listening() as stop:
         session = _Session(checked, scale, only or [], terminal, stop, as_json)
@@ -111,7 +111,8 @@ class _Session:
             self._say_strangers(plan)
             run = StudyRun(state, executor, self._terminal, stop_on_failure)
             run.run()
-            self._finish(state)
+            if any(cell.is_finished for cell in state.search):
+                self._finish(state)
         if run.failed:
             names = "; ".join(cell.title for cell in run.failed)
             raise AdeptError(f"{len(run.failed)} cells failed: {names}; the same command tries them again")
@@ -119,7 +120,9 @@ class _Session:
     def write_page(self) -> None:
         plan = self._plan()
         self._use_known_rates(plan)
-        self._finish(self._state(plan))
+        state = self._state(plan)
+        state.tidy()
+        self._finish(state)
 
     def show_plan(self) -> None:
         from adept_ds.study.planned import planned
@@ -166,9 +169,8 @@ class _Session:
             plan.rates = known_rates(plan)
             missing = [variant.name for variant in self._checked.variants if variant.name not in plan.rates]
             if missing and required:
-                raise InputError(
-                    f"budget.seconds: the rate of {missing[0]} is not known; `adept compare` without options measures it"
-                )
+                name = missing[0]
+                raise InputError(f"budget.seconds: the rate of {name} is not known; `adept compare STUDY` measures it")
 
     def _say_strangers(self, plan: Plan) -> None:
         strangers = plan.strangers()

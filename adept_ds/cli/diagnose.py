@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
 from rich.table import Table
 
 from adept_ds.base.errors import InputError
-from adept_ds.base.files import json_text
 from adept_ds.base.run_dir import RunDirectory
 from adept_ds.base.terminal import Terminal
 from adept_ds.cli.forms import JsonOption
@@ -21,10 +20,8 @@ from adept_ds.config.loading import load_config
 from adept_ds.config.resolved import resolve
 from adept_ds.config.schema import Config
 from adept_ds.ranks.launchers import rank_from_environment
+from adept_ds.report.diagnosis import Diagnosis, written
 from adept_ds.run.prerequisites import check_diagnosable, check_texts
-
-if TYPE_CHECKING:
-    from adept_ds.report.diagnosis import Diagnosis
 
 SequencesOption = Annotated[
     int | None, typer.Option(help="at most so many sequences of each held-out corpus; by default, all evaluated ones")
@@ -65,8 +62,6 @@ def print_diagnosis(diagnosis: Diagnosis, terminal: Terminal) -> None:
     terminal.console.print(table)
 
 
-def _typed(settings: dict[str, object]) -> str:
+def _typed(settings: dict[str, Any]) -> str:
     """As overrides on a command line."""
-    return "\n".join(
-        f"{key}={value if isinstance(value, str) else json_text(value)}" for key, value in settings.items()
-    )
+    return "\n".join(f"{key}={written(value)}" for key, value in settings.items())

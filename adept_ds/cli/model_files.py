@@ -15,7 +15,14 @@ from adept_ds.base.outputs import check_output
 from adept_ds.base.terminal import Terminal
 from adept_ds.cli.evaluation_tables import print_evaluation
 from adept_ds.cli.forms import JsonOption, OutArg, OverwriteOption
-from adept_ds.cli.options import MethodOption, ResultOption, check_result_file
+from adept_ds.cli.options import (
+    LmEvalOption,
+    MethodOption,
+    ResultOption,
+    TasksOption,
+    check_result_file,
+    tasks_section,
+)
 from adept_ds.cli.probe import probe_and_show
 from adept_ds.cli.session import passing_session, quiet_session, show
 from adept_ds.cli.summary import print_expansion
@@ -104,20 +111,29 @@ def verify(
 def evaluate(
     model: Path,
     text: Annotated[list[Path] | None, typer.Option(help="held-out text (with MODEL)")] = None,
+    tasks: TasksOption = None,
+    lm_eval: LmEvalOption = None,
     seq_len: Annotated[int, typer.Option(help="tokens per sequence (with MODEL)")] = 1024,
     work_dir: WorkDirOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    config = _config(model, data={"domain_eval": [str(path) for path in text or []], "seq_len": seq_len})
-    check_files("--text", text or [])
+    asked = tasks_section(tasks, lm_eval)
+    config = _config(model, data={"domain_eval": [str(path) for path in text or []], "seq_len": seq_len}, eval=asked)
+    if text or not asked:
+        check_files("--text", text or [])
     launched = rank_from_environment(os.environ)
     settings = resolve(config, "eval", launched.world_size)
     check_texts(config, "eval")
     with passing_session(settings, launched, work_dir, as_json=as_json) as session:
         from adept_ds.run.evaluate import evaluate_model
+        from adept_ds.run.score_tasks import score_model
 
-        losses = evaluate_model(session, settings.model, "evaluating")
-        results = {"model": {"text": losses["domain"].to_json()}}
+        results: dict[str, Any] = {}
+        if text:
+            results["model"] = {"text": evaluate_model(session, settings.model, "evaluating")["domain"].to_json()}
+        if asked:
+            (scores,) = score_model(session, settings.model, "the model")
+            results["tasks"] = {"model": scores}
         show(session.terminal, as_json, results, lambda: print_evaluation(results, session.terminal))
 
 

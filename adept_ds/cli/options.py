@@ -16,6 +16,12 @@ from adept_ds.probing.result import LayerImportance
 MethodOption = Annotated[
     str | None, typer.Option(help="mask, taylor, gradient or fisher (probe.method); all compares them")
 ]
+TasksOption = Annotated[
+    list[Path] | None, typer.Option(help="directory of tasks: question files, and tasks of lm-eval (eval.tasks)")
+]
+LmEvalOption = Annotated[
+    str | None, typer.Option("--lm-eval", help="tasks that lm-eval knows, such as mmlu,gsm8k (eval.lm_eval)")
+]
 _LARGEST_RESULT = 100 << 20
 
 
@@ -45,3 +51,19 @@ def with_method(config: Config, method: str | None) -> Config:
         return config
     tree = config.model_dump(mode="json", exclude_unset=True)
     return parse_config(tree | {"probe": tree.get("probe", {}) | {"method": method}}, "--method")
+
+
+def tasks_section(tasks: list[Path] | None, lm_eval: str | None) -> dict[str, list[str]]:
+    """What the options say, as keys of the section `eval`; without those that are not given."""
+    names = [name.strip() for name in (lm_eval or "").split(",")]
+    section = {"tasks": [str(path) for path in tasks or []], "lm_eval": [name for name in names if name]}
+    return {key: values for key, values in section.items() if values}
+
+
+def with_tasks(config: Config, tasks: list[Path] | None, lm_eval: str | None) -> Config:
+    """The configuration with these tasks instead of its own, as far as they are given."""
+    section = tasks_section(tasks, lm_eval)
+    if not section:
+        return config
+    tree = config.model_dump(mode="json", exclude_unset=True)
+    return parse_config(tree | {"eval": tree.get("eval", {}) | section}, "--tasks")

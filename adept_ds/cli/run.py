@@ -12,7 +12,15 @@ import typer
 from adept_ds.base.terminal import OutputCapture, Terminal
 from adept_ds.cli.evaluation_tables import print_evaluation
 from adept_ds.cli.forms import JsonOption
-from adept_ds.cli.options import MethodOption, ResultOption, check_result_file, with_method
+from adept_ds.cli.options import (
+    LmEvalOption,
+    MethodOption,
+    ResultOption,
+    TasksOption,
+    check_result_file,
+    with_method,
+    with_tasks,
+)
 from adept_ds.cli.probe import probe_and_show
 from adept_ds.cli.session import run_session, show
 from adept_ds.cli.summary import (
@@ -64,9 +72,11 @@ def train(config: Config) -> None:
         train_stage(session)
 
 
-def evaluate(config: Config, as_json: JsonOption = False) -> None:
-    """Held-out loss: of the base and the adapted model of a run, or of one model directory."""
-    with run_session(*_resolved(config, "eval"), as_json=as_json) as session:
+def evaluate(
+    config: Config, tasks: TasksOption = None, lm_eval: LmEvalOption = None, as_json: JsonOption = False
+) -> None:
+    """Held-out loss, and scores on tasks: of the base and the adapted model of a run, or of one model directory."""
+    with run_session(*_resolved(with_tasks(config, tasks, lm_eval), "eval"), as_json=as_json) as session:
         from adept_ds.run.evaluate import eval_stage
 
         results = eval_stage(session)

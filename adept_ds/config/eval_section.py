@@ -24,6 +24,10 @@ class EvalSection(Section):
         description="directories with question files (*.jsonl) and tasks of lm-eval (*.yaml) to be scored",
     )
 
+    lm_eval: list[Annotated[str, Field(min_length=1, max_length=200)]] = Field(
+        default_factory=list, description="names of tasks of lm-eval (pip install 'adept-ds[eval]'), such as [mmlu]"
+    )
+
     @model_validator(mode="after")
     def _every_position_once(self) -> EvalSection:
         labels = [f"{alpha:g}" for alpha in self.dial]
@@ -31,3 +35,7 @@ class EvalSection(Section):
         if twice is not None:
             raise ValueError(f"dial: {twice} is there twice, or differs in the seventh digit only: keep one of both")
         return self
+
+    @property
+    def scores_tasks(self) -> bool:
+        return bool(self.tasks or self.lm_eval)

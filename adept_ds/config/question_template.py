@@ -47,7 +47,7 @@ def check_template(template: str) -> str:
     process = _process_of(template, os.getpid())
     if process.refusal is not None:
         raise ValueError(f"{shown} {process.refusal}")
-    rendered = process.render(_variables(_SAMPLE))
+    rendered = process.render(question_variables(_SAMPLE))
     if rendered.exceeds:
         raise ValueError(f"{shown} cannot be rendered: {rendered.reason}; simplify it")
     return template
@@ -59,7 +59,7 @@ def render_question(record: Mapping[str, Any], template: str) -> str:
     Raises:
         ValueError: the record is no question with choices of which one is right, or the template fails on it.
     """
-    values = _variables(record)
+    values = question_variables(record)
     if template == DEFAULT_TEMPLATE:
         return _default().render(values)
     rendered = _process_of(template, os.getpid()).render(values)
@@ -79,8 +79,8 @@ def _process_of(template: str, owner: int) -> TemplateProcess:
     return TemplateProcess(template, VARIABLES)
 
 
-def _variables(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Raises `ValueError`: the record is no question."""
+def question_variables(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What a template may use of a record, by name (see `VARIABLES`). Raises `ValueError`: it is no question."""
     choices, answer = record["choices"], record["answer"]
     if not isinstance(choices, list):
         raise ValueError("'choices' is not a list; give the list of answers")

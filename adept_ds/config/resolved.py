@@ -93,7 +93,7 @@ def corpora_read(config: Config, purpose: Purpose) -> dict[str, Sequence[Path | 
         needed["probe.stability.corpus"] = stability.corpus
     if trains:
         needed["data.domain"] = data.domain
-    if purpose == "eval" and not data.general_eval:
+    if purpose == "eval" and not (data.general_eval or config.eval.scores_tasks):
         needed["data.domain_eval"] = data.domain_eval
     held_out: dict[str, Sequence[Path | CorpusFiles]] = {
         "data.general_eval": data.general_eval,

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 from adept_ds.base.errors import InputError
 from adept_ds.config.corpus_entries import CorpusFiles, Format, corpus_sources
@@ -14,10 +14,13 @@ from adept_ds.config.corpus_files import find_files
 from adept_ds.config.data_section import DataSection
 from adept_ds.data.formats import WORDS, Found, format_of
 from adept_ds.data.open_files import BUFFER_BYTES, open_bytes
-from adept_ds.data.pieces import Piece, cut_document, pieces_of
-from adept_ds.data.record_text import MAX_LINE_BYTES, RecordText
+from adept_ds.data.pieces import Piece, cut_document, document_id, pieces_of
+from adept_ds.data.questions import Question
+from adept_ds.data.record_text import MAX_LINE_BYTES, RecordText, parse_line
 from adept_ds.data.tables import dataset_rows, disk_bytes, parquet_rows
 from adept_ds.data.text_files import decoded
+
+T = TypeVar("T")
 
 _PLACES = 3
 """Bad records that are named."""
@@ -102,6 +105,17 @@ def read_pieces(
         yield from _FileReader(source, number, bad, on_bytes).pieces(skip[1] if number == skip[0] else 0)
 
 
+def read_questions(source: TextSource) -> Iterator[tuple[int, Question | None]]:
+    """Of each document of a source that is a record: what it is known by, and its question, where it can be asked.
+
+    Raises:
+        InputError: as `read_pieces`.
+    """
+    bad = BadRecords(source)
+    for number in range(len(source.files)):
+        yield from _FileReader(source, number, bad).questions()
+
+
 def check_corpus(key: str, corpus: Sequence[Path | CorpusFiles], data: DataSection) -> None:
     """Look at the formats and the first records of a corpus: where most mistakes show, within milliseconds.
 
@@ -151,26 +165,46 @@ class _FileReader:
         if self.format == "text":
             yield from self._text() if not skip else ()
             return
-        source, records = self.source, RecordText(self.source.text_key, self.source.question_template)
-        if self.format == "jsonl":
-            yield from self._documents("line", self._lines(skip), records.of_line)
-        else:
-            rows = parquet_rows if self.format == "parquet" else dataset_rows
-            table = rows(source.key, self.path, source.text_key, skip, self.on_bytes)
-            yield from self._documents("row", table, records.of_record)
+        text_of = self._record_text.of_record
+        for place, index, text in self._records(skip, lambda record, _: text_of(record)):
+            yield from pieces_of(text, place, (self.number, index + 1))
 
-    def _documents(
-        self, unit: str, records: Iterator[tuple[int, Any]], text_of: Callable[[Any], str]
-    ) -> Iterator[Piece]:
-        prefix, file = f"'{self.path}' {unit} ", self.number
+    def questions(self) -> Iterator[tuple[int, Question | None]]:
+        """Of each record, in order, what its document is known by, and the question that it is, if it is one."""
+        if self.format == "text":
+            return
+        record_text = self._record_text
+
+        def convert(record: Mapping[str, Any], place: str) -> tuple[int, Question | None]:
+            known_by = document_id(record_text.of_record(record))
+            return known_by, Question.of(record, place) if record_text.is_question(record) else None
+
+        for _, _, found in self._records(0, convert):
+            yield found
+
+    @property
+    def _record_text(self) -> RecordText:
+        return RecordText(self.source.text_key, self.source.question_template)
+
+    def _records(self, skip: int, convert: Callable[[Mapping[str, Any], str], T]) -> Iterator[tuple[str, int, T]]:
+        """Places and numbers of records, and what `convert` makes of them."""
+        unit, records, parse = self._unparsed(skip)
+        prefix = f"'{self.path}' {unit} "
         for index, record in records:
             place = f"{prefix}{index + 1}"
             try:
-                text = text_of(record)
+                converted = convert(parse(record), place)
             except ValueError as error:
                 self.bad.add(place, str(error))
                 continue
-            yield from pieces_of(text, place, (file, index + 1))
+            yield place, index, converted
+
+    def _unparsed(self, skip: int) -> tuple[str, Iterator[tuple[int, Any]], Callable[[Any], Mapping[str, Any]]]:
+        """What a record is called, all of them with their numbers, and how to read one."""
+        if self.format == "jsonl":
+            return "line", self._lines(skip), parse_line
+        rows = parquet_rows if self.format == "parquet" else dataset_rows
+        return "row", rows(self.source.key, self.path, self.source.text_key, skip, self.on_bytes), lambda row: row
 
     def _lines(self, skip: int) -> Iterator[tuple[int, bytes]]:
         """With their numbers, from 0; of one that is too long, the beginning. Blank ones are counted, and left out."""

@@ -35,21 +35,21 @@ class RecordText:
     text_key: str
     question_template: str
 
-    def of_line(self, line: bytes) -> str:
-        """The text of a line of JSON."""
-        return self.of_record(parse_line(line))
-
     def of_record(self, record: Mapping[str, Any]) -> str:
         """Its field `text_key`; without such a text, its question."""
         text = record.get(self.text_key)
         if isinstance(text, str):
             return checked_text(text, repr(self.text_key))
-        if all(key in record for key in QUESTION_KEYS):
+        if self.is_question(record):
             self._refuse_nothing(record)
             return checked_text(render_question(record, self.question_template), "the question")
         if self.text_key in record:
             raise ValueError(f"{self.text_key!r} is {_kind(text)}, not a text; correct it, or set data.text_key")
         raise ValueError(missing_field(self.text_key, list(record)))
+
+    def is_question(self, record: Mapping[str, Any]) -> bool:
+        """Whether its text is that of a question: it has no other."""
+        return not isinstance(record.get(self.text_key), str) and all(key in record for key in QUESTION_KEYS)
 
     def _refuse_nothing(self, record: Mapping[str, Any]) -> None:
         """What would be rendered as 'None'; or as Python's code, but a template of the user's may take it apart."""

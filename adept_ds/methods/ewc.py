@@ -15,7 +15,8 @@ less is useful.
 
 Where it departs from the original: the Fisher matrix is the empirical one (labels of the text, none drawn from the
 model), of text that stands in for what the base was trained on, a batch at a time; and the penalty's gradient is
-clipped together with the loss's.
+clipped together with the loss's. AdamW's decay pulls towards zero as ever; set `train.weight_decay: 0` for the penalty
+alone.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class Ewc(WithGeneralText):
     """Everything trains, and what general text minds is held back."""
 
     name: Literal["ewc"] = "ewc"
-    strength: float = Field(1000.0, gt=0, le=1e15, description="of the penalty: lambda")
+    strength: float = Field(100.0, gt=0, le=1e15, description="of the penalty: lambda")
 
     def rule(self, training: Training) -> TrainingRule:
         from adept_ds.models.device import resolve_precision

@@ -37,7 +37,7 @@ class WithGeneralText(WholeModel):
 
     needs_general_text: ClassVar[bool] = True
     sequences: Count = Field(32, description="sequences of general text (probe.corpus), over all ranks")
-    batch_sequences: Count = Field(1, description="sequences per gradient, whatever the number of ranks")
+    batch_sequences: Count = Field(2, description="sequences per gradient, whatever the number of ranks")
 
     def check(self, config: Config) -> None:
         sources = len(config.probe.sources)

@@ -80,6 +80,8 @@ class CopySweep:
         self._progress: PassProgress | None = None
 
         def prepare(model: torch.nn.Module) -> None:
+            config: Any = model.config
+            self._hidden_size: int = config.hidden_size
             layers = model_dir.family.layer_modules(model)
             install_layer_sweep(model, model_dir.family, max_stack_tokens, self._on_layer, self._bypasses)
             self._taps.install(layers)
@@ -101,7 +103,7 @@ class CopySweep:
         """
         of_layers = stacks(self._num_layers, self._bypasses)
         progress = PassProgress(self._num_layers, check, move, [len(stack.through) for stack in of_layers])
-        num_variants, width = 1 + len(self._bypasses), self._taps.width(self._model.config.hidden_size)
+        num_variants, width = 1 + len(self._bypasses), self._taps.width(self._hidden_size)
 
         def forward(batch: Batch) -> torch.Tensor:
             self._taps.begin(batch)

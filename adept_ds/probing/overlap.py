@@ -22,7 +22,7 @@ import numpy as np
 
 Array = np.ndarray
 
-SHRINKAGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
+SHRINKAGES = (1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 """Ridge penalties that are tried, in units of the mean eigenvalue; leave-one-out errors in the other folds choose."""
 
 FOLDS = 5

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from pydantic import NonNegativeInt
 
+from adept_ds.base.files import json_text
 from adept_ds.base.records import Record
 
 Topic = Literal["general", "domain", "entanglement"]
@@ -189,3 +190,8 @@ class Diagnosis(Record):
         for finding in self.findings:
             found = {**finding.settings, **found} if finding.problem else found
         return found
+
+
+def written(value: Any) -> str:
+    """A value of the configuration as it is typed behind its key: a word, or JSON, which YAML takes too."""
+    return value if isinstance(value, str) else json_text(value)

@@ -6,10 +6,10 @@ from pathlib import Path
 
 from markupsafe import Markup
 
-from adept_ds.base.files import json_text, write_text
+from adept_ds.base.files import write_text
 from adept_ds.base.run_dir import RunDirectory
 from adept_ds.report import figures
-from adept_ds.report.diagnosis import Diagnosis
+from adept_ds.report.diagnosis import Diagnosis, written
 from adept_ds.report.diagnosis_figures import FIGURES
 from adept_ds.report.drawing import svg
 from adept_ds.report.page import environment
@@ -26,11 +26,6 @@ def write_page(run_dir: Path, diagnosis: Diagnosis) -> Path:
     shown = {"d": diagnosis, "svgs": _svgs(run_dir, diagnosis), "name": run_dir.resolve().name, "written": written}
     write_text(target, environment().get_template("diagnosis.html.j2").render(shown))
     return target
-
-
-def written(value: object) -> str:
-    """A value as it is typed behind a key: JSON, which YAML is a superset of."""
-    return value if isinstance(value, str) else json_text(value)
 
 
 def _svgs(run_dir: Path, diagnosis: Diagnosis) -> dict[str, Markup | None]:

@@ -22,6 +22,7 @@ from adept_ds.data.tokenizer import TextTokenizer
 from adept_ds.data.tokens import TokenFile, Tokenisation, tokens_of
 from adept_ds.data.training_data import TrainingData
 from adept_ds.evaluation.held_out import HeldOut, SourceName
+from adept_ds.evaluation.questions import QuestionSet, questions_among
 from adept_ds.run.progress import StageProgress
 from adept_ds.training.evaluation import EvalSet
 
@@ -42,7 +43,7 @@ class Corpora:
         }
         counts |= {"replay": len(self.replay.blocks)} if self.replay else {}
         counts |= {f"{eval_set.name} held out": len(eval_set.indices) for eval_set in self.held_out}
-        _ = self.held_out_documents  # what is wrong with them shows before training
+        _ = self.held_out_questions  # what is wrong with them shows before training
         return counts | ({"general probe": len(self.general.blocks)} if self.settings.config.probe.corpus else {})
 
     @cached_property
@@ -96,6 +97,27 @@ class Corpora:
             if entries
             for source, documents in self._documents(f"data.{name}_eval", corpus_sources(entries)).items()
         }
+
+    @cached_property
+    def held_out_questions(self) -> dict[SourceName, QuestionSet]:
+        """Of the sources that have any, the questions among these documents."""
+        data = self.settings.config.data
+        sources = {
+            SourceName(name, source.title): source
+            for name, entries in {"general": data.general_eval, "domain": data.domain_eval}.items()
+            for source in corpus_sources(entries)
+        }
+        documents, tokenizer = self.held_out_documents, self.tokenizer_of_documents
+
+        def read() -> dict[SourceName, QuestionSet]:
+            found = {
+                name: questions_among(self._text(name.key, source), documents[name].ids)
+                for name, source in sources.items()
+            }
+            model = self.settings.model
+            return {name: QuestionSet.of(of, tokenizer, model) for name, of in found.items() if of}
+
+        return self.progress.ranks.on_main(read)
 
     def _documents(self, key: str, sources: Sequence[CorpusSource]) -> dict[str, DocumentRows]:
         data, tokenisation = self.settings.config.data, self._tokenisation_of_documents
@@ -181,6 +203,11 @@ class Corpora:
         # A document that is a sequence of its own begins like one.
         by_document = self.settings.config.data.packing == "documents"
         return self._tokenise_with("document" if by_document else self.settings.model.family.bos_per)
+
+    @property
+    def tokenizer_of_documents(self) -> TextTokenizer:
+        """For texts that are sequences of their own."""
+        return self._tokenisation_of_documents.tokenizer
 
     @cached_property
     def _tokenisation_of_documents(self) -> Tokenisation:

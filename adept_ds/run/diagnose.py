@@ -39,7 +39,7 @@ from adept_ds.report.diagnosis import (
     WriteShare,
 )
 from adept_ds.report.diagnosis_findings import findings_of
-from adept_ds.report.diagnosis_signs import compared, evaluated_losses, paired_error
+from adept_ds.report.diagnosis_signs import compared, evaluated_losses, paired_error, signatures
 from adept_ds.report.diagnosis_units import unit_courses
 from adept_ds.run.context import Context
 from adept_ds.run.identity import reading_settings
@@ -89,10 +89,19 @@ def diagnose_stage(run: Context, sequences: int | None = None) -> Diagnosis:
         from adept_ds.report.diagnosis_page import write_page  # matplotlib takes a second, on rank 0 alone
 
         path = write_page(run.run_dir.root, diagnosis)
-        run.terminal.stage("diagnose", str(path))
+        run.terminal.stage("diagnose", f"{_summary(diagnosis)}: {path}")
         return diagnosis
 
     return run.ranks.on_main(conclude)
+
+
+def diagnose_if_it_failed(run: Context) -> None:
+    """At the end of a run: where its evaluation shows a known failure, say so, and look for the cause."""
+    found = run.ranks.on_main(lambda: signatures(run.run_dir.root))
+    for signature in found:
+        run.terminal.stage("diagnose", signature.sentence)
+    if found:
+        diagnose_stage(run)
 
 
 def _digest_of_inputs(run: Context, sequences: int | None) -> str:
@@ -111,6 +120,11 @@ def _digest_of_inputs(run: Context, sequences: int | None) -> str:
         "files": [hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None for file in files],
     }
     return hashlib.sha256(json_text(inputs).encode()).hexdigest()
+
+
+def _summary(diagnosis: Diagnosis) -> str:
+    problems = [finding.name.replace("_", " ") for finding in diagnosis.findings if finding.problem]
+    return f"to blame: {', '.join(problems)}" if problems else "nothing is to blame"
 
 
 def _unchanged(path: Path, made_of: str) -> Diagnosis | None:

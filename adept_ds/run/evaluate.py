@@ -1,12 +1,14 @@
 """Held-out losses of the base model, of the exported one, and of models between them (docs/evaluation.md).
 
-evaluation_base.json, document_losses_base.safetensors    stage eval_base: the same in every run on these texts
-evaluation.json, document_losses.safetensors              stage eval: all models
+Stages of the ledger:
+    eval_base    evaluation_base.json, document_losses_base.safetensors: the same in every run on these texts
+    eval         evaluation.json, document_losses.safetensors: all models
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,29 +17,38 @@ from safetensors.numpy import load_file, save
 
 from adept_ds.base.errors import InputError
 from adept_ds.base.files import write_bytes
-from adept_ds.base.run_records import BaseEvaluation, CorpusLoss, DialLoss, Evaluation
+from adept_ds.base.run_records import Accuracy, BaseEvaluation, CorpusLoss, DialLoss, Evaluation
 from adept_ds.config.corpus_entries import corpus_sources
-from adept_ds.evaluation.dials import dial_of
-from adept_ds.evaluation.held_out import DocumentLosses, HeldOut, by_corpus, document_losses
-from adept_ds.evaluation.row_losses import Evaluator
+from adept_ds.evaluation.held_out import DocumentLosses, HeldOut, SourceName, by_corpus, document_losses
+from adept_ds.evaluation.questions import accuracies
 from adept_ds.methods.shape import method_of
 from adept_ds.models.directory import ModelDirectory
 from adept_ds.run.context import Context
 from adept_ds.run.identity import reading_settings
 from adept_ds.run.ledger import Stage
+from adept_ds.run.loaded import evaluator_of, turned
 from adept_ds.run.non_finite import naming_what_is_not_finite
 from adept_ds.run.prerequisites import check_ready
-from adept_ds.zero.build import build_forward_engine
-from adept_ds.zero.engine import release
+from adept_ds.run.score_tasks import tasks_stage
 
 
 def eval_stage(run: Context) -> dict[str, Any]:
-    """Losses of both models, each loaded from disk as a user would, and at the positions of `eval.dial`."""
-    data = run.settings.config.data
-    if not (data.general_eval or data.domain_eval):
+    """What is found out of both models, each loaded from disk as a user would, and at the positions of `eval.dial`.
+
+    Returns:
+        As `Evaluation.to_json`, if there is held-out text; and what models score on tasks, if there are some.
+    """
+    config = run.settings.config
+    holds_out = bool(config.data.general_eval or config.data.domain_eval)
+    if not (holds_out or config.eval.scores_tasks):
         run.terminal.stage("eval", "[dim]no held-out corpora (data.general_eval, data.domain_eval)[/]")
         return {}
     adapted = run.ranks.on_main(lambda: _exported(run))
+    results = _losses(run, adapted).to_json() if holds_out else {}
+    return results | ({"tasks": tasks_stage(run, adapted).models} if config.eval.scores_tasks else {})
+
+
+def _losses(run: Context, adapted: ModelDirectory) -> Evaluation:
     files = run.run_dir
     base_stage = Stage(
         "eval_base",
@@ -49,66 +60,68 @@ def eval_stage(run: Context) -> dict[str, Any]:
     run.ledger.once(base_stage, lambda: _evaluate_base(run))
     if not run.ledger.once(stage, lambda: _evaluate_adapted(run, adapted)):
         run.unchanged("eval")
-    return run.ranks.on_main(lambda: Evaluation.load(files.evaluation)).to_json()
+    return run.ranks.on_main(lambda: Evaluation.load(files.evaluation))
+
+
+@dataclass(frozen=True)
+class Found:
+    """Of one model."""
+
+    losses: DocumentLosses
+    accuracies: Mapping[SourceName, Accuracy]
+
+    def by_corpus(self, held_out: HeldOut) -> dict[str, CorpusLoss]:
+        return by_corpus(held_out, self.losses, self.accuracies)
 
 
 def evaluate_model(run: Context, model_dir: ModelDirectory, title: str) -> dict[str, CorpusLoss]:
-    """Losses of a model by held-out corpus. Raises `InputError` as `losses_of`."""
-    (losses,) = losses_of(run, model_dir, title)
-    return by_corpus(run.corpora.held_out_documents, losses)
+    """Of a model by held-out corpus. Raises `InputError` as `find`."""
+    (found,) = find(run, model_dir, title)
+    return found.by_corpus(run.corpora.held_out_documents)
 
 
-def losses_of(
-    run: Context, model_dir: ModelDirectory, title: str, positions: Sequence[float] = (1.0,)
-) -> list[DocumentLosses]:
-    """Losses of a model by document, at each position of the dial (1: as it is).
+def find(run: Context, model_dir: ModelDirectory, title: str, positions: Sequence[float] = (1.0,)) -> list[Found]:
+    """Losses and accuracies of a model at each position of the dial (1: as it is), the first of which is 1.
 
     Raises:
         InputError: a loss is no finite number; the message names the corpus, and the tensor that is to blame.
     """
-    held_out = run.corpora.held_out_documents  # first: a mistake in a text shows before a model is loaded
-    model, device = build_forward_engine(run.engines, model_dir)
-    config = run.settings.config
-    evaluator = Evaluator(model, device, run.ranks, config.train.micro_batch_size * config.data.seq_len)
-    try:
+    held_out, questions = run.corpora.held_out_documents, run.corpora.held_out_questions
+    with evaluator_of(run, model_dir) as evaluator:  # after texts: a mistake in one shows before a model is loaded
         found = []
-        for alpha in positions:
-            where = title
-            if alpha != 1:
-                where = f"{title} at alpha={alpha:g}"
-                dial_of(method_of(config).dial, model, model_dir, run.settings.model, run.precision).turn(alpha)
+        for where in turned(run, evaluator, model_dir, title, positions):
             with naming_what_is_not_finite(run, model_dir), run.progress.together(where) as bar:
-                found.append(document_losses(evaluator, held_out, bar))
+                losses = document_losses(evaluator, held_out, bar)
+            with run.progress.together(f"{where}: questions") as bar:
+                found.append(Found(losses, accuracies(evaluator, questions, bar)))
         return found
-    finally:
-        release(model)
 
 
 def _evaluate_base(run: Context) -> None:
     held_out = run.corpora.held_out_documents
-    (losses,) = losses_of(run, run.settings.model, "evaluating base")
+    (found,) = find(run, run.settings.model, "evaluating base")
 
     def write() -> None:
-        _write_losses(run.run_dir.base_document_losses, held_out, {"base": losses})
-        BaseEvaluation(corpora=by_corpus(held_out, losses)).save(run.run_dir.base_evaluation)
+        _write_losses(run.run_dir.base_document_losses, held_out, {"base": found.losses})
+        BaseEvaluation(corpora=found.by_corpus(held_out)).save(run.run_dir.base_evaluation)
 
     run.ranks.on_main(write)
 
 
 def _evaluate_adapted(run: Context, adapted: ModelDirectory) -> None:
     held_out, dial = run.corpora.held_out_documents, run.settings.config.eval.dial
-    losses, *between = losses_of(run, adapted, "evaluating adapted", (1.0, *dial))
+    found, *between = find(run, adapted, "evaluating adapted", (1.0, *dial))
     positions = dict(zip(dial, between, strict=True))
 
     def write() -> None:
         base = BaseEvaluation.load(run.run_dir.base_evaluation)
-        of_base = _read_losses(run.run_dir.base_document_losses, held_out, "base")
-        named = {f"alpha={alpha:g}": of for alpha, of in positions.items()}
-        _write_losses(run.run_dir.document_losses, held_out, {"base": of_base, "adapted": losses} | named)
+        losses = {"base": _read_losses(run.run_dir.base_document_losses, held_out, "base"), "adapted": found.losses}
+        losses |= {f"alpha={alpha:g}": at.losses for alpha, at in positions.items()}
+        _write_losses(run.run_dir.document_losses, held_out, losses)
         Evaluation(
             base=base.corpora,
-            adapted=by_corpus(held_out, losses),
-            dial=[DialLoss(alpha=alpha, corpora=by_corpus(held_out, of)) for alpha, of in positions.items()],
+            adapted=found.by_corpus(held_out),
+            dial=[DialLoss(alpha=alpha, corpora=at.by_corpus(held_out)) for alpha, at in positions.items()],
         ).save(run.run_dir.evaluation)
 
     run.ranks.on_main(write)

@@ -10,6 +10,7 @@ from adept_ds.base.run_dir import EXPANSION_NAME, RunDirectory, checkpoint_steps
 from adept_ds.config.resolved import Purpose, corpora_read
 from adept_ds.config.schema import Config
 from adept_ds.data.documents import check_corpus
+from adept_ds.data.task_files import check_tasks
 from adept_ds.methods.shape import method_of
 
 
@@ -61,13 +62,15 @@ def check_probed(config: Config) -> None:
 
 
 def check_texts(config: Config, purpose: Purpose) -> None:
-    """The corpora that a command reads begin with texts.
+    """The corpora that a command reads begin with texts, and there are tasks where some are asked for.
 
     Raises:
-        InputError: as `check_corpus`.
+        InputError: as `check_corpus` and `check_tasks`.
     """
     for key, corpus in corpora_read(config, purpose).items():
         check_corpus(key, corpus, config.data)
+    if purpose in ("run", "eval"):
+        check_tasks(config.eval, config.data)
 
 
 def exported_step(config: Config, step: int | None = None) -> int:

@@ -88,11 +88,11 @@ class RunProcesses:
 
 
 def last_words(log: Path) -> str:
-    """The last line that a run said: of `adept` itself, if there is one."""
+    """The last line that a run said: of `adept` itself, unless that only announces a traceback."""
     if not log.is_file():
         return ""
     lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    own = [line for line in lines if line.startswith("adept")]
+    own = [line for line in lines if line.startswith("adept") and ": unexpected " not in line]
     return (own or lines or [""])[-1]
 
 

@@ -29,7 +29,7 @@ def describe(plan: Plan, progress: Progress, overlaps: Sequence[str], scale: flo
         "trained on": _names(plan.texts.train),
         "replayed and probed": _names(plan.texts.general) or "nothing",
     }
-    arguments = [str(plan.checked.path), *([f"--scale={scale:g}"] if scale != 1 else [])]
+    arguments = [str(plan.checked.path), *plan.checked.overrides, *([f"--scale={scale:g}"] if scale != 1 else [])]
     return StudyDescription(
         title=study.title or study.study_dir.name,
         model=plan.example(plan.checked.variants[0]).model,

@@ -21,7 +21,7 @@ from adept_ds.run.progress import StageProgress
 from adept_ds.study.budget import Rate, scaled, steps_of
 from adept_ds.study.cells import Cell, make_cell
 from adept_ds.study.directory import CELL_RECORD, StudyDirectory
-from adept_ds.study.roles import check_roles, uses_of
+from adept_ds.study.roles import check_roles, uses_of, uses_of_variants
 from adept_ds.study.schema import Study
 from adept_ds.study.splitting import split_domain
 from adept_ds.study.texts import Texts, texts_of
@@ -37,6 +37,8 @@ class CheckedStudy:
     variants: tuple[Variant, ...]
     examples: Mapping[str, Config]
     """A configuration of each variant, by its name; texts are not split in it."""
+    overrides: tuple[str, ...] = ()
+    """Of the study, already applied."""
 
     @property
     def directory(self) -> StudyDirectory:
@@ -48,7 +50,7 @@ class CheckedStudy:
         return self.study.budget.seconds is not None
 
 
-def check_study(study: Study, path: Path, scale: float = 1.0) -> CheckedStudy:
+def check_study(study: Study, path: Path, scale: float = 1.0, overrides: Sequence[str] = ()) -> CheckedStudy:
     """Look everything up that can be known before anything is written or takes time.
 
     Raises:
@@ -57,6 +59,8 @@ def check_study(study: Study, path: Path, scale: float = 1.0) -> CheckedStudy:
     study = _scaled(study, scale)
     if study.reference is not None and study.reference not in (names := _arms_of(study)):
         raise InputError(f"{path}: reference: '{study.reference}' is none of {', '.join(names)}; choose one of them")
+    for use in uses_of(study):
+        use.files()
     variants, texts = tuple(variants_of(study, path, scale)), texts_of(study)
     examples = dict[str, Config]()
     for variant in variants:
@@ -67,7 +71,7 @@ def check_study(study: Study, path: Path, scale: float = 1.0) -> CheckedStudy:
             steps_of(study.budget, config, variant.origin)
         examples[variant.name] = config
         check_run_dir(config.model_copy(update={"run_dir": study.study_dir}), settings.model.path)
-    return CheckedStudy(study, path, variants, examples)
+    return CheckedStudy(study, path, variants, examples, tuple(overrides))
 
 
 def _scaled(study: Study, factor: float) -> Study:
@@ -103,7 +107,8 @@ class Plan:
         """Raises `InputError`: a text has two roles, or the domain cannot be split."""
         self.checked, self.study = checked, checked.study
         self._identity = Identity(FileDigests(self.directory.digests), StageProgress(terminal, stop, Ranks()))
-        check_roles(uses_of(self.study, [(v, self.example(v)) for v in checked.variants]), self._identity.digests)
+        own = uses_of_variants(self.study, [(variant, self.example(variant)) for variant in checked.variants])
+        check_roles([*uses_of(self.study), *own], self._identity.digests)
         first = self.example(checked.variants[0])
         split = split_domain(self.study.domain, first.data, self.directory.data, self._identity, terminal)
         self.texts: Texts = texts_of(self.study, split)

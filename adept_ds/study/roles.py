@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from adept_ds.study.schema import Study
 from adept_ds.study.texts import TEST, VALIDATION, texts_of
 from adept_ds.study.variants import Variant
 
-_DOMAIN, _GENERAL = "learned", "replayed and probed"
+_DOMAIN, _GENERAL = "training", "replay and probing"
 """Roles beside validation and test."""
 
 
@@ -30,31 +30,31 @@ class Use:
     key: str
     entries: Sequence[Path | CorpusFiles]
 
-    def files(self) -> Iterable[Path]:
-        for entry in self.entries:
-            yield from find_files(self.key, entry.files if isinstance(entry, CorpusFiles) else [entry])
+    def files(self) -> list[Path]:
+        """Raises `InputError`: see `find_files`."""
+        entries = (entry.files if isinstance(entry, CorpusFiles) else [entry] for entry in self.entries)
+        return [file for paths in entries for file in find_files(self.key, paths)]
 
 
-def uses_of(study: Study, examples: Sequence[tuple[Variant, Config]]) -> list[Use]:
-    """All texts of a study.
-
-    Args:
-        examples: a configuration of each variant: methods and settings may have texts of their own.
-    """
+def uses_of(study: Study) -> list[Use]:
+    """What the study itself names."""
     general = study.general
+    return [
+        Use(_DOMAIN, "domain.sources", study.domain.sources),
+        Use(_GENERAL, "general.train", general.train),
+        Use(VALIDATION, "general.validation", general.validation),
+        Use(TEST, "general.test", general.test),
+    ]
+
+
+def uses_of_variants(study: Study, examples: Sequence[tuple[Variant, Config]]) -> list[Use]:
+    """What methods and settings name beside that; each with a configuration."""
     shared = corpus_sources(texts_of(study).general)
-    own = [
+    return [
         Use(_GENERAL, f"{variant.origin}: {key}", corpus)
         for variant, config in examples
         for key, corpus in _general_texts(config).items()
         if corpus_sources(corpus) != shared
-    ]
-    return [
-        Use(_DOMAIN, "domain.sources", study.domain.sources),
-        Use(_GENERAL, "general.train", general.train),
-        *own,
-        Use(VALIDATION, "general.validation", general.validation),
-        Use(TEST, "general.test", general.test),
     ]
 
 
@@ -69,8 +69,8 @@ def check_roles(uses: Sequence[Use], digests: FileDigests) -> None:
             if use.role != other.role and (file.samefile(its) or _content(file, digests) == _content(its, digests)):
                 what = "is" if file.samefile(its) else "has the same content as"
                 raise InputError(
-                    f"{other.key}: '{its}' {what} '{file}' of {use.key}; a text is {use.role} or {other.role}, never "
-                    "both: give each another file"
+                    f"{other.key}: '{its}' {what} '{file}' of {use.key}; a text is either for {use.role} or for "
+                    f"{other.role}: give each another file"
                 )
 
 

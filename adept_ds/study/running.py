@@ -65,6 +65,12 @@ class StudyState:
     def failed(self) -> dict[Cell, Failure]:
         return {cell: Failure.load(cell.failure) for cell in self.cells() if cell.failure.is_file()}
 
+    def tidy(self) -> None:
+        """After cells that ended while nobody looked."""
+        for cell in self.search:
+            if cell.is_finished:
+                tidy(cell, self.shared, self.plan.study.keep)
+
     def write_page(self) -> Findings:
         """From what is there. Raises `InputError`: there is nothing, or it cannot be compared."""
         cells, failed = self.cells(), self.failed()
@@ -120,9 +126,7 @@ class StudyRun:
         Raises:
             StopRequestedError: see `Executor.execute`.
         """
-        for cell in self.state.search:
-            if cell.is_finished:
-                tidy(cell, self.state.shared, self.state.plan.study.keep)
+        self.state.tidy()
         self._phase("search", lambda: self.state.search)
         if not (self.failed and self.stop_on_failure):
             self._phase("confirm", self.state.confirmations)

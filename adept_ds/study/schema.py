@@ -148,6 +148,7 @@ class StudyEvaluation(Section):
 
     sequences: Count = Field(128, description="as data.eval_sequences: of each held-out corpus at most so much")
     tasks: list[UserPath] = Field(default_factory=list, description="as eval.tasks")
+    lm_eval: list[str] = Field(default_factory=list, description="as eval.lm_eval")
 
 
 class SlurmSection(Section):

@@ -12,13 +12,15 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from adept_ds.base.digests import json_digest
-from adept_ds.base.files import new_directory, read_json, write_json
+from adept_ds.base.errors import InputError
+from adept_ds.base.files import new_directory, read_json, write_bytes, write_json
 from adept_ds.base.run_dir import RunDirectory
 from adept_ds.probing.scores import LayerScores
 
@@ -59,7 +61,7 @@ _BASE_LOSSES = _Work(
     lambda inputs: [
         *_tokenised(inputs),
         [inputs["data"][key] for key in ("general_eval", "domain_eval", "eval_sequences", "seq_len")],
-        inputs["eval"]["tasks"],
+        [inputs["eval"][key] for key in ("tasks", "lm_eval")],
     ],
 )
 _WORKS = (_PROBE, _BASE_LOSSES)
@@ -75,7 +77,7 @@ class SharedWork:
         """Link into a fresh run directory what others have made."""
         _link_folders(self._tokens, run.tokens)
         if self._digests.is_file():
-            _copy(self._digests, run.digests)
+            write_bytes(run.digests, self._digests.read_bytes())
         entries = dict[str, Any]()
         for work in _WORKS:
             place = self._place(work, inputs)
@@ -91,15 +93,13 @@ class SharedWork:
         """Link what a run has made into `shared/`, unless it is there."""
         _link_folders(run.tokens, self._tokens)
         if run.digests.is_file():
-            _copy(run.digests, self._digests)
+            write_bytes(self._digests, run.digests.read_bytes())
         ledger = read_json(run.ledger) if run.ledger.is_file() else {}
         for work in _WORKS:
             place, files = self._place(work, inputs), work.files(run)
-            if not place.exists() and files[0].is_file() and work.stages[0] in ledger:
-                with new_directory(place) as fresh:
-                    for file in filter(Path.is_file, files):
-                        _link(file, fresh / file.name)
-                    write_json(fresh / run.ledger.name, {name: ledger[name] for name in work.stages if name in ledger})
+            entries = {name: ledger[name] for name in work.stages if name in ledger}
+            if files[0].is_file() and work.stages[0] in entries:
+                _make(place, partial(_fill, files=files, ledger=run.ledger.name, entries=entries))
 
     def has(self, inputs: Inputs) -> bool:
         """Whether nothing of what this cell shares is left to be made."""
@@ -128,13 +128,30 @@ def probe_seconds(run: RunDirectory) -> float:
     return LayerScores.load(scores).seconds if scores.is_file() else 0.0
 
 
+def _make(place: Path, fill: Callable[[Path], None]) -> None:
+    """A new folder; one that is there, or that another process was faster with, stays as it is."""
+    if place.exists():
+        return
+    try:
+        with new_directory(place) as fresh:
+            fill(fresh)
+    except InputError:
+        if not place.is_dir():
+            raise
+
+
 def _link_folders(source: Path, target: Path) -> None:
     """Each folder of `source` that is not in `target` yet, file by file."""
     for folder in _whole_folders(source):
-        if not (target / folder.name).exists():
-            with new_directory(target / folder.name) as fresh:
-                for file in folder.iterdir():
-                    _link(file, fresh / file.name)
+        _make(target / folder.name, partial(_fill, files=tuple(folder.iterdir())))
+
+
+def _fill(folder: Path, files: Sequence[Path], ledger: str = "", entries: Mapping[str, Any] | None = None) -> None:
+    for file in files:
+        if file.is_file():
+            _link(file, folder / file.name)
+    if entries is not None:
+        write_json(folder / ledger, entries)
 
 
 def _whole_folders(place: Path) -> Iterator[Path]:
@@ -151,9 +168,4 @@ def _link(source: Path, target: Path) -> None:
     try:
         os.link(source, target)
     except OSError:
-        _copy(source, target)
-
-
-def _copy(source: Path, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copy2(source, target)
+        shutil.copy2(source, target)

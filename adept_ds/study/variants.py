@@ -30,6 +30,7 @@ _DECIDED = {
     "train.steps": "budget",
     "eval.dial": "dial",
     "eval.tasks": "evaluation.tasks",
+    "eval.lm_eval": "evaluation.lm_eval",
 }
 """Keys of a configuration, and where a study says them, for all cells alike or in turn."""
 
@@ -76,6 +77,7 @@ class Variant:
             "train.steps": steps,
             "eval.dial": list(study.dial),
             "eval.tasks": list(map(str, study.evaluation.tasks)),
+            "eval.lm_eval": list(study.evaluation.lm_eval),
         }
         for key, value in decided.items():
             _put(tree, key, value)

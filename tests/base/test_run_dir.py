@@ -22,6 +22,11 @@ NAMES = {
     "checkpoints": "checkpoints",
     "export": "export",
     "evaluation": "evaluation.json",
+    "document_losses": "document_losses.safetensors",
+    "base_evaluation": "evaluation_base.json",
+    "base_document_losses": "document_losses_base.safetensors",
+    "task_scores": "task_scores.json",
+    "base_task_scores": "task_scores_base.json",
     "summary": "summary.json",
     "report": "report.html",
 }

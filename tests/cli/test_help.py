@@ -24,7 +24,10 @@ TAKES = {
     "expand": ["CONFIG|MODEL", "[OUT | KEY=VALUE]...", "--layers", "--dry-run", "--overwrite", "--json"],
     "verify": ["MODEL", "EXPANDED", "--logits", "--no-logits", "--json"],
     "train": ["CONFIG", "[KEY=VALUE]..."],
-    "eval": ["CONFIG|MODEL", "[KEY=VALUE]...", "--text", "--seq-len", "--work-dir", "--json"],
+    "eval": [
+        *("CONFIG|MODEL", "[KEY=VALUE]...", "--tasks", "--lm-eval", "--json"),
+        *("--text", "--seq-len", "--work-dir"),
+    ],
     "export": ["CONFIG|CHECKPOINT", "[OUT | KEY=VALUE]...", "--step", "--base", "--dtype", "--overwrite"],
     "report": ["CONFIG|RUN_DIR", "[KEY=VALUE]..."],
     "show": ["CONFIG", "[KEY=VALUE]...", "--json"],

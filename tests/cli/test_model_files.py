@@ -152,7 +152,10 @@ def test_evaluating_a_model_finds_what_a_run_finds_on_any_number_of_ranks(
     assert by_run["eval"]["adapted"]["domain"] == expected, "it is the same model"
     assert place.results(*arguments) == {"model": {"text": expected}}
     found = place.results(*arguments, ranks=2)["model"]["text"]
-    assert found == {"loss": pytest.approx(expected["loss"], rel=1e-12), "tokens": expected["tokens"]}
+    assert found == expected | {
+        "loss": pytest.approx(expected["loss"], rel=1e-12),
+        "sources": {"general": expected["sources"]["general"] | {"loss": pytest.approx(expected["loss"], rel=1e-12)}},
+    }
     assert place.left() == set()
 
 
@@ -209,7 +212,9 @@ module.{function} = boom
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize(("form", "module", "function"), [(PROBE, "probe", "_passes"), (EVAL, "evaluate", "evaluate")])
+@pytest.mark.parametrize(
+    ("form", "module", "function"), [(PROBE, "probe", "_passes"), (EVAL, "evaluate", "document_losses")]
+)
 def test_nothing_but_logs_is_left_of_a_command_that_crashes(
     form: Form, module: str, function: str, ranks: int, workspace: Workspace, place: Place
 ) -> None:
@@ -367,7 +372,7 @@ def test_a_second_interrupt_ends_it_at_once_and_leaves_nothing(workspace: Worksp
     """The first one would end it at its next step of progress, which never comes here."""
     before = BOOM.replace('raise RuntimeError("boom")', "import time; time.sleep(1000)")
     arguments = EVAL.arguments(workspace.model, workspace.root / "general.jsonl")
-    processes = place.start(*arguments, before=before.format(module="evaluate", function="evaluate"))
+    processes = place.start(*arguments, before=before.format(module="evaluate", function="document_losses"))
     wait_for(lambda: list(place.tmp.glob(".adept_*/cache/tokens/[!.]*/manifest.json")), processes)
     for _ in range(2):
         time.sleep(0.5)

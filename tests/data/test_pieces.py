@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
+import struct
 from collections.abc import Iterator
 
 import pytest
@@ -10,7 +12,7 @@ from harness.reading import joined
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from adept_ds.data import pieces
-from adept_ds.data.pieces import Piece, cut_document, pieces_of
+from adept_ds.data.pieces import Piece, cut_document, document_id, pieces_of
 
 WORDS = ["matrix", "the", "of", "ä", "Übung", "数学", "e\u0301te\u0301", "👩‍🔬", "x", "12,5"]
 
@@ -121,4 +123,16 @@ def test_tokens_that_begin_in_parts_are_those_of_the_whole(kind: str) -> None:
 
 
 def test_a_short_document_is_one_piece_without_context() -> None:
-    assert list(pieces_of("hello", "'f' line 3", (2, 3))) == [Piece("hello", 0, 5, True, True, "'f' line 3", (2, 3))]
+    (piece,) = pieces_of("hello", "'f' line 3", (2, 3))
+    assert piece == Piece("hello", 0, 5, True, True, "'f' line 3", (2, 3), document_id("hello"))
+
+
+@pytest.mark.parametrize("step", [1000, 300_000, 700_001])
+def test_a_document_is_known_by_the_digest_of_its_text_however_it_comes(step: int) -> None:
+    """The first 8 bytes of SHA-256, big-endian, as a signed integer."""
+    text = prose(5, 6000) * 20 + "ä"
+    (known_by,) = struct.unpack(">q", hashlib.sha256(text.encode()).digest()[:8])
+    chunks = (text[start : start + step] for start in range(0, len(text), step))
+    *before, last = cut_document(chunks, "p", (0, 1))
+    assert len(before) > 0 and last.document_id == document_id(text) == known_by
+    assert [piece.document_id for piece in before] == [0] * len(before)

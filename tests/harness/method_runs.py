@@ -46,7 +46,7 @@ class MethodRun:
         """The configuration's."""
         train = {"steps": STEPS, "checkpoint_every": MIDDLE}
         tree = self.workspace.tree(self.folder / "run", method=self.method, train=train)
-        del tree["expand"], tree["importance"]
+        del tree["expand"], tree["importance"], tree["data"]["general_eval"], tree["data"]["domain_eval"]
         zero = self.folder / "zero.json"
         zero.write_text(json.dumps({"zero_optimization": {"stage": self.stage}}))
         file = self.folder / "run.yaml"

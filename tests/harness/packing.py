@@ -28,11 +28,12 @@ TEXTS = ["hello world", "a", "the norm of x is zero", "proof"]  # 12 + 2 + 22 + 
 
 
 def byte_ids(tokenizer_dir: Path) -> dict[str, int]:
-    """Token of each printable ASCII character, from the vocabulary file alone (a space is written as Ġ)."""
+    """Token of each printable ASCII character, from the vocabulary file alone (a space is written as Ġ, a line's end
+    as Ċ)."""
     if not tokenizer_dir.is_dir():
         save_byte_tokenizer(tokenizer_dir)
     vocabulary = json.loads((tokenizer_dir / "tokenizer.json").read_text())["model"]["vocab"]
-    return {chr(code): vocabulary[chr(code)] for code in range(33, 127)} | {" ": vocabulary["Ġ"]}
+    return {chr(code): vocabulary[chr(code)] for code in range(33, 127)} | {" ": vocabulary["Ġ"], "\n": vocabulary["Ċ"]}
 
 
 def write_texts(path: Path, *texts: str) -> Path:

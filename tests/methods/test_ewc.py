@@ -11,13 +11,14 @@ import oracle
 import pytest
 import torch
 from harness.complaints import assert_one_line
+from harness.launching import adept
 from harness.method_runs import GRID, MethodRun
 from harness.workspace import Workspace
 
 from adept_ds.base.errors import InputError
 from adept_ds.config.loading import parse_config
 
-METHOD = {"name": "ewc", "strength": 40.0, "sequences": 7, "batch_sequences": 3}
+METHOD: dict[str, Any] = {"name": "ewc", "strength": 40.0, "sequences": 7, "batch_sequences": 3}
 
 
 @dataclass
@@ -90,9 +91,16 @@ def test_keys_that_make_no_sense_are_refused(method: dict[str, Any], words: list
     assert_one_line(f"adept: {caught.value}", words)
 
 
-def test_without_general_text_nothing_begins(workspace: Workspace, tmp_path: Path) -> None:
-    from harness.launching import adept
+def test_in_bf16_the_penalty_begins_at_the_rounded_weights(workspace: Workspace, tmp_path: Path) -> None:
+    """What is rounded when the model is loaded is no way that training went."""
+    run = MethodRun(workspace, tmp_path, METHOD)
+    result = adept(1, "run", run.file, "train.precision=bf16", "train.steps=2")
+    assert result.returncode == 0, result.stderr
+    first, second = (record["penalty"] for record in run.finished.steps())
+    assert first == 0 < second
 
+
+def test_without_general_text_nothing_begins(workspace: Workspace, tmp_path: Path) -> None:
     run = MethodRun(workspace, tmp_path, METHOD)
     result = adept(1, "run", run.file, "probe.corpus=[]")
     assert result.returncode == 2

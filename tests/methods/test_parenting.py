@@ -39,7 +39,7 @@ def plain(run: MethodRun, refreshed_before: tuple[int, ...] = (0, 3)) -> oracle.
         if step not in refreshed_before:
             return None
         general, domain = (method_oracle.importance(model, batches) for batches in texts)
-        important = [method_oracle.top(side, 0.45) for side in (general, domain)]
+        important = method_oracle.top(general, 0.45), method_oracle.top(domain, 0.45)
         importances.append(general)
         multipliers.append(method_oracle.by_role(*important, list(general), RATES))
         return multipliers[-1]

@@ -39,7 +39,7 @@ def test_a_method_is_one_file(workspace: Workspace, tmp_path: Path) -> None:
     shutil.copytree(ROOT / "adept_ds", tmp_path / "adept_ds", ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "adept_ds" / "methods" / "norms.py").write_text(method)
     tree = workspace.tree(tmp_path / "run", method={"name": "norms", "last_rate": 0.0}, train={"steps": 2})
-    del tree["expand"], tree["importance"]
+    del tree["expand"], tree["importance"], tree["data"]["general_eval"], tree["data"]["domain_eval"]
     config = tmp_path / "run.yaml"
     config.write_text(json.dumps(tree))
     result = in_copy(tmp_path, "run", config)

@@ -20,7 +20,7 @@ from adept_ds.base.run_dir import checkpoint_tag
 from adept_ds.config.loading import parse_config
 
 SMOOTHING = (0.6, 0.7)
-METHOD = {"name": "tasl", "smoothing": list(SMOOTHING), "important": 0.4, "old_share": 0.65, "sequences": 6}
+METHOD = {"name": "tasl", "smoothing": list(SMOOTHING), "important": 0.4, "old_share": 0.65, "sequences": 8}
 NEW_SHARES = {"general": 0.0, "domain": 1.0, "shared": 0.35, "idle": 0.5}
 
 
@@ -39,15 +39,15 @@ def plain(run: MethodRun, every: int = 1) -> tuple[oracle.Training, method_oracl
     """Training with its weights consolidated, and the share of new weights in each unit."""
     model, seen = oracle.load(run.workspace.model), list[method_oracle.PerUnit]()
     start = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    texts = run.sample("general", METHOD["sequences"], 1)  # type: ignore[arg-type]
+    texts = run.sample("general", 8, 2)
     general = score([method_oracle.products(model, method_oracle.gradients(model, batch)) for batch in texts])
 
     def see(gradients: dict[str, torch.Tensor]) -> None:
         seen.append(method_oracle.products(model, gradients))
 
     training = method_oracle.train(model, run.steps(), run.rates(), dict(run.config.train), see=see)
-    sides = [method_oracle.top(side, 0.4) for side in (general, score(seen[::every]))]
-    new = method_oracle.by_role(*sides, list(general), NEW_SHARES)
+    important = method_oracle.top(general, 0.4), method_oracle.top(score(seen[::every]), 0.4)
+    new = method_oracle.by_role(*important, list(general), NEW_SHARES)
     for name, weight in training.weights.items():
         weight.copy_(start[name] + new[oracle.unit_of(name)] * (weight - start[name]))
     return training, new
@@ -57,6 +57,14 @@ def plain(run: MethodRun, every: int = 1) -> tuple[oracle.Training, method_oracl
 def run(request: pytest.FixtureRequest, workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> MethodRun:
     stage, world_size = request.param
     run = MethodRun(workspace, tmp_path_factory.mktemp("tasl"), METHOD, stage, world_size)
+    run.start()
+    return run
+
+
+@pytest.fixture(scope="module")
+def sparse(workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> MethodRun:
+    """Looks at the gradient of the first step, and of every third after it."""
+    run = MethodRun(workspace, tmp_path_factory.mktemp("sparse"), METHOD | {"observe_every": 3}, stage=2)
     run.start()
     return run
 
@@ -76,9 +84,11 @@ def test_it_is_plain_adamw_consolidated_by_unit_and_resumes_bit_for_bit(run: Met
     assert all(torch.equal(tensor, again[name]) for name, tensor in exported.items())
 
 
-def test_a_checkpoint_that_does_not_say_what_becomes_of_units_is_not_exported(run: MethodRun, tmp_path: Path) -> None:
-    checkpoint = run.files.checkpoints / checkpoint_tag(STEPS)
-    export = ["export", checkpoint, tmp_path / "out", "--base", run.workspace.model]
+def test_a_checkpoint_that_does_not_say_what_becomes_of_units_is_not_exported(
+    sparse: MethodRun, tmp_path: Path
+) -> None:
+    checkpoint = sparse.files.checkpoints / checkpoint_tag(STEPS)
+    export = ["export", checkpoint, tmp_path / "out", "--base", sparse.workspace.model]
     file = checkpoint / "consolidation.json"
     whole = read_json(file)
     try:
@@ -95,12 +105,9 @@ def test_a_checkpoint_that_does_not_say_what_becomes_of_units_is_not_exported(ru
         write_json(file, whole)
 
 
-def test_gradients_may_be_looked_at_less_often(workspace: Workspace, tmp_path: Path) -> None:
-    """With the head of its own of another family, and attention's projections fused in one matrix."""
-    run = MethodRun(workspace, tmp_path, METHOD | {"observe_every": 3}, stage=2)
-    run.start()
-    written = read_json(run.files.checkpoints / checkpoint_tag(STEPS) / "consolidation.json")["units"]
-    assert {unit: share["new"] for unit, share in written.items()} == pytest.approx(plain(run, every=3)[1])
+def test_gradients_may_be_looked_at_less_often(sparse: MethodRun) -> None:
+    written = read_json(sparse.files.checkpoints / checkpoint_tag(STEPS) / "consolidation.json")["units"]
+    assert {unit: share["new"] for unit, share in written.items()} == pytest.approx(plain(sparse, every=3)[1])
 
 
 @pytest.mark.parametrize(

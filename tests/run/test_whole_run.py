@@ -6,6 +6,7 @@ neither 2 nor 3; the oracle repeats it in one process.
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from harness.finished_run import Finished
 from harness.launching import adept
 from harness.packing import pack, rows, rows_of_step
+from harness.plain_evaluation import document_sums
 from harness.workspace import Workspace
 from safetensors.torch import load_file
 
@@ -162,12 +164,43 @@ def test_evaluation_does_not_depend_on_the_number_of_ranks(runs: dict[int, Finis
             assert many[corpus]["loss"] == pytest.approx(single[corpus]["loss"], abs=1e-5)
 
 
-def test_exported_model_scores_what_training_measured_last(runs: dict[int, Finished]) -> None:
+def test_exported_model_has_the_losses_that_training_measured_last(
+    workspace: Workspace, runs: dict[int, Finished], tmp_path: Path
+) -> None:
+    """In training, on packed blocks."""
+    held_out = {
+        corpus: pack(
+            [workspace.root / f"{corpus}_heldout.jsonl"], workspace.model, tmp_path, seq_len=32, keep_tail=True
+        )
+        for corpus in ("general", "domain")
+    }
     for run in runs.values():
-        results = json.loads((run.directory / "evaluation.json").read_text())
+        for directory, found in (
+            (workspace.model, run.evaluations()[0]),
+            (run.directory / "export", run.evaluations()[-1]),
+        ):
+            model = oracle.load(directory)
+            for corpus, blocks in held_out.items():
+                with torch.no_grad():
+                    expected = float(oracle.mean_loss(model, [rows(blocks, range(7))]))
+                assert found[corpus]["loss"] == pytest.approx(expected, abs=1e-6)
+
+
+def test_evaluation_is_of_documents_each_alone(workspace: Workspace, runs: dict[int, Finished]) -> None:
+    """As many of the first as 7 sequences of 32 tokens hold; losses of about 6 to rounding of a forward pass."""
+    for run in runs.values():
+        results, directories = read_json(run.directory / "evaluation.json"), (workspace.model, run.directory / "export")
         for corpus in ("general", "domain"):
-            assert results["base"][corpus]["loss"] == pytest.approx(run.evaluations()[0][corpus]["loss"], abs=1e-6)
-            assert results["adapted"][corpus]["loss"] == pytest.approx(run.evaluations()[-1][corpus]["loss"], abs=1e-6)
+            lines = (workspace.root / f"{corpus}_heldout.jsonl").read_text().splitlines()
+            texts = [json.loads(line)["text"] for line in lines]
+            sizes = list(itertools.accumulate(len(text) + 1 for text in texts))
+            count = sum(size <= 7 * 32 for size in sizes)
+            tokens = sum(sizes[count - 1 : count]) - sum(-(-(len(text) + 1) // 32) for text in texts[:count])
+            for model, directory in zip(("base", "adapted"), directories, strict=True):
+                found = results[model][corpus]
+                sums = document_sums(directory, workspace.model, texts[:count], 32)
+                assert (found["documents"], found["tokens"]) == (count, tokens)
+                assert found["loss"] == pytest.approx(sum(sums) / tokens, abs=1e-6)
         assert results["adapted"]["domain"]["loss"] < results["base"]["domain"]["loss"]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import oracle
 import pytest
@@ -16,7 +17,7 @@ from adept_ds.units.registry import build_registry
 
 Trained = dict[str, torch.Tensor]
 
-FUSED = {
+FUSED: dict[str, dict[str, list[tuple[str, tuple[Any, ...]]]]] = {
     "gpt_neox": {
         "gpt_neox.layers.1.attention.query_key_value.weight": [
             (f"layers.1.attention.{part}", (slice(head * 30 + number * 10, head * 30 + number * 10 + 10),))

@@ -1,0 +1,121 @@
+"""Scores of the base and the adapted model on tasks (docs/evaluation.md).
+
+Stages of the ledger:
+    tasks_base    task_scores_base.json: the same in every run on these tasks
+    tasks         task_scores.json: all models
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from importlib.metadata import version
+from typing import Any
+
+from adept_ds.base.run_records import Accuracy, Scores, TaskScores
+from adept_ds.data.task_files import TaskFiles, task_questions
+from adept_ds.evaluation.harness import HarnessRequest, run_harness
+from adept_ds.evaluation.questions import QuestionSet, accuracies, longest_text
+from adept_ds.methods.shape import method_of
+from adept_ds.models.device import current_device
+from adept_ds.models.directory import ModelDirectory
+from adept_ds.run.context import Context
+from adept_ds.run.identity import reading_settings
+from adept_ds.run.ledger import Stage
+from adept_ds.run.loaded import evaluator_of, turned
+
+
+def tasks_stage(run: Context, adapted: ModelDirectory) -> TaskScores:
+    """Of both models, and at the positions of `eval.dial` on files of questions."""
+    files = run.run_dir
+
+    def score_base() -> None:
+        (scores,) = score_model(run, run.settings.model, "base")
+        run.ranks.on_main(lambda: TaskScores(models={"base": scores}).save(files.base_task_scores))
+
+    def score_adapted() -> None:
+        dial = run.settings.config.eval.dial
+        scores = score_model(run, adapted, "adapted", (1.0, *dial))
+        names = ["adapted", *(f"alpha={alpha:g}" for alpha in dial)]
+        of_base = run.ranks.on_main(lambda: TaskScores.load(files.base_task_scores)).models
+        models = of_base | dict(zip(names, scores, strict=True))
+        run.ranks.on_main(lambda: TaskScores(models=models).save(files.task_scores))
+
+    run.ledger.once(Stage("tasks_base", files.base_task_scores, lambda: _inputs(run, [run.settings.model])), score_base)
+    stage = Stage("tasks", files.task_scores, lambda: _inputs(run, [run.settings.model, adapted]))
+    if not run.ledger.once(stage, score_adapted):
+        run.unchanged("tasks")
+    return run.ranks.on_main(lambda: TaskScores.load(files.task_scores))
+
+
+def score_model(run: Context, model: ModelDirectory, title: str, positions: Sequence[float] = (1.0,)) -> list[Scores]:
+    """Of a model as it is; then on files of questions, at the other positions of the dial.
+
+    Raises:
+        InputError: a file has something else than questions; or as `run_harness`.
+    """
+    tasks = run.ranks.on_main(lambda: _tasks(run))
+    sets = run.ranks.on_main(lambda: _question_sets(run, tasks))
+    found = [*_on_questions(run, sets, model, title, positions)] if sets else [{} for _ in positions]
+    if tasks.harness:
+        found[0] |= run.ranks.on_main(lambda: _by_harness(run, tasks, model, title))
+    return found
+
+
+def _tasks(run: Context) -> TaskFiles:
+    config = run.settings.config
+    return TaskFiles.find(config.eval, config.data)
+
+
+def _question_sets(run: Context, tasks: TaskFiles) -> dict[str, QuestionSet]:
+    data, tokenizer = run.settings.config.data, run.corpora.tokenizer_of_documents
+    return {
+        name: QuestionSet.of(task_questions(path, data), tokenizer, run.settings.model)
+        for name, path in tasks.questions.items()
+    }
+
+
+def _on_questions(
+    run: Context, sets: dict[str, QuestionSet], model: ModelDirectory, title: str, positions: Sequence[float]
+) -> Iterator[Scores]:
+    with evaluator_of(run, model) as evaluator:
+        for where in turned(run, evaluator, model, f"asking {title}", positions):
+            with run.progress.together(where) as bar:
+                yield {name: _scores(found) for name, found in accuracies(evaluator, sets, bar).items()}
+
+
+def _scores(found: Accuracy) -> dict[str, float]:
+    return {measure: float(value) for measure, value in found.to_json().items() if value is not None}
+
+
+def _by_harness(run: Context, tasks: TaskFiles, model: ModelDirectory, title: str) -> Scores:
+    config, directories = run.settings.config, tuple(str(path.resolve()) for path in tasks.directories)
+    request = HarnessRequest(
+        model=str(model.path),
+        tasks=tasks.harness,
+        directories=directories,
+        precision=str(run.precision).removeprefix("torch."),
+        device=str(current_device()),
+        batch_size=config.train.micro_batch_size,
+        max_length=longest_text(model),
+        add_bos_token=run.corpora.tokenizer_of_documents.bos_id is not None,
+    )
+    with run.progress.on_main(f"asking {title} by lm-eval") as bar:
+        return run_harness(request, lambda: bar(0.0, ", ".join(tasks.harness)))
+
+
+def _inputs(run: Context, models: Sequence[ModelDirectory]) -> dict[str, Any]:
+    config, tasks = run.settings.config, _tasks(run)
+    dial = [method_of(config).dial, config.eval.dial] if len(models) > 1 and config.eval.dial else []
+    return {
+        "models": [run.identity.model(model) for model in models],
+        "tasks": {str(number): run.identity.digests.tree(path) for number, path in enumerate(tasks.directories)},
+        "lm_eval": [*tasks.harness, _version() if tasks.harness else ""],
+        "dial": dial,
+        "reading": reading_settings(config.data),
+        "precision": config.train.precision,
+    }
+
+
+def _version() -> str:
+    """Of lm-eval: another one may ask in another way."""
+    return version("lm_eval")
