@@ -40,6 +40,10 @@ class SourceLoss(Record):
     accuracy_norm: float | None = None
     accuracy_norm_stderr: float | None = None
 
+    def to_json(self) -> dict[str, Any]:
+        """Without what is not known."""
+        return self.model_dump(mode="json", exclude_defaults=True)
+
     def with_accuracy(self, found: Accuracy | None) -> SourceLoss:
         return self.model_copy(update=dict(found)) if found else self
 
@@ -49,10 +53,6 @@ class CorpusLoss(SourceLoss):
 
     sources: dict[str, SourceLoss] = Field(default_factory=dict)
     """By name."""
-
-    def to_json(self) -> dict[str, Any]:
-        """Without what is not known."""
-        return self.model_dump(mode="json", exclude_defaults=True)
 
 
 class DialLoss(Record):

@@ -15,6 +15,7 @@ import torch
 
 from adept_ds.base.errors import InputError
 from adept_ds.data.blocks import Batch
+from adept_ds.data.order import FILLER
 from adept_ds.data.questions import Question
 from adept_ds.data.tokenizer import Ids, TextTokenizer
 from adept_ds.models.head_loss import IGNORED_LABEL
@@ -36,11 +37,11 @@ class ChoiceRows:
 
     def batch(self, indices: Sequence[int]) -> Batch:
         """As in `document_rows.Rows`."""
-        rows = [index for index in indices if index >= 0]
-        longest = max((len(self.tokens[row]) for row in rows), default=2)
+        rows = {place: row for place, row in enumerate(indices) if row != FILLER}
+        longest = max((len(self.tokens[row]) for row in rows.values()), default=2)
         input_ids = torch.zeros(len(indices), longest, dtype=torch.int64)
         labels = torch.full_like(input_ids, IGNORED_LABEL)
-        for place, row in enumerate(rows):
+        for place, row in rows.items():
             tokens, first = torch.from_numpy(self.tokens[row].astype(np.int64)), self.firsts[row]
             input_ids[place, : len(tokens)] = tokens
             labels[place, first : len(tokens)] = tokens[first:]
@@ -65,7 +66,7 @@ class ChoiceRows:
 
 
 def encode_pair(tokenizer: TextTokenizer, context: str, continuation: str) -> tuple[Ids, int]:
-    """The tokens of both, int32, and how many of them are the context's.
+    """The tokens of both, int32, and how many of them are the context's, which are those that it has alone.
 
     Raises:
         ValueError: as `TextTokenizer.encode`.
@@ -73,7 +74,7 @@ def encode_pair(tokenizer: TextTokenizer, context: str, continuation: str) -> tu
     text, stripped = context + continuation, context.rstrip()
     whole, alone = tokenizer.encode([text, stripped])
     bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-    return np.concatenate([np.array(bos, np.int32), whole]), len(bos) + len(alone)
+    return np.concatenate([np.array(bos, np.int32), alone, whole[len(alone) :]]), len(bos) + len(alone)
 
 
 def _encode(tokenizer: TextTokenizer, pair: tuple[str, str], max_tokens: int, place: str) -> tuple[Ids, int]:

@@ -19,6 +19,7 @@ import numpy as np
 
 from adept_ds.data.blocks import Batch, Blocks, PackedTokens
 from adept_ds.data.mixture import share_out
+from adept_ds.data.order import FILLER
 from adept_ds.data.packing import cut_long
 from adept_ds.data.tokens import TokenFile
 
@@ -106,7 +107,7 @@ class JoinedRows:
 
     def batch(self, indices: Sequence[int]) -> Batch:
         """As in `Rows`."""
-        longest = max((int(self.lengths[index]) for index in indices if index >= 0), default=2)
+        longest = max((int(self.lengths[index]) for index in indices if index != FILLER), default=2)
         return self._blocks.batch(indices).trimmed(longest)
 
     def split(self, values: np.ndarray) -> list[np.ndarray]:

@@ -20,6 +20,7 @@ from adept_ds.config.data_section import DataSection
 from adept_ds.config.eval_section import EvalSection
 from adept_ds.data.documents import TextSource, read_questions
 from adept_ds.data.questions import Question
+from adept_ds.data.record_text import MAX_LINE_BYTES, QUESTION_KEYS, parse_line
 
 _KEY = "eval.tasks"
 _TASK = re.compile(r"^task:\s*['\"]?([^\s'\"#\[]+)", re.MULTILINE)
@@ -40,7 +41,7 @@ class TaskFiles:
     """Where lm-eval shall look for descriptions."""
 
     @classmethod
-    def find(cls, section: EvalSection, data: DataSection) -> TaskFiles:
+    def find(cls, section: EvalSection) -> TaskFiles:
         """All tasks of a configuration.
 
         Raises:
@@ -52,7 +53,7 @@ class TaskFiles:
             if not directory.is_dir():
                 raise InputError(f"{_KEY}: '{directory}' is no directory; give one with *.jsonl or *.yaml files")
             names = _described(directory)
-            files = [path for path in sorted(directory.glob("*.jsonl")) if not names or _begins(path, data)]
+            files = [path for path in sorted(directory.glob("*.jsonl")) if not names or _holds_questions(path)]
             if not names and not files:
                 raise InputError(f"{_KEY}: '{directory}' has no task; put questions there (*.jsonl), or one of lm-eval")
             for name in [*names, *(path.name for path in files)]:
@@ -87,15 +88,19 @@ def task_questions(path: Path, data: DataSection) -> list[Question]:
 
 def check_tasks(section: EvalSection, data: DataSection) -> None:
     """All tasks are there, and files of questions begin with one. Raises `InputError`."""
-    for path in TaskFiles.find(section, data).questions.values():
-        if not _begins(path, data):
+    for path in TaskFiles.find(section).questions.values():
+        _, question = next(read_questions(_source(path, data)), (0, None))
+        if question is None:
             raise InputError(f"{_KEY}: '{path}' does not begin with a question; give question, choices and answer")
 
 
-def _begins(path: Path, data: DataSection) -> bool:
-    """Whether it begins with a question."""
-    first = next(read_questions(_source(path, data)), None)
-    return first is not None and first[1] is not None
+def _holds_questions(path: Path) -> bool:
+    """Going by the first line."""
+    with path.open("rb") as file:
+        try:
+            return set(QUESTION_KEYS) <= parse_line(file.readline(MAX_LINE_BYTES)).keys()
+        except ValueError:
+            return False
 
 
 def _described(directory: Path) -> Sequence[str]:

@@ -62,8 +62,7 @@ def score_model(run: Context, model: ModelDirectory, title: str, positions: Sequ
 
 
 def _tasks(run: Context) -> TaskFiles:
-    config = run.settings.config
-    return TaskFiles.find(config.eval, config.data)
+    return TaskFiles.find(run.settings.config.eval)
 
 
 def _question_sets(run: Context, tasks: TaskFiles) -> dict[str, QuestionSet]:

@@ -137,6 +137,9 @@ def cell_at(state: StudyState, address: str) -> str | None:
 def _jobs(state: StudyState) -> list[Job]:
     places = _Places(state)
     search, confirm = places.waiting("search"), places.waiting("confirm")
+    if not search:  # what it has chosen is known
+        chosen = state.confirmations()
+        confirm = {index: cell for index, cell in confirm.items() if cell in chosen}
     leaders, others = _leaders(state, search)
     jobs = list[Job]()
     phases = (("leaders", "search", leaders), ("search", "search", others), ("confirm", "confirm", confirm))

@@ -55,7 +55,16 @@ def test_documents_are_known_by_the_digests_of_their_texts(file: TokenFile) -> N
 
 @pytest.mark.parametrize(
     ("budget", "count", "tokens"),
-    [(1000, 4, None), (42, 4, None), (41, 3, None), (36, 3, None), (35, 2, None), (12, 1, None), (11, 1, 11), (3, 1, 8)],
+    [
+        (1000, 4, None),
+        (42, 4, None),
+        (41, 3, None),
+        (36, 3, None),
+        (35, 2, None),
+        (12, 1, None),
+        (11, 1, 11),
+        (3, 1, 8),
+    ],
 )
 def test_as_many_whole_documents_as_fit_and_of_a_first_that_does_not_a_part(
     file: TokenFile, budget: int, count: int, tokens: int | None
@@ -84,10 +93,3 @@ def test_rows_of_several_sources_make_batches_as_long_as_their_longest(file: Tok
     assert input_ids[2, :2].tolist() == [ids["a"], END]
     assert labels[1:, 2:].unique().tolist() == [IGNORED_LABEL]
     assert rows.batch([FILLER]).input_ids.shape == (1, 2)
-
-
-def test_a_source_without_text_has_no_row(tmp_path: Path, tokenizer_dir: Path) -> None:
-    (tmp_path / "e.txt").write_text("\n")
-    empty = tokenised([tmp_path / "e.txt"], tokenizer_dir, tmp_path)
-    assert token_shares(5, [empty]) == [min(5, empty.manifest.tokens)]
-    assert DocumentRows.of(empty, 5, 8, None).tokens.sum() <= 1

@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness.packing import text_source
-from harness.reading import json_lines
+from harness.packing import text_source, write_records
 
 from adept_ds.base.errors import InputError
 from adept_ds.config.data_section import DataSection
@@ -21,7 +20,7 @@ RENDERED = "Question: 2 + 2?\nA. 3\nB. 4\nC. 5\nAnswer: B. 4"
 
 
 def test_a_question_is_asked_without_its_choices_which_are_continuations(tmp_path: Path) -> None:
-    source = text_source([json_lines(tmp_path / "q.jsonl", {"text": "given"}, RECORD)])
+    source = text_source([write_records(tmp_path / "q.jsonl", {"text": "given"}, RECORD)])
     place = f"'{tmp_path / 'q.jsonl'}' line 2"
     question = Question("2 + 2?", ("3", "4", "5"), 1, place)
     assert list(read_questions(source)) == [(document_id("given"), None), (document_id(RENDERED), question)]
@@ -34,7 +33,7 @@ def test_braces_in_a_question_are_letters() -> None:
 
 
 def test_an_empty_choice_has_no_likelihood_so_its_question_is_none(tmp_path: Path) -> None:
-    ((_, question),) = read_questions(text_source([json_lines(tmp_path / "q", RECORD | {"choices": ["", "4"]})]))
+    ((_, question),) = read_questions(text_source([write_records(tmp_path / "q", RECORD | {"choices": ["", "4"]})]))
     assert question is None
 
 
@@ -54,7 +53,7 @@ def test_plain_text_has_no_questions(tmp_path: Path) -> None:
     ids=["text", "empty choice", "no such answer", "no choices"],
 )
 def test_what_is_no_question_in_a_task_is_named(tmp_path: Path, records: list[Any], words: list[str]) -> None:
-    path = json_lines(tmp_path / "task.jsonl", *records)
+    path = write_records(tmp_path / "task.jsonl", *records)
     with pytest.raises(InputError, match=r"^eval\.tasks: .*task\.jsonl") as caught:
         task_questions(path, DataSection(max_bad_records=5))
     assert all(word in str(caught.value) for word in words), caught.value

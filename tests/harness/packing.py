@@ -37,7 +37,12 @@ def byte_ids(tokenizer_dir: Path) -> dict[str, int]:
 
 
 def write_texts(path: Path, *texts: str) -> Path:
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    return write_records(path, *({"text": text} for text in texts))
+
+
+def write_records(path: Path, *records: Any) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
     return path
 
 

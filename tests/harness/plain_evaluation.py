@@ -1,4 +1,4 @@
-"""What evaluation must find, in plain PyTorch: one document, or one choice of a question, at a time, without padding."""
+"""What evaluation must find, in plain PyTorch: of one document, or one choice of a question, at a time."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ def timed(tmp_path_factory: pytest.TempPathFactory, workspace: Workspace) -> Tin
     study = TinyStudy(tmp_path_factory.mktemp("timed"), workspace.model)
     study.write_texts()
     seeds = {"search": [0], "confirm": []}
-    study.write(budget={"seconds": 2.0}, learning_rates=[1e-3], seeds=seeds, keep="results")
+    study.write(budget={"seconds": 3.0}, learning_rates=[1e-3], seeds=seeds, keep="results")
     process = study.start()
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, out + err
@@ -47,7 +47,7 @@ def test_every_method_gets_the_steps_that_fit(timed: TinyStudy) -> None:
     for name, every in (("full", None), ("adept", 2)):
         rate = Rate(**measured[name]["rate"])
         config = timed.cells()[f"{name}_lr0.001_seed0"] / "config.yaml"
-        assert f"\n  steps: {rate.steps_within(2.0, every)}\n" in config.read_text()
+        assert f"\n  steps: {rate.steps_within(3.0, every)}\n" in config.read_text()
     assert measured["adept"]["rate"]["probe_seconds"] > 0
     assert measured["adept"]["rate"]["refresh_seconds"] > 0
     assert measured["full"]["rate"]["probe_seconds"] == measured["full"]["rate"]["refresh_seconds"] == 0
@@ -55,7 +55,7 @@ def test_every_method_gets_the_steps_that_fit(timed: TinyStudy) -> None:
 
 def test_the_page_states_rates_and_lengths(timed: TinyStudy) -> None:
     description = json.loads((timed.study_dir / "compare.json").read_text())["description"]
-    assert "2 seconds each" in description["budget"]
+    assert "3 seconds each" in description["budget"]
     for name in ("full", "adept"):
         assert any(note.startswith(f"{name}: ") and "s a step" in note for note in description["notes"])
         steps = RunSummary.load(timed.cells()[f"{name}_lr0.001_seed0"] / "summary.json").steps

@@ -1,0 +1,118 @@
+"""Tasks of lm-eval, scored by lm-eval itself; on the same items its accuracies are those that the program finds."""
+
+from __future__ import annotations
+
+import json
+import time
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from harness.complaints import assert_one_line
+from harness.launching import adept
+from harness.models import save_tiny_model
+from harness.packing import write_records
+from harness.questions import made_up_questions
+
+from adept_ds.base.errors import StopRequestedError
+from adept_ds.evaluation.harness import HarnessRequest, run_harness
+
+pytestmark = pytest.mark.skipif(
+    any(find_spec(package) is None for package in ("lm_eval", "evaluate", "peft")),
+    reason="the extra is not installed: pip install -e '.[eval]'",
+)
+
+COUNT = 50
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for library in ("HF_HUB", "HF_DATASETS", "TRANSFORMERS"):
+        monkeypatch.setenv(f"{library}_OFFLINE", "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("harness") / "model", num_hidden_layers=2)
+
+
+def write_task(directory: Path, **changes: Any) -> Path:
+    """A file of questions, and a description that asks them as the program does."""
+    questions = write_records(directory / "made_up.jsonl", *made_up_questions(COUNT))
+    metrics = [{"metric": name, "aggregation": "mean", "higher_is_better": True} for name in ("acc", "acc_norm")]
+    task: dict[str, Any] = {
+        "task": "made_up",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(questions)}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "Question: {{question}}\nAnswer:",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "{{answer}}",
+        "metric_list": metrics,
+    }
+    (directory / "made_up.yaml").write_text(yaml.safe_dump(task | changes))
+    return directory
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_on_the_same_items_both_find_the_same_to_the_last_one(model: Path, tmp_path: Path, ranks: int) -> None:
+    """With two ranks, lm-eval runs beside rank 0 and knows nothing of them."""
+    tasks = write_task(tmp_path / "tasks")
+    result = adept(ranks, "eval", model, "--tasks", tasks, "--json")
+    assert result.returncode == 0, result.stderr
+    scores = json.loads(result.stdout)["tasks"]["model"]
+    ours, theirs = scores["made_up.jsonl"], scores["made_up"]
+    assert ours["questions"] == theirs["questions"] == COUNT
+    for name, theirs_name in (("accuracy", "acc"), ("accuracy_norm", "acc_norm")):
+        assert round(ours[name] * COUNT) == round(theirs[theirs_name] * COUNT)
+        assert ours[f"{name}_stderr"] == pytest.approx(theirs[f"{theirs_name}_stderr"], rel=1e-9)
+    assert 0 < ours["accuracy"] < 1 and ours["accuracy"] != ours["accuracy_norm"]
+
+
+COMPLAINTS = {
+    "unknown": (["--lm-eval", "no_such_task"], ["eval.lm_eval: 'no_such_task' is no task of lm-eval", "lm-eval ls"]),
+    "no data": (
+        ["--lm-eval", "mmlu_anatomy"],
+        ["eval.lm_eval: the data of 'mmlu_anatomy' is not at hand", "--tasks mm"],
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", COMPLAINTS)
+def test_what_cannot_be_scored_is_said_in_one_line(model: Path, kind: str) -> None:
+    arguments, words = COMPLAINTS[kind]
+    result = adept(1, "eval", model, *arguments, "--json")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert_one_line(result.stderr, words)
+
+
+def test_a_described_task_without_data_is_laid_to_its_directory(model: Path, tmp_path: Path) -> None:
+    tasks = write_task(tmp_path / "tasks", dataset_kwargs={"data_files": {"test": str(tmp_path / "gone.jsonl")}})
+    result = adept(1, "eval", model, "--tasks", tasks)
+    assert result.returncode == 2
+    assert_one_line(result.stderr, ["eval.tasks: the data of 'made_up' is not at hand", "gone.jsonl"])
+
+
+def test_who_is_asked_to_stop_does_not_wait_for_lm_eval(model: Path) -> None:
+    request = HarnessRequest(
+        model=str(model),
+        tasks={"mmlu": "eval.lm_eval"},
+        directories=(),
+        precision="float32",
+        device="cpu",
+        batch_size=1,
+        max_length=64,
+        add_bos_token=False,
+    )
+
+    def stop() -> None:
+        raise StopRequestedError("stopped")
+
+    start = time.monotonic()
+    with pytest.raises(StopRequestedError):
+        run_harness(request, stop)
+    assert time.monotonic() - start < 5
