@@ -29,7 +29,12 @@ ScaleOption = Annotated[
     float, typer.Option(min=1e-6, max=1e9, help="times the budget, held-out text and what is counted in steps")
 ]
 OnlyOption = Annotated[
-    list[str] | None, typer.Option(metavar="LABEL", help="cells of this method alone; may be given several times")
+    list[str] | None, typer.Option(metavar="LABEL", help="run this method alone; may be given several times")
+]
+
+CellOption = Annotated[
+    str | None,
+    typer.Option(metavar="PHASE:INDEX", help="make a cell ready and print its configuration; for jobs of --submit"),
 ]
 
 
@@ -42,7 +47,7 @@ def compare(
     submit: Annotated[bool, typer.Option("--submit", help="as jobs of a Slurm cluster")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="show what would be run or submitted")] = False,
     stop_on_failure: Annotated[bool, typer.Option("--stop-on-failure", help="end with the first that fails")] = False,
-    cell: Annotated[str | None, typer.Option("--cell", hidden=True)] = None,
+    cell: CellOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Methods side by side, on equal terms: each learning rate and seed a run, one page about all. Again to resume."""

@@ -78,7 +78,9 @@ def evaluate(
     """Held-out loss, and scores on tasks: of the base and the adapted model of a run, or of one model directory."""
     with run_session(*_resolved(with_tasks(config, tasks, lm_eval), "eval"), as_json=as_json) as session:
         from adept_ds.run.evaluate import eval_stage
+        from adept_ds.run.score_tasks import check_harness
 
+        check_harness(session)
         results = eval_stage(session)
         show(session.terminal, as_json, results, lambda: print_evaluation(results, session.terminal))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -26,6 +26,10 @@ class EvalSection(Section):
 
     lm_eval: list[Annotated[str, Field(min_length=1, max_length=200)]] = Field(
         default_factory=list, description="names of tasks of lm-eval (pip install 'adept-ds[eval]'), such as [mmlu]"
+    )
+
+    diagnose: Literal["auto", "never"] = Field(
+        "auto", description="auto: a run that forgot, or did not learn, ends with `adept diagnose`"
     )
 
     @model_validator(mode="after")

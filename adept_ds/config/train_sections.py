@@ -25,7 +25,13 @@ class TrainSection(Section):
     seed: Seed = Field(0, description="of the order of training data and of dropout, and of nothing else")
     checkpoint_every: Count = 500
     keep_checkpoints: Count = Field(2, description="the newest so many checkpoints stay")
-    eval_every: Count = 500
+    eval_every: int = Field(
+        500,
+        ge=0,
+        le=10**9,
+        description="steps between evaluations of held-out text, one at the start, one at the end; "
+        "0: none while training",
+    )
     activation_checkpointing: bool = Field(False, description="from the lowest copy up")
     keep_gathered_gib: (
         Annotated[Annotated[float, Field(ge=0, le=2**20)], Tag(NUMBER)] | Annotated[Literal["auto"], Tag(WORD)]

@@ -188,7 +188,8 @@ class Diagnosis(Record):
         """What all problems together say: of two values for one key, that of the first."""
         found: dict[str, Any] = {}
         for finding in self.findings:
-            found = {**finding.settings, **found} if finding.problem else found
+            if finding.problem:
+                found |= {key: value for key, value in finding.settings.items() if key not in found}
         return found
 
 

@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import NullFormatter, PercentFormatter
 
 from adept_ds.report.diagnosis import Change, Diagnosis
 from adept_ds.report.diagnosis_findings import AGAINST, HELD_BACK
+from adept_ds.report.diagnosis_units import rank_shares
 from adept_ds.report.drawing import BLUE, COPY, GREEN, GREY, INK, PALE, WIDTH
 from adept_ds.report.run_files import MAX_DOTS, short
 
@@ -19,6 +20,9 @@ TEXTS = {"general": GREEN, "domain": BLUE}
 
 _ACROSS = 4
 """Panels side by side."""
+
+WARNING = "#fbe3d0"
+"""Where something is not as it should be."""
 
 _ERROR_BARS = {"elinewidth": 0.9, "capsize": 2, "ecolor": INK}
 
@@ -48,24 +52,27 @@ def draw_effects(diagnosis: Diagnosis, figure: Figure) -> None:
 def draw_conflicts(diagnosis: Diagnosis, figure: Figure) -> None:
     """Ranks of importance and of change, norms apart; protected units lie on the falling line."""
     units = [unit for unit in diagnosis.units if unit.against is not None]
-    if not units:
+    groups = {
+        "norms": [u for u in units if u.kind == "norm"],
+        "everything else": [u for u in units if u.kind != "norm"],
+    }
+    groups = {title: group for title, group in groups.items() if group}
+    if not groups:
         return
     figure.set_size_inches(WIDTH, 4.0)
-    panels = figure.subplots(1, 2, sharey=True)
-    for axes, norms in zip(panels, (False, True), strict=True):
-        group = [unit for unit in units if (unit.kind == "norm") == norms]
-        axes.set_title("norms" if norms else "everything else", loc="left")
+    panels = figure.subplots(1, len(groups), sharey=True, squeeze=False)[0]
+    for axes, (title, group) in zip(panels, groups.items(), strict=True):
         axes.plot([0, 1], [1, 0], color=GREY, linewidth=1, linestyle="--")
-        axes.fill_between([AGAINST, 1], [1, AGAINST], 1, color="#fbe3d0", linewidth=0)
+        axes.fill_between([AGAINST, 1], [1, AGAINST], 1, color=WARNING, linewidth=0)
+        moved, matters = (rank_shares([getattr(unit, key) for unit in group]) for key in ("change", "importance"))
+        thin = slice(None, None, math.ceil(len(group) / MAX_DOTS))
+        axes.scatter(matters[thin], moved[thin], color=BLUE, s=20, alpha=0.75, linewidths=0)
+        worst = max(range(len(group)), key=lambda place: group[place].against or 0.0)
+        left = matters[worst] > 0.5
+        axes.annotate(group[worst].unit, (matters[worst], moved[worst]), (-6 if left else 6, -3), fontsize=7,
+                      textcoords="offset points", ha="right" if left else "left")  # fmt: skip
         axes.set(xlim=(-0.04, 1.04), ylim=(-0.04, 1.04), xlabel="rank of importance (1: most important)")
-        if group:
-            matters, moved = _ranks([unit.importance or 0.0 for unit in group]), _ranks([u.change for u in group])
-            thin = slice(None, None, math.ceil(len(group) / MAX_DOTS))
-            axes.scatter(matters[thin], moved[thin], color=COPY if norms else BLUE, s=20, alpha=0.75, linewidths=0)
-            worst = max(range(len(group)), key=lambda place: group[place].against or 0.0)
-            left = matters[worst] > 0.5
-            axes.annotate(group[worst].unit, (matters[worst], moved[worst]), (-6 if left else 6, -3), fontsize=7,
-                          textcoords="offset points", ha="right" if left else "left")  # fmt: skip
+        axes.set_title(title, loc="left")
     panels[0].set_ylabel("rank of change (1: moved farthest)")
 
 
@@ -76,23 +83,26 @@ def draw_writes(diagnosis: Diagnosis, figure: Figure) -> None:
     texts = list(diagnosis.writes[0].on)
     figure.set_size_inches(WIDTH, 3.2)
     panels = figure.subplots(1, len(texts), sharey=True, squeeze=False)[0]
-    places = np.arange(len(diagnosis.writes))
     for axes, text in zip(panels, texts, strict=True):
         shares = [writes.on[text] for writes in diagnosis.writes]
-        of = {
-            "the layer below": (PALE, [s.below_share for s in shares]),
-            "the copy": (COPY, [s.copy_share for s in shares]),
-        }
-        for number, (label, (color, heights)) in enumerate(of.items()):
-            bars = axes.bar(places + 0.4 * number - 0.2, heights, 0.38, color=color, label=label)
-            axes.bar_label(bars, [f"{height:.2%}" for height in heights], padding=2, fontsize=7)
+        _draw_bars(axes, -0.2, PALE, "the layer below", [share.below_share for share in shares])
+        _draw_bars(axes, 0.2, COPY, "the copy", [share.copy_share for share in shares])
         axes.set_title(f"on {text} text", loc="left")
-        axes.set_xticks(places, _named(diagnosis))
+        axes.set_xticks(range(len(shares)), _named(diagnosis))
         axes.set_yscale("log")
-        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-        axes.margins(y=0.15)
+        axes.yaxis.set_major_formatter(lambda value, _: f"{short(100 * value)}%")
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    all_shares = [share for writes in diagnosis.writes for share in writes.on.values()]
+    drawn = [height for share in all_shares for height in (share.copy_share, share.below_share) if height > 0]
+    if drawn:  # from a whole power of ten on, so that at least one stands at the axis
+        panels[0].set_ylim(10 ** math.floor(math.log10(min(drawn))), 2 * max(drawn))
     panels[0].set_ylabel("written, as a share of\nthe stream's norm")
     panels[-1].legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2)
+
+
+def _draw_bars(axes: Any, shift: float, color: str, label: str, heights: Sequence[float]) -> None:
+    bars = axes.bar(np.arange(len(heights)) + shift, heights, 0.38, color=color, label=label)
+    axes.bar_label(bars, [f"{height:.2%}" for height in heights], padding=2, fontsize=7)
 
 
 def draw_multipliers(diagnosis: Diagnosis, figure: Figure) -> None:
@@ -105,7 +115,7 @@ def draw_multipliers(diagnosis: Diagnosis, figure: Figure) -> None:
     multipliers, sizes = np.array([unit.multiplier for unit in units]), np.array([float(unit.numel) for unit in units])
     top = max(2.0, float(multipliers.max()))
     bins = np.linspace(0, top, 41).tolist()
-    axes.axvspan(0, HELD_BACK, color="#fbe3d0", linewidth=0, label=f"held back (below {HELD_BACK:g})")
+    axes.axvspan(0, HELD_BACK, color=WARNING, linewidth=0, label=f"held back (below {HELD_BACK:g})")
     axes.hist(multipliers, bins, weights=sizes / sizes.sum(), color=BLUE)
     mean = float(np.average(multipliers, weights=sizes))
     axes.axvline(mean, color=INK, linestyle="--", linewidth=1, label=f"mean {mean:.2f}")
@@ -130,7 +140,9 @@ def draw_gradients(diagnosis: Diagnosis, figure: Figure) -> None:
         ink = "white" if np.log10(value) > middle else INK
         axes.text(column + 0.5, row + 0.5, short(value, 2), ha="center", va="center", fontsize=7, color=ink)
     silent = {unit.part for unit in diagnosis.gradients if unit.silent}
-    axes.set_yticks(np.arange(len(parts)) + 0.5, [f"{part} (silent)" if part in silent else part for part in parts])
+    axes.set_yticks(
+        np.arange(len(parts)) + 0.5, [f"{part} (silent at first)" if part in silent else part for part in parts]
+    )
     axes.set_xticks(np.arange(len(layers)) + 0.5, _named(diagnosis))
     axes.grid(visible=False)
     axes.invert_yaxis()
@@ -163,18 +175,12 @@ def draw_overlaps(diagnosis: Diagnosis, figure: Figure) -> None:
         axes.set_xlabel(f"accuracy {overlap.accuracy:.2f}, distance {overlap.distance:.3f}")
         axes.set_yticks([])
         axes.grid(visible=False)
-    panels[0, -1].legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2)
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside upper right", ncols=2)
     figure.supylabel("share of sequences", fontsize=8.5)
 
 
 def _named(diagnosis: Diagnosis) -> list[str]:
     return [f"layer {effect.index}\n(copy of {effect.source})" for effect in diagnosis.effects]
-
-
-def _ranks(values: Sequence[float]) -> Any:
-    """From 0 to 1; ties as they come, which is enough for a picture."""
-    order = np.argsort(np.argsort(values, kind="stable"), kind="stable")
-    return order / max(1, len(values) - 1)
 
 
 FIGURES: dict[str, Callable[[Diagnosis, Figure], None]] = {

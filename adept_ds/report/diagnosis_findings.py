@@ -105,12 +105,18 @@ def important_layer(diagnosis: Diagnosis) -> Finding | None:
     )
     if not above:
         saw = f"No important layer was copied: of those that were, l{saw[1:]}"
-    change = "Copy layers that general text needs less" if problem else None
-    settings: dict[str, Any] = {"expand": {"choose": "lowest", "k": len(diagnosis.setting.copied)}}
+    change, settings = _against_importance(diagnosis, len(above)) if problem else (None, {})
     return Finding(
-        name="important_layer", topic="general", problem=problem, saw=f"{saw}.", change=change,
-        settings=settings if problem else {},
-    )  # fmt: skip
+        name="important_layer", topic="general", problem=problem, saw=f"{saw}.", change=change, settings=settings
+    )
+
+
+def _against_importance(diagnosis: Diagnosis, above: int) -> tuple[str, dict[str, Any]]:
+    """Other layers, or where those with the lowest deltas were copied, fewer."""
+    layers = diagnosis.layers
+    if max(layer.rank for layer in layers) > len(layers):
+        return "Copy layers that general text needs less", {"expand": {"choose": "lowest", "k": len(layers)}}
+    return "These are the lowest there are: copy fewer", {"expand": {"k": max(1, len(layers) - above)}}
 
 
 def unit_against_importance(diagnosis: Diagnosis) -> Finding | None:

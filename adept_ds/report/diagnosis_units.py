@@ -114,12 +114,12 @@ def _with_conflicts(courses: Sequence[UnitCourse]) -> tuple[UnitCourse, ...]:
     for norms in (True, False):
         group = [c for c in courses if (c.kind == "norm") == norms and c.importance is not None]
         if len(group) > 1:
-            ranks = [_shares([getattr(c, key) for c in group]) for key in ("change", "importance")]
+            ranks = [rank_shares([getattr(c, key) for c in group]) for key in ("change", "importance")]
             found |= {c.unit: float(moved + matters - 1) for c, moved, matters in zip(group, *ranks, strict=True)}
     return tuple(course.model_copy(update={"against": found.get(course.unit)}) for course in courses)
 
 
-def _shares(values: Sequence[float]) -> np.ndarray:
+def rank_shares(values: Sequence[float]) -> np.ndarray:
     """Ranks from 0 to 1; equal values share theirs."""
     ranks: np.ndarray = (rankdata(values) - 1) / (len(values) - 1)
     return ranks

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
 from adept_ds.report.drawing import BLUE, COPY, GREEN, GREY, INK, PALE, WIDTH
-from adept_ds.report.run_files import MAX_DOTS, Json, RunFiles, finite, losses, short
+from adept_ds.report.run_files import MAX_DOTS, Json, RunFiles, finite, short
 
 MAX_POINTS, MAX_COLUMNS, MAX_UNITS = 1200, 48, 40
 
@@ -155,7 +155,9 @@ def _draw_panels(run: RunFiles, figure: Figure, panels: Iterable[tuple[str, str,
 
 
 def _draw_evals(run: RunFiles, figure: Figure) -> None:
-    evals, base = run.evals(), losses(run.evaluation.get("base"))
+    evals = run.evals()
+    # Before the first step a model is its base. What evaluation.json says of the base is of documents each alone.
+    base = evals[0][1] if evals and evals[0][0] == 0 else {}
     found = {name: [(step, sets[name]) for step, sets in evals if name in sets] for name in ("general", "domain")}
     curves = {name: points for name, points in found.items() if points}
     if not curves:

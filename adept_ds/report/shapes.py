@@ -80,9 +80,21 @@ class ExpansionShape(Shape):
     copies: list[CopyShape] = []
 
 
-class LossShape(Shape):
+class SourceShape(Shape):
     loss: float | None = None
     tokens: float | None = None
+    questions: int | None = None
+    accuracy: float | None = None
+    accuracy_norm: float | None = None
+
+
+class LossShape(SourceShape):
+    sources: dict[str, SourceShape] | None = None
+
+
+class DialShape(Shape):
+    alpha: float
+    corpora: dict[str, LossShape] | None = None
 
 
 class EvaluationShape(Shape):
@@ -90,6 +102,7 @@ class EvaluationShape(Shape):
 
     base: dict[str, LossShape] | None = None
     adapted: dict[str, LossShape] | None = None
+    dial: list[DialShape] | None = None
 
 
 class SummaryShape(Shape):

@@ -9,39 +9,35 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
 from adept_ds.base.errors import InputError
 from adept_ds.base.files import json_text
+from adept_ds.base.run_dir import RunDirectory
 from adept_ds.base.version import __version__
 from adept_ds.data.mixture import Sample
 from adept_ds.methods.shape import method_of
 from adept_ds.models.directory import ModelDirectory
 from adept_ds.models.loading import layers_train
-from adept_ds.probing.bypassed_copies import CopyPasses, CopySweep, Written
+from adept_ds.probing.bypassed_copies import CopyPasses, CopySweep
 from adept_ds.probing.copy_gradients import UnitGradients, unit_gradients
-from adept_ds.probing.overlap import energy_coefficient, separability
 from adept_ds.probing.result import LayerImportance
 from adept_ds.report.diagnosis import (
-    Change,
     CopiedLayer,
-    CopyEffect,
-    CopyWrites,
     Diagnosis,
-    Overlap,
     Setting,
     TextLosses,
-    UnitGradient,
-    WriteShare,
+    UnitCourse,
 )
 from adept_ds.report.diagnosis_findings import findings_of
-from adept_ds.report.diagnosis_signs import compared, evaluated_losses, paired_error, signatures
+from adept_ds.report.diagnosis_signs import evaluated_losses, signatures
 from adept_ds.report.diagnosis_units import unit_courses
+from adept_ds.report.run_files import read_run
 from adept_ds.run.context import Context
+from adept_ds.run.copy_facts import effect_of, gradients_of, losses_of, overlaps_of, writes_of
 from adept_ds.run.identity import reading_settings
 from adept_ds.run.non_finite import naming_what_is_not_finite
 from adept_ds.training.evaluation import EvalSet
@@ -51,9 +47,6 @@ from adept_ds.weights.expansion import Expansion
 
 GRADIENT_SEQUENCES = 32
 """At most so many of the domain's held-out sequences have a backward pass."""
-
-FEWEST_SEQUENCES = 4
-"""With fewer of either text, nothing is said about how far they are apart."""
 
 
 def diagnose_stage(run: Context, sequences: int | None = None) -> Diagnosis:
@@ -66,11 +59,12 @@ def diagnose_stage(run: Context, sequences: int | None = None) -> Diagnosis:
         InputError: a file of the run is damaged, or a loss is no number.
     """
     made_of = run.ranks.on_main(lambda: _digest_of_inputs(run, sequences))
-    known = run.ranks.on_main(lambda: _unchanged(run.run_dir.diagnosis, made_of))
+    known = run.ranks.on_main(lambda: _unchanged(run.run_dir, made_of))
     if known is not None:
         run.unchanged("diagnose")
         return known
     expansion = run.ranks.on_main(lambda: _expansion(run))
+    from_files = run.ranks.on_main(lambda: _from_files(run, expansion))  # where a damaged file shows, before all else
     passes: dict[str, CopyPasses] = {}
     gradients: UnitGradients | None = None
     if expansion is None:
@@ -83,12 +77,12 @@ def diagnose_stage(run: Context, sequences: int | None = None) -> Diagnosis:
             gradients = _gradients(run, adapted, expansion, sequences)
 
     def conclude() -> Diagnosis:
-        facts = _facts(run, made_of, expansion, passes, gradients)
+        facts = _facts(run, made_of, from_files, expansion, passes, gradients)
         diagnosis = facts.model_copy(update={"findings": findings_of(facts)})
-        diagnosis.save(run.run_dir.diagnosis)
         from adept_ds.report.diagnosis_page import write_page  # matplotlib takes a second, on rank 0 alone
 
         path = write_page(run.run_dir.root, diagnosis)
+        diagnosis.save(run.run_dir.diagnosis)
         run.terminal.stage("diagnose", f"{_summary(diagnosis)}: {path}")
         return diagnosis
 
@@ -97,11 +91,29 @@ def diagnose_stage(run: Context, sequences: int | None = None) -> Diagnosis:
 
 def diagnose_if_it_failed(run: Context) -> None:
     """At the end of a run: where its evaluation shows a known failure, say so, and look for the cause."""
+    config = run.settings.config
+    if config.eval.diagnose == "never" or not (config.data.general_eval or config.data.domain_eval):
+        return
     found = run.ranks.on_main(lambda: signatures(run.run_dir.root))
     for signature in found:
         run.terminal.stage("diagnose", signature.sentence)
     if found:
         diagnose_stage(run)
+
+
+@dataclass(frozen=True)
+class _FromFiles:
+    """What the run has written about itself."""
+
+    losses: dict[str, TextLosses]
+    layers: tuple[CopiedLayer, ...]
+    units: tuple[UnitCourse, ...]
+
+
+def _from_files(run: Context, expansion: Expansion | None) -> _FromFiles:
+    read_run(run.run_dir.root)  # the page shows a figure of it
+    sources = sorted(set(expansion.source_indices)) if expansion else []
+    return _FromFiles(evaluated_losses(run.run_dir), _copied_layers(run, sources), unit_courses(run.run_dir))
 
 
 def _digest_of_inputs(run: Context, sequences: int | None) -> str:
@@ -127,13 +139,13 @@ def _summary(diagnosis: Diagnosis) -> str:
     return f"to blame: {', '.join(problems)}" if problems else "nothing is to blame"
 
 
-def _unchanged(path: Path, made_of: str) -> Diagnosis | None:
+def _unchanged(run_dir: RunDirectory, made_of: str) -> Diagnosis | None:
     """What was found before, of the same inputs; one that is damaged is made again."""
     try:
-        known = Diagnosis.load(path)
+        known = Diagnosis.load(run_dir.diagnosis)
     except InputError:
         return None
-    return known if known.made_of == made_of else None
+    return known if known.made_of == made_of and run_dir.diagnosis_page.is_file() else None
 
 
 def _makes_copies(run: Context) -> bool:
@@ -186,24 +198,25 @@ def _gradients(
 def _facts(
     run: Context,
     made_of: str,
+    from_files: _FromFiles,
     expansion: Expansion | None,
     passes: dict[str, CopyPasses],
     gradients: UnitGradients | None,
 ) -> Diagnosis:
     """All that was measured, on rank 0."""
-    measured = {name: _losses(name, found) for name, found in passes.items()}
+    measured = {name: losses_of(name, found) for name, found in passes.items()}
     copies = {copy.index: copy.source for copy in expansion.copies} if expansion else {}
     return Diagnosis(
         adept_ds=__version__,
         made_of=made_of,
         setting=_setting(run, tuple(copies.values())),
-        losses=evaluated_losses(run.run_dir) | measured,
-        effects=tuple(_effect(number, *copy, passes) for number, copy in enumerate(copies.items())),
-        layers=_copied_layers(run, sorted(set(copies.values()))),
-        units=unit_courses(run.run_dir),
-        writes=tuple(_writes(*copy, passes) for copy in copies.items()),
-        gradients=_unit_gradients(run, gradients) if gradients else (),
-        overlaps=tuple(_overlaps(copies, passes)),
+        losses=from_files.losses | measured,
+        effects=tuple(effect_of(number, *copy, passes) for number, copy in enumerate(copies.items())),
+        layers=from_files.layers,
+        units=from_files.units,
+        writes=tuple(writes_of(*copy, passes) for copy in copies.items()),
+        gradients=gradients_of(run.settings.model.family, gradients) if gradients else (),
+        overlaps=tuple(overlaps_of(copies, passes)),
     )
 
 
@@ -224,23 +237,6 @@ def _setting(run: Context, copied: tuple[int, ...]) -> Setting:
     )
 
 
-def _losses(corpus: str, found: CopyPasses) -> TextLosses:
-    tokens = float(found.tokens.sum())
-    base, adapted = (float(losses.sum()) / tokens for losses in (found.without_any, found.with_all))
-    error = paired_error((found.with_all - found.without_any).numpy(), found.tokens.numpy())
-    return compared(corpus, base, adapted, int(tokens), error)
-
-
-def _effect(number: int, index: int, source: int, passes: dict[str, CopyPasses]) -> CopyEffect:
-    changes = {name: _change(found.with_all - found.without[:, number], found.tokens) for name, found in passes.items()}
-    return CopyEffect(index=index, source=source, general=changes.get("general"), domain=changes.get("domain"))
-
-
-def _change(differences: torch.Tensor, tokens: torch.Tensor) -> Change:
-    error = paired_error(differences.numpy(), tokens.numpy())
-    return Change(change=float(differences.sum() / tokens.sum()), standard_error=error)
-
-
 def _copied_layers(run: Context, sources: list[int]) -> tuple[CopiedLayer, ...]:
     if not run.run_dir.layer_importance.is_file():
         return ()
@@ -253,74 +249,3 @@ def _copied_layers(run: Context, sources: list[int]) -> tuple[CopiedLayer, ...]:
         for source in sources
         if source in deltas
     )
-
-
-def _writes(index: int, source: int, passes: dict[str, CopyPasses]) -> CopyWrites:
-    return CopyWrites(
-        index=index, source=source, on={name: _share(found, index, found.tokens) for name, found in passes.items()}
-    )
-
-
-def _share(found: CopyPasses, index: int, tokens: torch.Tensor) -> WriteShare:
-    copy, below = found.written[index], found.written[index - 1]
-
-    def rms(sums: torch.Tensor) -> float:
-        return float((sums.sum() / tokens.sum()).sqrt())
-
-    return WriteShare(
-        copy_share=rms(copy.share_squares),
-        below_share=rms(below.share_squares),
-        copy_rms=rms(copy.squares),
-        stream_rms=rms(copy.stream_squares),
-    )
-
-
-def _unit_gradients(run: Context, found: UnitGradients) -> tuple[UnitGradient, ...]:
-    family = run.settings.model.family
-    return tuple(
-        UnitGradient(
-            unit=unit.name,
-            kind=unit.kind,
-            layer=unit.layer,
-            part=unit.part,
-            rms=rms,
-            silent=family.writes_residual(f"{unit.part}.weight"),
-        )
-        for unit, rms in zip(found.units, found.rms, strict=True)
-        if unit.layer is not None
-    )
-
-
-def _overlaps(copies: dict[int, int], passes: dict[str, CopyPasses]) -> list[Overlap]:
-    """None where there are too few sequences of either text."""
-    if passes.keys() < {"general", "domain"}:
-        return []
-    if min(len(found.tokens) for found in passes.values()) < FEWEST_SEQUENCES:
-        return []
-    found = []
-    for index, source in copies.items():
-        texts = {
-            layer: [_means(passes[name].written[layer], passes[name].tokens) for name in ("domain", "general")]
-            for layer in (index - 1, index)
-        }
-        (domain, general), below = texts[index], texts[index - 1]
-        parted, parted_below = separability(domain, general), separability(below[0], below[1])
-        found.append(
-            Overlap(
-                index=index,
-                source=source,
-                accuracy=parted.accuracy,
-                distance=energy_coefficient(domain, general),
-                below_accuracy=parted_below.accuracy,
-                below_distance=energy_coefficient(below[0], below[1]),
-                general_scores=parted.y_scores,
-                domain_scores=parted.x_scores,
-            )
-        )
-    return found
-
-
-def _means(written: Written, tokens: torch.Tensor) -> np.ndarray:
-    """Over the tokens of each sequence. [sequences, dim]"""
-    means: np.ndarray = (written.sums / tokens.clamp(min=1)[:, None]).numpy()
-    return means

@@ -1,7 +1,8 @@
 """All stages, in order. A stage reads files and writes files; it is not run again while its inputs are the same.
 
 probe -> layer_importance.json -> expand -> expanded/ -> train -> checkpoints/ -> export -> export/
--> eval -> evaluation.json -> report -> report.html. Methods that train in place expand nothing.
+-> eval -> evaluation.json -> report -> report.html; and where a known failure shows, diagnosis.html. Methods that train
+in place expand nothing.
 """
 
 from __future__ import annotations
@@ -12,10 +13,12 @@ from adept_ds.base.files import write_text
 from adept_ds.config.loading import dump_config
 from adept_ds.methods.shape import method_of
 from adept_ds.run.context import Context
+from adept_ds.run.diagnose import diagnose_if_it_failed
 from adept_ds.run.evaluate import eval_stage
 from adept_ds.run.expand import expand_stage
 from adept_ds.run.export import export_stage
 from adept_ds.run.probe import probe_stage
+from adept_ds.run.score_tasks import check_harness
 from adept_ds.run.train import check_can_go_on, train_stage
 
 
@@ -26,6 +29,7 @@ def run_all(run: Context) -> None:
     check_can_go_on(run)
     run.ranks.on_main(lambda: write_text(run.run_dir.config, dump_config(run.settings.config)))
     prepare_data(run)
+    check_harness(run)
     if run.settings.config.needs_probe:
         probe_stage(run)
     if method_of(run.settings.config).starts_from == "expanded":
@@ -34,6 +38,7 @@ def run_all(run: Context) -> None:
     export_stage(run)
     eval_stage(run)
     report_stage(run)
+    diagnose_if_it_failed(run)
 
 
 def prepare_data(run: Context) -> None:

@@ -42,7 +42,9 @@ def tasks_stage(run: Context, adapted: ModelDirectory) -> TaskScores:
 
     run.ledger.once(Stage("tasks_base", files.base_task_scores, lambda: _inputs(run, [run.settings.model])), score_base)
     stage = Stage("tasks", files.task_scores, lambda: _inputs(run, [run.settings.model, adapted]))
-    if not run.ledger.once(stage, score_adapted):
+    if run.ledger.once(stage, score_adapted):
+        run.terminal.stage("tasks", str(files.task_scores))
+    else:
         run.unchanged("tasks")
     return run.ranks.on_main(lambda: TaskScores.load(files.task_scores))
 
@@ -57,7 +59,7 @@ def score_model(run: Context, model: ModelDirectory, title: str, positions: Sequ
     sets = run.ranks.on_main(lambda: _question_sets(run, tasks))
     found = [*_on_questions(run, sets, model, title, positions)] if sets else [{} for _ in positions]
     if tasks.harness:
-        found[0] |= run.ranks.on_main(lambda: _by_harness(run, tasks, model, title))
+        found[0] |= run.ranks.on_main(lambda: _by_harness(run, tasks, model, f"asking {title} by lm-eval"))
     return found
 
 
@@ -86,19 +88,33 @@ def _scores(found: Accuracy) -> dict[str, float]:
     return {measure: float(value) for measure, value in found.to_json().items() if value is not None}
 
 
-def _by_harness(run: Context, tasks: TaskFiles, model: ModelDirectory, title: str) -> Scores:
-    config, directories = run.settings.config, tuple(str(path.resolve()) for path in tasks.directories)
+def check_harness(run: Context) -> None:
+    """lm-eval knows the tasks that it is to score, and has their data; not asked where it scored some before.
+
+    Raises:
+        InputError: as `run_harness`.
+    """
+
+    def check() -> None:
+        tasks = _tasks(run)
+        if tasks.harness and not run.run_dir.base_task_scores.is_file():
+            _by_harness(run, tasks, None, "looking for tasks of lm-eval")
+
+    run.ranks.on_main(check)
+
+
+def _by_harness(run: Context, tasks: TaskFiles, model: ModelDirectory | None, title: str) -> Scores:
     request = HarnessRequest(
-        model=str(model.path),
+        model=str(model.path) if model else None,
         tasks=tasks.harness,
-        directories=directories,
+        directories=tuple(str(path.resolve()) for path in tasks.directories),
         precision=str(run.precision).removeprefix("torch."),
         device=str(current_device()),
-        batch_size=config.train.micro_batch_size,
-        max_length=longest_text(model),
+        batch_size=run.settings.config.train.micro_batch_size,
+        max_length=longest_text(model or run.settings.model),
         add_bos_token=run.corpora.tokenizer_of_documents.bos_id is not None,
     )
-    with run.progress.on_main(f"asking {title} by lm-eval") as bar:
+    with run.progress.on_main(title) as bar:
         return run_harness(request, lambda: bar(0.0, ", ".join(tasks.harness)))
 
 

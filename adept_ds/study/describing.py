@@ -18,6 +18,7 @@ from adept_ds.study.variants import Variant
 class Progress:
     """How far a study is."""
 
+    finished: Sequence[Cell]
     missing: Sequence[Cell]
     """Planned, and neither finished nor failed."""
     failed: Mapping[Cell, Failure]
@@ -34,10 +35,10 @@ def describe(plan: Plan, progress: Progress, overlaps: Sequence[str], scale: flo
         title=study.title or study.study_dir.name,
         model=plan.example(plan.checked.variants[0]).model,
         budget=budget_in_words(plan),
-        reference=study.reference,
+        reference=study.reference if study.reference in _arms(progress) else None,
         texts=texts,
         commands=[shlex.join(["adept", "compare", *arguments])],
-        notes=[*_notes(plan), *overlaps, *_unfinished(progress)],
+        notes=[*_notes(plan), *overlaps, *_unfinished(study.reference, progress)],
     )
 
 
@@ -68,11 +69,17 @@ def _notes(plan: Plan) -> list[str]:
     return [*notes, f"adept-ds {__version__}, {study.ranks} rank{'s' if study.ranks > 1 else ''}."]
 
 
-def _unfinished(progress: Progress) -> list[str]:
+def _unfinished(reference: str | None, progress: Progress) -> list[str]:
     notes = [f"Failed: {cell.title}: {failure.reason}" for cell, failure in progress.failed.items()]
     if progress.missing:
         notes.append(f"{len(progress.missing)} cells have not been run yet.")
+    if reference is not None and reference not in _arms(progress):
+        notes.append(f"{reference}, which others are to be compared with, has no finished cell.")
     return notes
+
+
+def _arms(progress: Progress) -> set[str]:
+    return {cell.variant.name for cell in progress.finished}
 
 
 def _names(sources: Sequence[object]) -> str:

@@ -8,6 +8,7 @@ from adept_ds.base.records import Record
 from adept_ds.base.run_records import RunSummary
 from adept_ds.study.budget import refreshed_every, tokens_per_step
 from adept_ds.study.cells import Cell
+from adept_ds.study.describing import budget_in_words
 from adept_ds.study.running import StudyState
 
 
@@ -48,9 +49,7 @@ class Planned(Record):
 
 def planned(state: StudyState) -> Planned:
     """Writes nothing."""
-    from adept_ds.study.describing import budget_in_words
-
-    search, cells = state.search, state.cells()
+    search, cells = state.wanted(state.search), state.wanted(state.cells())
     timed = _seconds_by_variant(cells)
     unknown = 0
     if not all(cell.is_finished for cell in search):

@@ -42,7 +42,7 @@ class StudyState:
     scale: float = 1.0
     overlaps: Sequence[str] = ()
     only: Sequence[str] = ()
-    """Labels of methods; all where there are none."""
+    """Labels of the methods that are run now; all where there are none. The page is about all in any case."""
 
     @property
     def shared(self) -> SharedWork:
@@ -50,13 +50,13 @@ class StudyState:
 
     @property
     def search(self) -> list[Cell]:
-        return self._chosen(self.plan.search)
+        return self.plan.search
 
     def confirmations(self) -> list[Cell]:
         """Of the methods whose search has finished at least one cell; see `arms.best_rates`."""
         trials = _trials(self.search)
         best = best_rates(read_measurements(trials)) if trials else {}
-        return self._chosen(self.plan.confirmations(best))
+        return self.plan.confirmations(best)
 
     def cells(self) -> list[Cell]:
         """All that are known to be needed."""
@@ -74,11 +74,13 @@ class StudyState:
     def write_page(self) -> Findings:
         """From what is there. Raises `InputError`: there is nothing, or it cannot be compared."""
         cells, failed = self.cells(), self.failed()
-        missing = [cell for cell in cells if not cell.is_finished and cell not in failed]
-        description = describe(self.plan, Progress(missing, failed), self.overlaps, self.scale)
-        return write_comparison(self.plan.directory.root, description, _trials(cells))
+        finished = [cell for cell in cells if cell.is_finished]
+        missing = [cell for cell in cells if cell not in finished and cell not in failed]
+        description = describe(self.plan, Progress(finished, missing, failed), self.overlaps, self.scale)
+        return write_comparison(self.plan.directory.root, description, _trials(finished))
 
-    def _chosen(self, cells: Sequence[Cell]) -> list[Cell]:
+    def wanted(self, cells: Sequence[Cell]) -> list[Cell]:
+        """Those that are run now."""
         return [cell for cell in cells if not self.only or cell.variant.label in self.only]
 
 
@@ -119,6 +121,7 @@ class StudyRun:
     failed: list[Cell] = field(default_factory=list)
     _page_seconds: float = 0.0
     _cell_seconds: float = 0.0
+    _cells: int = 0
 
     def run(self) -> None:
         """The search, then what follows from it.
@@ -132,7 +135,7 @@ class StudyRun:
             self._phase("confirm", self.state.confirmations)
 
     def _phase(self, name: str, cells_of: Callable[[], list[Cell]]) -> None:
-        cells = cells_of()
+        cells = self.state.wanted(cells_of())
         waiting = [cell for cell in cells if not cell.is_finished]
         self.terminal.stage(name, f"{len(cells)} cells, {len(cells) - len(waiting)} of them finished before")
         with self.terminal.progress(name) as bar:
@@ -140,12 +143,13 @@ class StudyRun:
                 begun, share = time.monotonic(), 1 / len(waiting)
 
                 def look(cell: Cell = cell, before: float = number * share, share: float = share) -> None:
-                    bar(before + share * _done(cell), cell.title)
+                    bar(before + share * _done(cell), f"{cell.title}: {last_words(cell.log)}")
 
                 self._run_cell(cell, look)
                 self._cell_seconds += time.monotonic() - begun
                 if self.failed and self.stop_on_failure:
                     return
+                self._say_time_left(number + 1, len(waiting))
                 self._page_on_the_way()
 
     def _run_cell(self, cell: Cell, look: Callable[[], None]) -> None:
@@ -163,13 +167,34 @@ class StudyRun:
         self.terminal.stage("cell", f"{cell.title}: [bold red]failed[/]")
         self.terminal.say(f"         {failure.reason}; all that it said is in '{cell.log}'")
 
+    def _say_time_left(self, done: int, cells: int) -> None:
+        """If the rest take as long as those of this session have taken."""
+        self._cells += 1
+        left = (cells - done) * self._cell_seconds / self._cells
+        if left:
+            self.terminal.stage("", f"{done} of {cells}, about {_duration(left)} left of this phase")
+
     def _page_on_the_way(self) -> None:
         """As long as it costs little."""
         if self._page_seconds <= _PAGE_SHARE * self._cell_seconds:
             begun = time.monotonic()
-            with suppress(InputError):  # a study that is not done need not be one that can be compared
+            try:
                 self.state.write_page()
+            except InputError:
+                pass  # a study that is not done need not be one that can be compared
+            except Exception as error:  # hours of training do not end for a page that is written again at the end
+                self.terminal.stage("page", f"not written yet: {type(error).__name__}: {error}")
             self._page_seconds += time.monotonic() - begun
+
+
+def _duration(seconds: float) -> str:
+    return (
+        f"{seconds / 3600:.1f} h"
+        if seconds > 5400
+        else f"{seconds / 60:.0f} min"
+        if seconds > 90
+        else f"{seconds:.0f} s"
+    )
 
 
 def _done(cell: Cell) -> float:

@@ -88,12 +88,9 @@ class _Places:
         return plan.confirmations({variant.name: variant.rates for variant in plan.checked.variants})
 
     def waiting(self, phase: Phase) -> dict[int, Cell]:
-        chosen = self.state.only
-        return {
-            index: cell
-            for index, cell in enumerate(self.of(phase))
-            if not cell.is_finished and (not chosen or cell.variant.label in chosen)
-        }
+        cells = self.of(phase)
+        wanted = self.state.wanted(cells)
+        return {index: cell for index, cell in enumerate(cells) if cell in wanted and not cell.is_finished}
 
 
 def submit(state: StudyState, *, dry_run: bool) -> Submission:

@@ -81,6 +81,8 @@ class Variant:
         }
         for key, value in decided.items():
             _put(tree, key, value)
+        if _value(tree, "eval.diagnose") is None:
+            _put(tree, "eval.diagnose", "never")  # a study is not about what went wrong, and some rates do
         if self._replays and _value(tree, "data.replay") is None:
             _put(tree, "data.replay", self._general(texts))
         config = parse_config(tree, self.origin)
@@ -128,7 +130,7 @@ def _variant(
     tree = _merged(_merged(_for_method(base, entry), of_method), of_setting)
     for key in _IN_STEPS:
         value = _value(tree, key)
-        if isinstance(value, int) and scale != 1:
+        if isinstance(value, int) and value and scale != 1:
             _put(tree, key, max(1, round(value * scale)))
     tree["method"] = entry.method.model_dump(mode="json")
     where = f"{path}: method '{entry.title}'" + (f", setting '{setting.label}'" if setting else "")

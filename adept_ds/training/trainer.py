@@ -175,7 +175,8 @@ class Trainer:
             log.movement(step, since, self.unit_lr.registry.units, multipliers, *moved)
         if refreshes:
             self._refresh(self.rule.refresh, step, log)
-        if step % self.config.train.eval_every == 0 or is_last:
+        every = self.config.train.eval_every
+        if is_last or (every and step % every == 0):
             self._evaluate(step, log)
 
     def _refresh(self, refresh: Callable[[], Refresh | None], step: int, log: RunLog) -> None:
@@ -191,7 +192,7 @@ class Trainer:
             log.refresh(step, self.unit_lr.registry.units, found.importance, found.multipliers, seconds)
 
     def _evaluate(self, step: int, log: RunLog) -> None:
-        if not self.eval_sets:
+        if not (self.eval_sets and self.config.train.eval_every):
             return
         with outside_training(self.engine), self.terminal.progress("evaluating") as bar:
             try:

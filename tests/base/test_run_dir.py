@@ -29,6 +29,8 @@ NAMES = {
     "base_task_scores": "task_scores_base.json",
     "summary": "summary.json",
     "report": "report.html",
+    "diagnosis": "diagnosis.json",
+    "diagnosis_page": "diagnosis.html",
 }
 """People and scripts know these names, and old runs have them."""
 

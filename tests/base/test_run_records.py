@@ -64,6 +64,19 @@ def test_an_evaluation_is_of_the_same_corpora(tmp_path: Path) -> None:
         Evaluation.load(file)
 
 
+def test_an_evaluation_says_what_it_knows_and_nothing_else(tmp_path: Path) -> None:
+    """As it is written, so that one from before there were sources stays as it was."""
+    file, old = tmp_path / "evaluation.json", {"base": {"general": LOSS}, "adapted": {"general": LOSS}}
+    asked = LOSS | {"documents": 3, "questions": 1, "accuracy": 0.0, "accuracy_norm": 1.0}
+    new = LOSS | {"documents": 4, "sources": {"one": LOSS, "two": asked}}
+    for tree in (old, old | {"adapted": {"general": new}, "dial": [{"alpha": 0.5, "corpora": {"general": new}}]}):
+        file.write_text(json.dumps(tree))
+        assert Evaluation.load(file).to_json() == tree
+    file.write_text(json.dumps(old | {"dial": [{"alpha": 0.5, "corpora": {"domain": LOSS}}]}))
+    with pytest.raises(InputError, match="different corpora"):
+        Evaluation.load(file)
+
+
 def test_a_summary_may_be_half_finished_and_have_more(tmp_path: Path) -> None:
     file = tmp_path / "summary.json"
     file.write_text(json.dumps({"trainable_parameters": 12, "precision": "float32"}))

@@ -30,6 +30,11 @@ TAKES = {
     ],
     "export": ["CONFIG|CHECKPOINT", "[OUT | KEY=VALUE]...", "--step", "--base", "--dtype", "--overwrite"],
     "report": ["CONFIG|RUN_DIR", "[KEY=VALUE]..."],
+    "diagnose": ["CONFIG|RUN", "[KEY=VALUE]...", "--sequences", "--json"],
+    "compare": [
+        *("STUDY", "[KEY=VALUE]...", "--scale", "--only", "--cell", "--json"),
+        *("--report", "--submit", "--dry-run", "--stop-on-failure"),
+    ],
     "show": ["CONFIG", "[KEY=VALUE]...", "--json"],
     "version": [],
     "delta": [],

@@ -76,7 +76,7 @@ DEEPSPEED_FILES = (
 
 ENGINES = (
     "adept_ds.run.train.build_training_engine",
-    "adept_ds.run.evaluate.build_forward_engine",
+    "adept_ds.run.loaded.build_forward_engine",
     "adept_ds.probing.estimators.build_forward_engine",
 )
 
@@ -122,7 +122,7 @@ def report(sandbox: Sandbox) -> None:
 
 def report_undrawn(sandbox: Sandbox) -> None:
     """Without the second that it takes to turn figures into SVG."""
-    with mock.patch("adept_ds.report.figures.FigureCanvasSVG", _Undrawn):
+    with mock.patch("adept_ds.report.drawing.FigureCanvasSVG", _Undrawn):
         report(sandbox)
 
 

@@ -49,11 +49,11 @@ def effects(general: list[float], domain: list[float]) -> tuple[CopyEffect, ...]
     )
 
 
-def copied_layers(*deltas: float) -> tuple[CopiedLayer, ...]:
+def copied_layers(*deltas: float, ranks: tuple[int, ...] = (1, 25, 2)) -> tuple[CopiedLayer, ...]:
     """Beside a median of 0.05."""
     return tuple(
-        CopiedLayer(source=source, delta=delta, rank=25 if delta > 0.05 else 2 + number, of=30, median=0.05)
-        for number, (source, delta) in enumerate(zip(COPIES.values(), deltas, strict=True))
+        CopiedLayer(source=source, delta=delta, rank=rank, of=30, median=0.05)
+        for source, delta, rank in zip(COPIES.values(), deltas, ranks, strict=True)
     )
 
 

@@ -75,15 +75,13 @@ def test_losses_without_each_copy_and_without_any_are_those_of_plain_forward_pas
     adapted = adapted_model(tmp_path, model_type)
     sample = sample_of(tmp_path)
     found = swept(adapted, sample)
-    variants = {"with_all": [], "without_any": COPIES} | {copy: [copy] for copy in COPIES}
-    columns = {"with_all": found.with_all, "without_any": found.without_any}
-    columns |= {copy: found.without[:, number] for number, copy in enumerate(COPIES)}
-    for name, layers in variants.items():
+    columns = [found.with_all, found.without_any, *found.without.T]
+    for column, layers in zip(columns, [[], COPIES, *([copy] for copy in COPIES)], strict=True):
         model = load(adapted)
         bypass(model, layers)
         plain = [plain_loss(model, row_of(sample, position)) for position in range(len(sample))]
         # float32 passes of a few hundred nats, in batches or one by one
-        torch.testing.assert_close(columns[name].tolist(), plain, rtol=2e-5, atol=1e-3)
+        torch.testing.assert_close(column.tolist(), plain, rtol=2e-5, atol=1e-3)
     base = load(tmp_path / "base")
     without_any = [plain_loss(base, row_of(sample, position)) for position in range(len(sample))]
     torch.testing.assert_close(found.without_any.tolist(), without_any, rtol=2e-5, atol=1e-3)

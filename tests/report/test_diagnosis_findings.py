@@ -59,6 +59,12 @@ CASES: dict[str, tuple[str, dict[str, Any], list[str], dict[str, Any]]] = {
         ["Layer 17", "delta of 0.31, rank 25 of 30", "median of all layers is 0.05"],
         {"expand": {"choose": "lowest", "k": 3}},
     ),
+    "the lowest layers are important": (
+        "important_layer",
+        {"losses": ROSE, "layers": copied_layers(0.001, 0.004, 0.06, ranks=(1, 2, 3))},
+        ["Layer 20", "delta of 0.06, rank 3 of 30"],
+        {"expand": {"k": 2}},
+    ),
     "one important unit takes the range of multipliers": (
         "unit_against_importance",
         {"losses": ROSE, "units": CONFLICT},

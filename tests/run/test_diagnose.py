@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -158,8 +158,8 @@ def test_a_learning_rate_that_is_too_small_is_recognised(trained_run: TrainedRun
     tiny: dict[str, Any] = {"train": {"lr": 1e-6, "steps": 3, "eval_every": 3}, "expand": {"k": None, "layers": [0, 3]}}
     result = adept(1, "run", run.config(**tiny))
     assert result.returncode == 0, result.stderr
-    result = adept(1, "diagnose", run.config(**tiny))
-    assert result.returncode == 0, result.stderr
+    assert "domain loss did not fall: it changed by " in result.stdout
+    assert "to blame: silent projections" in result.stdout, "the run itself asks for the cause"
     diagnosed = Diagnosed(run, {})
     finding = diagnosed.finding("silent_projections")
     assert finding.problem and finding.settings["train.lr"] > 1e-6
@@ -169,29 +169,46 @@ def test_a_learning_rate_that_is_too_small_is_recognised(trained_run: TrainedRun
     assert diagnosed.found.domain_stayed and not diagnosed.found.general_rose
 
 
-REFUSED: dict[str, tuple[Callable[[TrainedRun], list[object]], list[str]]] = {
+REFUSED: dict[str, tuple[str | None, Callable[[TrainedRun], Sequence[object]], str]] = {
     "not trained yet": (
-        lambda run: [run.files.unit_movement.unlink(), "diagnose", run.config()][1:],
-        ["unit_movement.jsonl' does not exist; run `adept run CONFIG` first"],
+        "unit_movement.jsonl",
+        lambda run: [run.config()],
+        "unit_movement.jsonl' does not exist; run `adept run CONFIG` first",
     ),
     "not exported yet": (
-        lambda run: [(run.files.export / "expansion.json").unlink(), "diagnose", run.config()][1:],
-        ["export' holds no adapted model; run `adept export CONFIG` first"],
+        "export/expansion.json",
+        lambda run: [run.config()],
+        "export' holds no adapted model; run `adept export CONFIG` first",
     ),
     "no held-out text": (
-        lambda run: ["diagnose", run.config(data={"general_eval": [], "domain_eval": []})],
-        ["data.domain_eval: no corpus given"],
+        None,
+        lambda run: [run.config(data={"general_eval": [], "domain_eval": []})],
+        "data.domain_eval: no corpus given",
     ),
     "a directory that is no run": (
-        lambda run: ["diagnose", run.workspace.model],
-        ["model' has no config.yaml; give the directory of a run, or its CONFIG"],
+        None,
+        lambda run: [run.workspace.model],
+        "model' has no config.yaml; give the directory of a run, or its CONFIG",
     ),
-    "nothing there": (lambda run: ["diagnose", run.files.root / "nowhere"], ["nowhere: no such"]),
+    "nothing there": (None, lambda run: [run.files.root / "nowhere"], "nowhere: no such"),
     "no sequences": (
-        lambda run: ["diagnose", run.config(), "--sequences", "0"],
-        ["--sequences: 0 leaves nothing to look at; give 1 or more"],
+        None,
+        lambda run: [run.config(), "--sequences", "0"],
+        "--sequences: 0 leaves nothing to look at; give 1 or more",
+    ),
+    "a damaged log": (
+        None,
+        lambda run: [damaged(run.files.unit_movement) and run.config()],
+        "unit_movement.jsonl' line 1 is damaged",
     ),
 }
+"""What is missing, what is asked for, and the complaint."""
+
+
+def damaged(log: Path) -> bool:
+    """With a line that is none, and others behind it."""
+    log.write_bytes(b"{}\n" + log.read_bytes())
+    return True
 
 
 @pytest.mark.parametrize("mistake", REFUSED)
@@ -199,10 +216,12 @@ def test_a_run_that_cannot_be_looked_into_is_refused_in_one_line(
     trained_run: TrainedRun, tmp_path: Path, mistake: str
 ) -> None:
     run = trained_run.copied(tmp_path)
-    make, words = REFUSED[mistake]
-    arguments = make(run)
+    missing, arguments_for, words = REFUSED[mistake]
+    if missing:
+        (run.files.root / missing).unlink()
+    arguments = arguments_for(run)
     before = contents(run)
-    refused(arguments, words)
+    refused(["diagnose", *arguments], [words])
     assert contents(run) == before
 
 

@@ -45,7 +45,8 @@ def contents(copy: TrainedRun) -> dict[str, bytes]:
 
 
 def times(copy: TrainedRun) -> dict[Path, int]:
-    return {path: path.stat().st_mtime_ns for pattern in LARGE for path in copy.files.root.rglob(pattern)}
+    found = [path for pattern in LARGE for path in copy.files.root.rglob(pattern)]
+    return {path: path.stat().st_mtime_ns for path in found if not path.name.startswith("document_losses")}
 
 
 def weights(copy: TrainedRun) -> dict[str, torch.Tensor]:
