@@ -19,7 +19,11 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["adept_ds", "adept_ds.*"]),
-    package_data={"adept_ds.report": ["templates/*.j2"], "adept_ds.study": ["templates/*.j2"]},
+    package_data={
+        "adept_ds.report": ["templates/*.j2"],
+        "adept_ds.comparison": ["templates/*.j2"],
+        "adept_ds.study": ["templates/*.j2"],
+    },
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.6",

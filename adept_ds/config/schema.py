@@ -13,8 +13,9 @@ from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, mod
 
 from adept_ds.config.data_section import DataSection
 from adept_ds.config.eval_section import EvalSection
+from adept_ds.config.known_methods import DEFAULT_METHOD, AnyMethod, known_methods, with_presets
 from adept_ds.config.layer_sections import ExpandSection, ProbeSection
-from adept_ds.config.method import DEFAULT_METHOD, AnyMethod, known_methods, with_presets, without_effect
+from adept_ds.config.method import without_effect
 from adept_ds.config.paths import ModelName, UserPath
 from adept_ds.config.rate_sections import ImportanceSection, LrPolicySection
 from adept_ds.config.section import Section

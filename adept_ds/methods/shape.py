@@ -1,7 +1,7 @@
 """The one shape that every method of adaptation has: what starts, what trains, by which rates and terms, what is kept.
 
 A method is one file of this package: a subclass of `Method` whose fields are its keys in the configuration
-(`method: {name: ..., key: ...}`). It is found by being there (see `config.method.known_methods`); CONTRIBUTING.md says
+(`method: {name: ..., key: ...}`). It is found by being there (see `config.known_methods`); CONTRIBUTING.md says
 how to write one. Importing it imports no torch: what is heavy is imported by the functions that need it.
 """
 

@@ -10,7 +10,7 @@ import torch
 
 from adept_ds.base.progress import ProgressCallback
 from adept_ds.base.run_dir import checkpoint_tag, manifest_of
-from adept_ds.config.method import parse_method
+from adept_ds.config.known_methods import parse_method
 from adept_ds.methods.shape import Method
 from adept_ds.models.directory import ModelDirectory
 from adept_ds.run.context import Context

@@ -16,6 +16,7 @@ from adept_ds.base.errors import InputError
 from adept_ds.base.records import Record
 from adept_ds.base.run_dir import RunDirectory
 from adept_ds.base.version import __version__
+from adept_ds.comparison.trials import Trial
 from adept_ds.config.deepspeed import check_deepspeed_file
 from adept_ds.config.layer_sections import Stability
 from adept_ds.config.method import EVERY_KEY
@@ -24,7 +25,6 @@ from adept_ds.models.directory import ModelDirectory
 from adept_ds.run.identity import Identity
 from adept_ds.study.directory import CELL_RECORD, FAILURE_RECORD, OUTPUT_LOG
 from adept_ds.study.naming import slug
-from adept_ds.study.trials import Trial
 from adept_ds.study.variants import Variant
 
 _HOW: dict[str, Any] = {

@@ -16,19 +16,19 @@ from adept_ds.base.errors import InputError
 from adept_ds.base.files import write_text
 from adept_ds.base.run_records import MetricsLine, read_log
 from adept_ds.base.terminal import Terminal
+from adept_ds.comparison.arms import best_rates
+from adept_ds.comparison.findings import Findings
+from adept_ds.comparison.measurements import read_measurements
+from adept_ds.comparison.page import write_comparison
+from adept_ds.comparison.trials import Trial
 from adept_ds.config.loading import dump_config
-from adept_ds.study.arms import best_rates
 from adept_ds.study.cells import Cell, Failure
 from adept_ds.study.children import last_words
-from adept_ds.study.compare import Findings
 from adept_ds.study.describing import Progress, describe
 from adept_ds.study.directory import CELL_RECORD
 from adept_ds.study.executing import Executor
-from adept_ds.study.measurements import read_measurements
-from adept_ds.study.page import write_comparison
 from adept_ds.study.plan import Plan
 from adept_ds.study.shared import SharedWork, probe_seconds
-from adept_ds.study.trials import Trial
 
 _PAGE_SHARE = 0.05
 """Of the time that cells take, which may go into the page on the way."""

@@ -13,8 +13,8 @@ from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag,
 
 from adept_ds.config.corpus_entries import CorpusEntry, HeldOutEntry
 from adept_ds.config.eval_section import Between
+from adept_ds.config.known_methods import AnyMethod
 from adept_ds.config.loading import load_section
-from adept_ds.config.method import AnyMethod
 from adept_ds.config.paths import UserPath
 from adept_ds.config.section import FILE, NUMBER, PART, Count, Section, Seed
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from adept_ds.base.errors import InputError
+from adept_ds.comparison.trials import ROLES
 from adept_ds.config.corpus_entries import CorpusFiles, CorpusSource, corpus_sources
 from adept_ds.study.schema import Study
-from adept_ds.study.trials import ROLES
 
 VALIDATION, TEST = ROLES
 

@@ -15,8 +15,8 @@ from harness.made_up_run import write_lines
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
-from adept_ds.study.comparison import StudyDescription
-from adept_ds.study.trials import Trial
+from adept_ds.comparison.record import StudyDescription
+from adept_ds.comparison.trials import Trial
 
 Array = NDArray[Any]
 DIAL = (0.25, 0.5, 0.75)

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from adept_ds.base.files import read_json
 from adept_ds.base.run_dir import RunDirectory
-from adept_ds.config.method import DEFAULT_METHOD, known_methods
+from adept_ds.config.known_methods import DEFAULT_METHOD, known_methods
 
 METHODS = known_methods()
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 from pydantic import Field
 
 from adept_ds.base.records import Record
-from adept_ds.study.arms import BOUNDS
-from adept_ds.study.bootstrap import LEVEL, SAMPLES, SEED
-from adept_ds.study.fronts import GENERAL_RISE
-from adept_ds.study.verdicts import Difference, Gap
+from adept_ds.comparison.arms import BOUNDS
+from adept_ds.comparison.bootstrap import LEVEL, SAMPLES, SEED
+from adept_ds.comparison.fronts import GENERAL_RISE
+from adept_ds.comparison.verdicts import Difference, Gap
 
 ByCorpus = dict[str, dict[str, float]]
 """'general' or 'domain' -> name of the source, with its role -> value."""

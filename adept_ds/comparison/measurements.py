@@ -13,7 +13,7 @@ from functools import cached_property
 import numpy as np
 
 from adept_ds.base.errors import InputError
-from adept_ds.study.trials import (
+from adept_ds.comparison.trials import (
     BASE,
     CORPORA,
     ROLES,

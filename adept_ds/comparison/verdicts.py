@@ -13,11 +13,11 @@ from typing import NamedTuple
 import numpy as np
 
 from adept_ds.base.records import Record
-from adept_ds.study import wording
-from adept_ds.study.arms import AT_BASE, Arm, Criterion, Point
-from adept_ds.study.bootstrap import Interval, Stratum, interval, resampled_losses, resampled_mean
-from adept_ds.study.measurements import Measurements
-from adept_ds.study.trials import Floats
+from adept_ds.comparison import wording
+from adept_ds.comparison.arms import AT_BASE, Arm, Criterion, Point
+from adept_ds.comparison.bootstrap import Interval, Stratum, interval, resampled_losses, resampled_mean
+from adept_ds.comparison.measurements import Measurements
+from adept_ds.comparison.trials import Floats
 
 Choices = Mapping[Criterion, Point | None]
 """Of an arm."""

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from harness.made_up_study import description, make_study
 
-from adept_ds.study.page import write_comparison
+from adept_ds.comparison.page import write_comparison
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from harness.made_up_study import FOUR, write_small
 
-from adept_ds.study.arms import (
+from adept_ds.comparison.arms import (
     AT_BASE,
     BOUNDS,
     CRITERIA,
@@ -23,8 +23,8 @@ from adept_ds.study.arms import (
     best_rates,
     search_warnings,
 )
-from adept_ds.study.measurements import read_measurements
-from adept_ds.study.trials import Trial
+from adept_ds.comparison.measurements import read_measurements
+from adept_ds.comparison.trials import Trial
 
 ONE_TOKEN = dict.fromkeys(FOUR, (1,))
 Losses = Mapping[str, float]

@@ -9,13 +9,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from matplotlib.figure import Figure
 
+from adept_ds.comparison import wording
+from adept_ds.comparison.arms import BOUNDS, CRITERIA, PLAIN, Arm
+from adept_ds.comparison.findings import Findings
+from adept_ds.comparison.fronts import GENERAL_RISE
+from adept_ds.comparison.record import ArmRecord, ChosenPoint, PointRecord
+from adept_ds.comparison.trials import Floats, Progress
 from adept_ds.report.drawing import GREY, INK, WIDTH
-from adept_ds.study import wording
-from adept_ds.study.arms import BOUNDS, CRITERIA, PLAIN, Arm
-from adept_ds.study.compare import Findings
-from adept_ds.study.comparison import ArmRecord, ChosenPoint, PointRecord
-from adept_ds.study.fronts import GENERAL_RISE
-from adept_ds.study.trials import Floats, Progress
 
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#B58900", "#5B5B5B", "#882255", "#332288")
 """Of Okabe and Ito, told apart by the colour-blind; yellow, too pale on white, is darkened; wine and indigo are new."""

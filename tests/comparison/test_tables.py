@@ -8,10 +8,10 @@ from statistics import fmean
 
 import pytest
 
-from adept_ds.study import wording
-from adept_ds.study.comparison import Comparison
-from adept_ds.study.table_texts import escape_latex, escape_markdown, latex, markdown
-from adept_ds.study.tables import Entry, Table, pair_tables, tables_of
+from adept_ds.comparison import wording
+from adept_ds.comparison.record import Comparison
+from adept_ds.comparison.table_texts import escape_latex, escape_markdown, latex, markdown
+from adept_ds.comparison.tables import Entry, Table, pair_tables, tables_of
 
 NASTY = Table("t", "a | b_c & 50%", ["x_1", "y|z", "\\w"], [[Entry("a|b"), Entry("<c>", ("d_e",), True), Entry("$f$")]])
 

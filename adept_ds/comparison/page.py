@@ -10,16 +10,16 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 import adept_ds.report
 from adept_ds.base.files import write_text
+from adept_ds.comparison import wording
+from adept_ds.comparison.arms import CRITERIA
+from adept_ds.comparison.figures import FIGURES, looks, uses_held_out
+from adept_ds.comparison.findings import Findings, compare
+from adept_ds.comparison.record import StudyDescription
+from adept_ds.comparison.table_texts import latex, markdown
+from adept_ds.comparison.tables import pair_tables, tables_of
+from adept_ds.comparison.trials import Trial
+from adept_ds.comparison.verdicts import condition
 from adept_ds.report.drawing import svg
-from adept_ds.study import wording
-from adept_ds.study.arms import CRITERIA
-from adept_ds.study.compare import Findings, compare
-from adept_ds.study.comparison import StudyDescription
-from adept_ds.study.figures import FIGURES, looks, uses_held_out
-from adept_ds.study.table_texts import latex, markdown
-from adept_ds.study.tables import pair_tables, tables_of
-from adept_ds.study.trials import Trial
-from adept_ds.study.verdicts import condition
 
 
 def write_comparison(study_dir: Path, description: StudyDescription, trials: Sequence[Trial]) -> Findings:

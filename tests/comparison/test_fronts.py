@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from harness.made_up_study import METHODS, make_study
 
-from adept_ds.study.arms import arms_of
-from adept_ds.study.fronts import front, front_hypervolume, hypervolume, on_test
-from adept_ds.study.measurements import read_measurements
+from adept_ds.comparison.arms import arms_of
+from adept_ds.comparison.fronts import front, front_hypervolume, hypervolume, on_test
+from adept_ds.comparison.measurements import read_measurements
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -11,9 +11,9 @@ from harness.made_up_run import words
 from harness.made_up_study import METHODS, description, make_study, write_small
 from harness.page_structure import HOSTILE, Structure
 
-from adept_ds.study.comparison import Comparison
-from adept_ds.study.page import write_comparison
-from adept_ds.study.trials import Trial
+from adept_ds.comparison.page import write_comparison
+from adept_ds.comparison.record import Comparison
+from adept_ds.comparison.trials import Trial
 
 FIGURES = ("fronts", "hypervolumes", "reached", "differences", "progress")
 

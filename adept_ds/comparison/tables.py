@@ -6,11 +6,11 @@ from collections.abc import Iterable
 from statistics import fmean
 from typing import NamedTuple
 
-from adept_ds.study import wording
-from adept_ds.study.arms import CRITERIA, PLAIN
-from adept_ds.study.comparison import ArmRecord, ChosenPoint, Comparison, SourceRecord, TrialRecord
-from adept_ds.study.verdicts import Gap, condition
-from adept_ds.study.wording import NONE
+from adept_ds.comparison import wording
+from adept_ds.comparison.arms import CRITERIA, PLAIN
+from adept_ds.comparison.record import ArmRecord, ChosenPoint, Comparison, SourceRecord, TrialRecord
+from adept_ds.comparison.verdicts import Gap, condition
+from adept_ds.comparison.wording import NONE
 
 _D = [criterion.name for criterion in CRITERIA if criterion != PLAIN]
 

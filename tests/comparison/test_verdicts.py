@@ -10,10 +10,10 @@ import pytest
 from harness.made_up_study import FOUR, METHODS, description, make_study, write_small
 
 from adept_ds.base.errors import InputError
-from adept_ds.study.compare import compare
-from adept_ds.study.comparison import Comparison
-from adept_ds.study.trials import Trial
-from adept_ds.study.verdicts import agreed_sign
+from adept_ds.comparison.findings import compare
+from adept_ds.comparison.record import Comparison
+from adept_ds.comparison.trials import Trial
+from adept_ds.comparison.verdicts import agreed_sign
 
 TOKENS = dict.fromkeys(FOUR, (10, 30, 20, 40, 25, 35))
 

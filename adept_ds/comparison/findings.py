@@ -9,8 +9,10 @@ from statistics import fmean
 from typing import NamedTuple
 
 from adept_ds.base.errors import InputError
-from adept_ds.study.arms import CRITERIA, PLAIN, Arm, Criterion, Point, arms_of, search_warnings
-from adept_ds.study.comparison import (
+from adept_ds.comparison.arms import CRITERIA, PLAIN, Arm, Criterion, Point, arms_of, search_warnings
+from adept_ds.comparison.fronts import front, front_hypervolume, on_test
+from adept_ds.comparison.measurements import Measurements, read_measurements
+from adept_ds.comparison.record import (
     ArmRecord,
     ByCorpus,
     ChosenPoint,
@@ -20,10 +22,8 @@ from adept_ds.study.comparison import (
     StudyDescription,
     TrialRecord,
 )
-from adept_ds.study.fronts import front, front_hypervolume, on_test
-from adept_ds.study.measurements import Measurements, read_measurements
-from adept_ds.study.trials import BASE, Cell, Source, Trial
-from adept_ds.study.verdicts import Choices, Difference, TestLosses, difference, excess_on_test
+from adept_ds.comparison.trials import BASE, Cell, Source, Trial
+from adept_ds.comparison.verdicts import Choices, Difference, TestLosses, difference, excess_on_test
 
 DEFAULT_REFERENCE = "full"
 """The arm that others are compared with in tables and sentences, if there is one of this name; else the first."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from adept_ds.study.arms import Arm, Point
+from adept_ds.comparison.arms import Arm, Point
 
 Scores = tuple[float, float]
 

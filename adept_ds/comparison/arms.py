@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
-from adept_ds.study import wording
-from adept_ds.study.measurements import Measurements
-from adept_ds.study.trials import ADAPTED, BASE, Cell, Floats, Source
+from adept_ds.comparison import wording
+from adept_ds.comparison.measurements import Measurements
+from adept_ds.comparison.trials import ADAPTED, BASE, Cell, Floats, Source
 
 BOUNDS = (-0.02, 0.0, 0.02, 0.05)
 """x of D(x), in nats per token."""

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from adept_ds.study.trials import Floats, Ints
+from adept_ds.comparison.trials import Floats, Ints
 
 SAMPLES, LEVEL, SEED = 10_000, 0.95, 20_251_010
 

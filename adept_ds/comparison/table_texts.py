@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping
 
-from adept_ds.study.tables import Entry, Table
-from adept_ds.study.wording import MINUS, NONE
+from adept_ds.comparison.tables import Entry, Table
+from adept_ds.comparison.wording import MINUS, NONE
 
 
 def markdown(tables: Iterable[Table]) -> str:

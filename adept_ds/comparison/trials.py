@@ -17,7 +17,7 @@ from adept_ds.base.errors import InputError
 from adept_ds.base.records import Record
 from adept_ds.base.run_dir import RunDirectory
 from adept_ds.base.run_records import Evaluation, MetricsLine, RunSummary, read_log
-from adept_ds.study import wording
+from adept_ds.comparison import wording
 
 BASE, ADAPTED = 0.0, 1.0
 """Ends of the dial: weights of the base, and as training left them."""

@@ -11,8 +11,7 @@ from harness.made_up_study import METHODS, description, make_study
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
-from adept_ds.study.compare import Findings, compare
-from adept_ds.study.figures import (
+from adept_ds.comparison.figures import (
     PALETTE,
     draw_differences,
     draw_fronts,
@@ -22,6 +21,7 @@ from adept_ds.study.figures import (
     spread,
     uses_held_out,
 )
+from adept_ds.comparison.findings import Findings, compare
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,9 @@ from harness.made_up_study import FOUR, description, write_small, write_trial
 from safetensors.numpy import load_file, save_file
 
 from adept_ds.base.errors import InputError
-from adept_ds.study.measurements import read_measurements
-from adept_ds.study.page import write_comparison
-from adept_ds.study.trials import Source, Trial, document_losses
+from adept_ds.comparison.measurements import read_measurements
+from adept_ds.comparison.page import write_comparison
+from adept_ds.comparison.trials import Source, Trial, document_losses
 
 TOKENS = dict.fromkeys(FOUR, (2, 4))
 

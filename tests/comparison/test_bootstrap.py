@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from adept_ds.study import bootstrap
-from adept_ds.study.bootstrap import Stratum, interval, resampled_losses, resampled_mean
+from adept_ds.comparison import bootstrap
+from adept_ds.comparison.bootstrap import Stratum, interval, resampled_losses, resampled_mean
 
 Array = NDArray[np.float64]
 
