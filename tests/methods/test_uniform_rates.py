@@ -62,7 +62,9 @@ CASES = [
 
 
 def configured(case: Case, workspace: Workspace, folder: Path) -> Path:
-    tree = workspace.tree(folder / case.name, method=case.method, train={"steps": 3, "checkpoint_every": 2})
+    tree = workspace.tree(
+        folder / case.name, method=case.method, train={"steps": 3, "checkpoint_every": 2, "eval_every": 0}
+    )
     tree["deepspeed"] = str(folder / f"{case.name}.json")
     Path(tree["deepspeed"]).write_text(json.dumps({"zero_optimization": {"stage": case.stage}}))
     del tree["importance"], tree["expand"]
@@ -140,6 +142,12 @@ def test_what_it_trains_is_counted_and_its_movement_is_recorded(outcome: Outcome
     (movement,) = outcome.run.movement()
     assert sum(unit["numel"] for unit in movement["units"]) == summary["trainable_parameters"]
     assert all(unit["moved_since_start"] > 0 for unit in movement["units"])
+
+
+def test_held_out_text_may_wait_for_the_end(outcome: Outcome) -> None:
+    """train.eval_every: 0"""
+    assert outcome.run.evaluations() == []
+    assert read_json(RunDirectory(outcome.run.directory).evaluation).keys() >= {"base", "adapted"}
 
 
 def test_it_resumes_bit_for_bit(outcome: Outcome) -> None:

@@ -167,6 +167,10 @@ def test_a_learning_rate_that_is_too_small_is_recognised(trained_run: TrainedRun
     assert all(writes.on["domain"].copy_share < 1e-3 < writes.on["domain"].below_share
                for writes in diagnosed.found.writes)  # fmt: skip
     assert diagnosed.found.domain_stayed and not diagnosed.found.general_rose
+    run.files.diagnosis.unlink()
+    result = adept(1, "run", run.config(**tiny, eval={"diagnose": "never"}))
+    assert result.returncode == 0, result.stderr
+    assert not run.files.diagnosis.exists(), "it is left alone where that is asked for"
 
 
 REFUSED: dict[str, tuple[str | None, Callable[[TrainedRun], Sequence[object]], str]] = {
