@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from harness.launching import ROOT
 
-SCRIPTS = sorted((ROOT / "launch").iterdir())
+SCRIPTS = sorted(path for path in (ROOT / "launch").iterdir() if path.is_file())
 
 
 def write_program(path: Path, text: str) -> Path:

@@ -26,7 +26,8 @@ def _stop_when(
     processes = start(world_size, ["-m", "adept_ds", *arguments])
     try:
         deadline = time.monotonic() + PATIENCE
-        while time.monotonic() < deadline and not ready():
+        while not ready():
+            assert time.monotonic() < deadline, "it never was ready to be stopped"
             assert all(process.poll() is None for process in processes), processes[0].communicate()
             time.sleep(0.2)
         for process in processes[asked]:
@@ -61,7 +62,7 @@ def test_probing_stops_on_every_rank_and_leaves_nothing_half_written(workspace: 
 
     def probing() -> bool:
         """Some seconds after packing. Were it earlier or later than the sweep itself, the promise is the same."""
-        if not packed and any((tmp_path / "run" / "cache" / "blocks").glob("[!.]*")):
+        if not packed and any((tmp_path / "run" / "cache" / "tokens").glob("[!.]*")):
             packed.append(time.monotonic())
         return bool(packed) and time.monotonic() - packed[0] > 6
 
