@@ -173,7 +173,7 @@ class _Session:
         if self._checked.tells_time:
             plan.rates = known_rates(plan)
             missing = [variant.name for variant in self._checked.variants if variant.name not in plan.rates]
-            if missing and required:
+            if missing and required and self._checked.study.budget.seconds is not None:
                 name = missing[0]
                 raise InputError(f"budget.seconds: the rate of {name} is not known; `adept compare STUDY` measures it")
 

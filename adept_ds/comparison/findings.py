@@ -172,7 +172,7 @@ def _trial_record(measured: Measurements, cell: Cell, study_dir: Path) -> TrialR
         tokens=summary.tokens,
         tokens_per_second=summary.tokens_per_second,
         seconds=summary.seconds,
-        overhead_seconds=(summary.overhead_seconds or 0.0) + trial.shared_seconds,
+        overhead_seconds=(summary.overhead_seconds or 0.0) + (0.0 if trial.timing else trial.shared_seconds),
         peak_memory_bytes=max(summary.peak_memory_bytes or (), default=None),
         learned_bytes=summary.learned_bytes,
     )

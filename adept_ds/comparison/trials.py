@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,6 +31,15 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 
+class Timing(Record):
+    """What a method takes where nothing else runs, in seconds: measured alone, not while trials ran side by side."""
+
+    step_seconds: PositiveFloat
+    refresh_seconds: NonNegativeFloat
+    before_seconds: NonNegativeFloat
+    """Before the first step: the probe, and what the method prepares."""
+
+
 class Trial(Record):
     """A trained and evaluated cell of a study."""
 
@@ -43,6 +52,8 @@ class Trial(Record):
     run_dir: Path
     shared_seconds: NonNegativeFloat = 0.0
     """Of work that the study did once for several trials, and that this method needs: the probe."""
+    timing: Timing | None = None
+    """Stands for what the trial itself took, `shared_seconds` included, where it is known."""
 
     @property
     def arm(self) -> str:
@@ -132,7 +143,8 @@ def read_cell(trial: Trial) -> Cell:
     """Raises `InputError`: a file is missing or damaged, or a source has no role."""
     run, losses = RunDirectory(trial.run_dir), document_losses(trial)
     documents, sums = _read_losses(losses)
-    summary = TrialSummary.load(run.summary)
+    clock = _Clock(trial.timing, trial.shared_seconds)
+    summary, progress = clock.of(TrialSummary.load(run.summary), run.metrics)
     lost = tuple(
         alpha for alpha, of in sorted(sums.items()) if not all(np.isfinite(loss).all() for loss in of.values())
     )
@@ -145,7 +157,7 @@ def read_cell(trial: Trial) -> Cell:
         lost=lost,
         accuracy=_accuracies(Evaluation.load(run.evaluation)) if run.evaluation.is_file() else {},
         summary=summary,
-        **_read_progress(run.metrics, trial.shared_seconds + (summary.preparation_seconds or 0.0)),
+        **progress,
     )
 
 
@@ -220,15 +232,51 @@ def _source(name: str) -> Source:
     return Source(corpus, role, rest)
 
 
-def _read_progress(path: Path, seconds: float) -> dict[str, Progress]:
-    """What stands in metrics.jsonl, as the arguments of `Cell`; `seconds`: spent before the first step."""
-    tokens = 0
-    points: dict[str, list[tuple[float, float, float]]] = {"training": [], "held_out": []}
-    for _, line in read_log(path, ProgressLine):
-        seconds += line.seconds + (line.refresh_seconds or 0.0)
-        if line.is_step:
-            tokens = line.tokens
-            points["training"] += [(tokens, seconds, np.nan if line.loss is None else line.loss)]
-        if line.eval and "domain" in line.eval:
-            points["held_out"].append((tokens, seconds, line.eval["domain"].loss))
-    return {name: Progress(*np.array(rows, dtype=np.float64).reshape(-1, 3).T) for name, rows in points.items()}
+@dataclass(frozen=True)
+class _Clock:
+    """Seconds of a trial: its own, or those that were measured alone."""
+
+    timing: Timing | None
+    shared_seconds: float
+
+    def of(self, summary: TrialSummary, metrics: Path) -> tuple[TrialSummary, dict[str, Progress]]:
+        """Its summary, and what stands in metrics.jsonl, as arguments of `Cell`."""
+        lines = [line for _, line in read_log(metrics, ProgressLine)]
+        steps = sum(line.is_step for line in lines)
+        before = self._before(summary)
+        if self.timing is not None:
+            seconds = steps * self.timing.step_seconds
+            summary = summary.model_copy(
+                update={
+                    "seconds": seconds,
+                    "overhead_seconds": before + sum(map(self._refresh, lines)),
+                    "tokens_per_second": summary.tokens / seconds if summary.tokens and steps else None,
+                }
+            )
+        return summary, self._progress(lines, before)
+
+    def _before(self, summary: TrialSummary) -> float:
+        if self.timing is not None:
+            return self.timing.before_seconds
+        return self.shared_seconds + (summary.preparation_seconds or 0.0)
+
+    def _refresh(self, line: ProgressLine) -> float:
+        """That before the first step is among what comes before."""
+        if self.timing is None:
+            return line.refresh_seconds or 0.0
+        return self.timing.refresh_seconds if line.refresh_seconds is not None and line.step else 0.0
+
+    def _step(self, line: ProgressLine) -> float:
+        return self.timing.step_seconds if self.timing is not None and line.is_step else line.seconds
+
+    def _progress(self, lines: Sequence[ProgressLine], seconds: float) -> dict[str, Progress]:
+        tokens = 0
+        points: dict[str, list[tuple[float, float, float]]] = {"training": [], "held_out": []}
+        for line in lines:
+            seconds += self._step(line) + self._refresh(line)
+            tokens = line.tokens if line.is_step else tokens
+            if line.is_step:
+                points["training"] += [(tokens, seconds, np.nan if line.loss is None else line.loss)]
+            if line.eval and "domain" in line.eval:
+                points["held_out"].append((tokens, seconds, line.eval["domain"].loss))
+        return {name: Progress(*np.array(rows, dtype=np.float64).reshape(-1, 3).T) for name, rows in points.items()}

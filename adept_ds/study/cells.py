@@ -16,7 +16,7 @@ from adept_ds.base.errors import InputError
 from adept_ds.base.records import Record
 from adept_ds.base.run_dir import RunDirectory
 from adept_ds.base.version import __version__
-from adept_ds.comparison.trials import Trial
+from adept_ds.comparison.trials import Timing, Trial
 from adept_ds.config.deepspeed import check_deepspeed_file
 from adept_ds.config.layer_sections import Stability
 from adept_ds.config.method import EVERY_KEY
@@ -113,7 +113,7 @@ class Cell:
     def is_finished(self) -> bool:
         return self.is_begun and self.run.evaluation.is_file() and self.run.document_losses.is_file()
 
-    def trial(self, shared_seconds: float = 0.0) -> Trial:
+    def trial(self, shared_seconds: float = 0.0, timing: Timing | None = None) -> Trial:
         variant = self.variant
         return Trial(
             label=variant.label,
@@ -122,6 +122,7 @@ class Cell:
             seed=self.seed,
             run_dir=self.run.root,
             shared_seconds=shared_seconds,
+            timing=timing,
         )
 
 

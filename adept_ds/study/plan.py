@@ -46,8 +46,8 @@ class CheckedStudy:
 
     @property
     def tells_time(self) -> bool:
-        """Whether cells get equal time, so that rates have to be measured first."""
-        return self.study.budget.seconds is not None
+        """Whether rates have to be measured first."""
+        return self.study.budget.seconds is not None or self.study.budget.measure_rates
 
 
 def check_study(study: Study, path: Path, scale: float = 1.0, overrides: Sequence[str] = ()) -> CheckedStudy:

@@ -20,7 +20,7 @@ from adept_ds.comparison.arms import best_rates
 from adept_ds.comparison.findings import Findings
 from adept_ds.comparison.measurements import read_measurements
 from adept_ds.comparison.page import write_comparison
-from adept_ds.comparison.trials import Trial
+from adept_ds.comparison.trials import Timing, Trial
 from adept_ds.config.loading import dump_config
 from adept_ds.study.cells import Cell, Failure
 from adept_ds.study.children import last_words
@@ -54,7 +54,7 @@ class StudyState:
 
     def confirmations(self) -> list[Cell]:
         """Of the methods whose search has finished at least one cell; see `arms.best_rates`."""
-        trials = _trials(self.search)
+        trials = self._trials(self.search)
         best = best_rates(read_measurements(trials)) if trials else {}
         return self.plan.confirmations(best)
 
@@ -77,18 +77,27 @@ class StudyState:
         finished = [cell for cell in cells if cell.is_finished]
         missing = [cell for cell in cells if cell not in finished and cell not in failed]
         description = describe(self.plan, Progress(finished, missing, failed), self.overlaps, self.scale)
-        return write_comparison(self.plan.directory.root, description, _trials(finished))
+        return write_comparison(self.plan.directory.root, description, self._trials(finished))
+
+    def _trials(self, cells: Sequence[Cell]) -> list[Trial]:
+        """Of the finished ones."""
+        return [
+            cell.trial(probe_seconds(cell.run) if cell.config.needs_probe else 0.0, self._timing(cell))
+            for cell in cells
+            if cell.is_finished
+        ]
+
+    def _timing(self, cell: Cell) -> Timing | None:
+        rate = self.plan.rates.get(cell.variant.name)
+        if rate is None:
+            return None
+        return Timing(
+            step_seconds=rate.step_seconds, refresh_seconds=rate.refresh_seconds, before_seconds=rate.before_training
+        )
 
     def wanted(self, cells: Sequence[Cell]) -> list[Cell]:
         """Those that are run now."""
         return [cell for cell in cells if not self.only or cell.variant.label in self.only]
-
-
-def _trials(cells: Sequence[Cell]) -> list[Trial]:
-    """Of the finished ones."""
-    return [
-        cell.trial(probe_seconds(cell.run) if cell.config.needs_probe else 0.0) for cell in cells if cell.is_finished
-    ]
 
 
 def begin(cell: Cell, shared: SharedWork) -> None:

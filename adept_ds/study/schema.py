@@ -135,6 +135,11 @@ class Budget(Section):
 
     tokens: int | None = Field(None, ge=1, le=10**15, description="of training")
     seconds: float | None = Field(None, gt=0, le=1e8, description="of training, probing, refreshes and preparation")
+    measure_rates: bool = Field(
+        False,
+        description="measure what a step of each method takes, alone and before the study, also for equal tokens: the "
+        "page's times are then these, whatever else the machine does while cells run",
+    )
 
     @model_validator(mode="after")
     def _one_of_both(self) -> Budget:
