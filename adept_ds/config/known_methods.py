@@ -34,9 +34,9 @@ def known_methods() -> dict[str, type[MethodSection]]:
 
 def _declared_in(module: Any) -> Iterator[type[MethodSection]]:
     for _, kind in inspect.getmembers(module, inspect.isclass):
-        if issubclass(kind, MethodSection) and kind.__module__ == module.__name__ and not inspect.isabstract(kind):
-            if kind.model_fields["name"].is_required():  # a base of others
-                continue
+        if not issubclass(kind, MethodSection) or kind.__module__ != module.__name__:
+            continue
+        if not kind.model_fields["name"].is_required():  # else it is a base of others
             yield kind
 
 

@@ -8,6 +8,7 @@ faster than A, here as a multiplier of its units, weight decay included. Merging
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
@@ -41,8 +42,9 @@ class Adapters(Method):
     learns_new_parameters: ClassVar[bool] = True
 
     @property
+    @abstractmethod
     def spec(self) -> AdapterSpec:
-        raise NotImplementedError
+        """What is put beside which projections."""
 
     def check_model(self, model: ModelDirectory) -> None:
         check_adapters(self.spec, model)

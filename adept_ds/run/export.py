@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 
+from adept_ds.base.errors import InputError
+from adept_ds.base.outputs import check_output
 from adept_ds.base.progress import ProgressCallback
-from adept_ds.base.run_dir import checkpoint_tag, manifest_of
+from adept_ds.base.run_dir import EXPANSION_NAME, checkpoint_tag, manifest_of
 from adept_ds.config.known_methods import parse_method
 from adept_ds.methods.shape import Method
 from adept_ds.models.directory import ModelDirectory
@@ -20,7 +22,9 @@ from adept_ds.run.replacing import keep_aside
 from adept_ds.run.start import start_directory
 from adept_ds.training.checkpoint import CheckpointManifest, check_same_start, check_whole
 from adept_ds.weights.expansion import Expansion
-from adept_ds.weights.export import export_checkpoint
+from adept_ds.weights.export import export_checkpoint, tag_of
+from adept_ds.weights.fingerprints import fingerprint_of, hash_tensors
+from adept_ds.weights.hf_directory import stored_tensors
 
 
 def export_stage(run: Context, step: int | None = None) -> None:
@@ -41,7 +45,7 @@ def export_stage(run: Context, step: int | None = None) -> None:
     def write() -> int:
         keep_aside(run, run_dir.export, "export")
         with run.progress.on_main("exporting") as bar:
-            return export_learned(start, checkpoint, run_dir.export, dtype, bar, overwrite=True)
+            return _export(start, checkpoint, run_dir.export, dtype, bar, overwrite=True)
 
     def make() -> None:
         nonlocal trained
@@ -62,13 +66,43 @@ def export_learned(
     *,
     overwrite: bool = False,
 ) -> int:
-    """As `export_checkpoint`, by the method that the checkpoint says it was trained with."""
+    """As `export_checkpoint`, by the method that the checkpoint says it was trained with, on plain directories.
+
+    Raises:
+        InputError: also if the checkpoint was trained from another model than `start`. Methods in place put what they
+            learned over any model of the same shapes, or add to it.
+    """
+    check_output(destination, "export", {"CHECKPOINT": checkpoint, "--base": start}, overwrite=overwrite)
+    directory = tag_of(checkpoint)
+    if manifest_of(directory).is_file():
+        manifest = CheckpointManifest.load(manifest_of(directory))
+        if manifest.fingerprint != _fingerprint(start):
+            raise InputError(f"--base: '{directory}' was trained from another model than '{start}'; give its own")
+    return _export(start, directory, destination, dtype, progress, overwrite=overwrite)
+
+
+def _export(
+    start: Path,
+    checkpoint: Path,
+    destination: Path,
+    dtype: str,
+    progress: ProgressCallback | None,
+    *,
+    overwrite: bool,
+) -> int:
     method, model = _trained_with(checkpoint), ModelDirectory.read(start)
 
     def learned(trained: dict[str, torch.Tensor]) -> Iterable[tuple[str, torch.Tensor]]:
         return method.learned(trained, model, checkpoint) if method else trained.items()
 
     return export_checkpoint(start, checkpoint, destination, dtype, progress, learned=learned, overwrite=overwrite)
+
+
+def _fingerprint(start: Path) -> str:
+    """Of an expanded model as it says itself, of another by its tensors, which are read."""
+    if (start / EXPANSION_NAME).is_file():
+        return Expansion.read(start).fingerprint
+    return fingerprint_of(hash_tensors(stored_tensors(start)))
 
 
 def _trained_with(checkpoint: Path) -> Method | None:

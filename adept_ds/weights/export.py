@@ -41,20 +41,30 @@ def read_zero_checkpoint(checkpoint: Path) -> dict[str, torch.Tensor]:
     """
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-    root, tag = (checkpoint.parent, checkpoint.name) if _is_tag(checkpoint) else (checkpoint, None)
-    latest = root / "latest"
-    if tag is None and latest.is_file():
-        tag = latest.read_text(encoding="utf-8", errors="replace").strip()
-    if tag is None or Path(tag).name != tag or not _is_tag(root / tag):
-        raise InputError(f"'{checkpoint}' holds no DeepSpeed checkpoint; give run_dir/checkpoints/step_N")
+    directory = tag_of(checkpoint)
     with reading_data_only():
         try:
-            return dict(get_fp32_state_dict_from_zero_checkpoint(str(root), tag=tag))
+            return dict(get_fp32_state_dict_from_zero_checkpoint(str(directory.parent), tag=directory.name))
         except InputError:
             raise
         except Exception as error:  # its files do not fit each other, or not what DeepSpeed expects
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-            raise InputError(f"'{root / tag}' is damaged ({reason}); copy it again, or give another one") from error
+            raise InputError(f"'{directory}' is damaged ({reason}); copy it again, or give another one") from error
+
+
+def tag_of(checkpoint: Path) -> Path:
+    """The directory with a checkpoint's files: `checkpoint` itself, or that which its `latest` file names.
+
+    Raises:
+        InputError: there is none.
+    """
+    if _is_tag(checkpoint):
+        return checkpoint
+    latest = checkpoint / "latest"
+    tag = latest.read_text(encoding="utf-8", errors="replace").strip() if latest.is_file() else ""
+    if not tag or Path(tag).name != tag or not _is_tag(checkpoint / tag):
+        raise InputError(f"'{checkpoint}' holds no DeepSpeed checkpoint; give run_dir/checkpoints/step_N")
+    return checkpoint / tag
 
 
 def _read_shard(file: Path) -> Iterator[tuple[str, torch.Tensor]]:

@@ -19,6 +19,7 @@ from harness.finished_run import Finished
 from harness.launching import adept
 from harness.packing import pack, rows_of_step
 from harness.workspace import Workspace
+from safetensors.torch import load_file, save_file
 
 from adept_ds.base.files import read_json
 from adept_ds.base.run_dir import RunDirectory, checkpoint_tag
@@ -91,12 +92,40 @@ def test_a_run_is_what_peft_computes_with_the_same_rows_and_resumes_bit_for_bit(
 def test_a_checkpoint_alone_says_how_its_adapters_are_merged(workspace: Workspace, tmp_path: Path) -> None:
     file = configured(workspace, tmp_path, LORA_PLUS)
     assert adept(1, "run", file, "train.steps=1").returncode == 0
-    checkpoint = tmp_path / "run" / "checkpoints" / "step_1"
-    result = adept(1, "export", checkpoint, tmp_path / "out", "--base", workspace.model)
-    assert result.returncode == 0, result.stderr
-    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (
-        tmp_path / "run" / "export" / "model.safetensors"
-    ).read_bytes()
+    exported = (tmp_path / "run" / "export" / "model.safetensors").read_bytes()
+    for number, checkpoint in enumerate(("checkpoints/step_1", "checkpoints")):  # also by its `latest`
+        out = tmp_path / f"out{number}"
+        result = adept(1, "export", tmp_path / "run" / checkpoint, out, "--base", workspace.model)
+        assert result.returncode == 0, result.stderr
+        assert (out / "model.safetensors").read_bytes() == exported
+
+
+def test_an_adapter_is_not_merged_into_another_base(workspace: Workspace, tmp_path: Path) -> None:
+    """Of the same shapes, which contents alone tell apart; also where the directory above the checkpoint is given."""
+    file = configured(workspace, tmp_path, LORA_PLUS)
+    assert adept(1, "run", file, "train.steps=1").returncode == 0
+    other = tmp_path / "other"
+    shutil.copytree(workspace.model, other)
+    tensors = load_file(other / "model.safetensors")
+    tensors["model.norm.weight"] += 1
+    save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+    for checkpoint in (tmp_path / "run" / "checkpoints", tmp_path / "run" / "checkpoints" / "step_1"):
+        result = adept(1, "export", checkpoint, tmp_path / "out", "--base", other)
+        assert result.returncode == 2
+        assert_one_line(result.stderr, ["--base: ", "trained from another model than", "give its own"])
+        assert not (tmp_path / "out").exists()
+
+
+def test_training_does_not_go_on_with_other_adapters_or_another_method(workspace: Workspace, tmp_path: Path) -> None:
+    assert adept(1, "run", configured(workspace, tmp_path, LORA_PLUS), "train.steps=1").returncode == 0
+    others: list[tuple[Any, list[str]]] = [
+        (LORA_PLUS | {"rank": 4}, ["method.rank: ", "3, not 4"]),
+        ("full", ["method.name: ", "'lora'"]),
+    ]
+    for method, words in others:
+        result = adept(1, "run", configured(workspace, tmp_path, method), "train.steps=1")
+        assert result.returncode == 2
+        assert_one_line(result.stderr, words)
 
 
 @pytest.mark.parametrize(
