@@ -24,7 +24,7 @@ study-data: $(VENV)/.demo
 	$(OFFLINE) $(BIN)/python tools/demo/study_data.py --out study_data
 
 test: lint
-	$(OFFLINE) PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(OFFLINE) PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-fuzz: $(VENV)/.dev
 	$(OFFLINE) FUZZ_EXAMPLES=1000 PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest tests/fuzz -n 2 --dist loadfile
