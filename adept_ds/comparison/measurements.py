@@ -13,6 +13,7 @@ from functools import cached_property
 import numpy as np
 
 from adept_ds.base.errors import InputError
+from adept_ds.base.run_records import Scores
 from adept_ds.comparison.trials import (
     BASE,
     CORPORA,
@@ -38,6 +39,8 @@ class Measurements:
     base: Mapping[Source, Floats]
     """As `Cell.sums`, of the base model."""
     base_accuracy: Mapping[Source, float]
+    base_scores: Scores
+    """On tasks."""
     cells: Sequence[Cell]
 
     def sources(self, corpus: str, role: str) -> list[Source]:
@@ -72,7 +75,8 @@ def read_measurements(trials: Sequence[Trial]) -> Measurements:
     for cell in cells:
         _check_same_documents(first, cell)
         _check_same_base(first, cell)
-    return Measurements(first.documents, first.sums[BASE], first.accuracy.get(BASE, {}), cells)
+    accuracy, scores = first.accuracy.get(BASE, {}), first.scores.get(BASE, {})
+    return Measurements(first.documents, first.sums[BASE], accuracy, scores, cells)
 
 
 def _check_roles(cell: Cell) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from pydantic import Field
 
 from adept_ds.base.records import Record
+from adept_ds.base.run_records import Scores
 from adept_ds.comparison.arms import BOUNDS
 from adept_ds.comparison.bootstrap import LEVEL, SAMPLES, SEED
 from adept_ds.comparison.fronts import GENERAL_RISE
@@ -57,6 +58,8 @@ class TrialRecord(Record):
     losses: dict[str, ByCorpus]
     """By position of the dial."""
     accuracy: dict[str, ByCorpus]
+    scores: dict[str, Scores] = Field(default_factory=dict)
+    """On tasks; by position of the dial, those of lm-eval at 1 alone."""
     trainable_parameters: int | None
     total_parameters: int | None
     tokens: int | None
@@ -154,6 +157,8 @@ class Comparison(Record):
     reference: str
     rule: Rule = Rule()
     sources: list[SourceRecord]
+    base_scores: Scores = Field(default_factory=dict)
+    """On tasks."""
     arms: list[ArmRecord]
     differences: list[Difference]
     """Of all pairs of arms at all criteria that both meet."""

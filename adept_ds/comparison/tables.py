@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from statistics import fmean
 from typing import NamedTuple
 
@@ -11,6 +11,8 @@ from adept_ds.comparison.arms import CRITERIA, PLAIN
 from adept_ds.comparison.record import ArmRecord, ChosenPoint, Comparison, SourceRecord, TrialRecord
 from adept_ds.comparison.verdicts import Gap, condition
 from adept_ds.comparison.wording import NONE
+
+_PREFERRED = ("accuracy_norm", "acc_norm", "acc", "exact_match")
 
 _D = [criterion.name for criterion in CRITERIA if criterion != PLAIN]
 
@@ -32,7 +34,7 @@ class Table(NamedTuple):
 
 def tables_of(comparison: Comparison) -> dict[str, Table]:
     """By name."""
-    makers = (_verdicts, _losses, _at_most, _differences, _cost)
+    makers = (_verdicts, _losses, *([_tasks] if comparison.base_scores else []), _at_most, _differences, _cost)
     return {table.name: table for table in (make(comparison) for make in makers)}
 
 
@@ -107,6 +109,43 @@ def _losses(comparison: Comparison) -> Table:
 def _accuracy(value: float | None, base: float | None) -> Entry:
     against = () if value is None or base is None else (wording.points(value - base),)
     return Entry(wording.percent(value, digits=".1f"), against)
+
+
+def _tasks(comparison: Comparison) -> Table:
+    base = comparison.base_scores
+    asked = [(task, _measure_of(scores)) for task, scores in base.items() if scores]
+    rows = [[Entry("base"), *(Entry(_score(measure, base[task][measure])) for task, measure in asked)]]
+    for arm, plain in _with_plain(comparison):
+        scores = [trial.scores.get("1", {}) for trial in _trials_at(comparison, arm, plain)]
+        row = [Entry(arm.name)]
+        for task, measure in asked:
+            value = _mean(of.get(task, {}).get(measure) for of in scores)
+            row.append(Entry(NONE) if value is None else _change(measure, value, base[task][measure]))
+        rows.append(row)
+    caption = (
+        "Scores on tasks (change against the base), without dial, of the trials of the table of losses; means over "
+        "seeds. Other measures, standard errors and positions of the dial are in compare.json."
+    )
+    return Table("tasks", caption, ["method", *(f"{task}: {measure}" for task, measure in asked)], rows)
+
+
+def _measure_of(scores: Mapping[str, float]) -> str:
+    """The one that stands for a task: by length where choices have lengths."""
+    others = sorted(scores, key=lambda measure: measure.endswith("_stderr"))
+    return next(measure for measure in (*_PREFERRED, *others) if measure in scores)
+
+
+def _change(measure: str, value: float, base: float) -> Entry:
+    change = wording.points(value - base) if _is_share(measure) else wording.change(value - base)
+    return Entry(_score(measure, value), (change,))
+
+
+def _score(measure: str, value: float) -> str:
+    return wording.percent(value, digits=".1f") if _is_share(measure) else f"{value:.4g}"
+
+
+def _is_share(measure: str) -> bool:
+    return measure.startswith(("acc", "exact_match"))
 
 
 def _at_most(comparison: Comparison) -> Table:

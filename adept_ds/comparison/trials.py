@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 from adept_ds.base.errors import InputError
 from adept_ds.base.records import Record
 from adept_ds.base.run_dir import RunDirectory
-from adept_ds.base.run_records import Evaluation, MetricsLine, RunSummary, read_log
+from adept_ds.base.run_records import Evaluation, MetricsLine, RunSummary, Scores, TaskScores, read_log
 from adept_ds.comparison import wording
 
 BASE, ADAPTED = 0.0, 1.0
@@ -128,6 +128,8 @@ class Cell:
     lost: tuple[float, ...]
     """Positions of the dial where a loss is no finite number."""
     accuracy: Mapping[float, Mapping[Source, float]]
+    scores: Mapping[float, Scores]
+    """On tasks, by position of the dial."""
     summary: TrialSummary
     training: Progress
     """The loss on training batches."""
@@ -156,6 +158,7 @@ def read_cell(trial: Trial) -> Cell:
         sums={alpha: sums[alpha] for alpha in sorted(sums) if alpha not in lost},
         lost=lost,
         accuracy=_accuracies(Evaluation.load(run.evaluation)) if run.evaluation.is_file() else {},
+        scores=_scores(run.task_scores) if run.task_scores.is_file() else {},
         summary=summary,
         **progress,
     )
@@ -218,6 +221,10 @@ def _accuracies(evaluation: Evaluation) -> dict[float, dict[Source, float]]:
                 if share is not None:
                     found.setdefault(alpha, {})[_source(f"{corpus}/{name}")] = share
     return found
+
+
+def _scores(path: Path) -> dict[float, Scores]:
+    return {_position(model, path): scores for model, scores in TaskScores.load(path).models.items()}
 
 
 def _source(name: str) -> Source:

@@ -111,7 +111,9 @@ class Cell:
 
     @property
     def is_finished(self) -> bool:
-        return self.is_begun and self.run.evaluation.is_file() and self.run.document_losses.is_file()
+        results = [self.run.evaluation, self.run.document_losses]
+        results += [self.run.task_scores] if self.config.eval.scores_tasks else []
+        return self.is_begun and all(file.is_file() for file in results)
 
     def trial(self, shared_seconds: float = 0.0, timing: Timing | None = None) -> Trial:
         variant = self.variant

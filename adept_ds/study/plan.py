@@ -145,6 +145,11 @@ class Plan:
             for lr in best.get(variant.name, ())
         ]
 
+    @property
+    def possible_confirmations(self) -> list[Cell]:
+        """All that the search may choose."""
+        return self.confirmations({variant.name: variant.rates for variant in self.checked.variants})
+
     def cell(self, variant: Variant, lr: float, seed: int) -> Cell:
         key = (variant.name, lr, seed)
         if key not in self._cells:

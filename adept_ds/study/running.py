@@ -67,7 +67,7 @@ class StudyState:
 
     def tidy(self) -> None:
         """After cells that ended while nobody looked."""
-        for cell in self.search:
+        for cell in [*self.search, *self.plan.possible_confirmations]:
             if cell.is_finished:
                 tidy(cell, self.shared, self.plan.study.keep)
 

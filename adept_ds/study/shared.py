@@ -42,10 +42,15 @@ class _Work:
     """The first is always made, the others perhaps."""
     made_of: Callable[[Inputs], Any]
     """What can make a difference, or more than that: it only says where to look, the ledger decides."""
+    needed: Callable[[Inputs], bool] = lambda inputs: True
 
 
 def _tokenised(inputs: Inputs) -> list[Any]:
     return [inputs["model"], [inputs["data"][key] for key in _READ], inputs["train"]["precision"]]
+
+
+def _tasks(inputs: Inputs) -> list[Any]:
+    return [inputs["eval"][key] for key in ("tasks", "lm_eval")]
 
 
 _PROBE = _Work(
@@ -53,6 +58,7 @@ _PROBE = _Work(
     ("probe", "probe_corpus", "probe_model"),
     lambda run: (run.layer_scores(), run.layer_scores("corpus"), run.layer_scores("model")),
     lambda inputs: [*_tokenised(inputs), inputs["probe"]],
+    needed=lambda inputs: "corpus" in inputs["probe"],
 )
 _BASE_LOSSES = _Work(
     "base",
@@ -61,10 +67,16 @@ _BASE_LOSSES = _Work(
     lambda inputs: [
         *_tokenised(inputs),
         [inputs["data"][key] for key in ("general_eval", "domain_eval", "eval_sequences", "seq_len")],
-        [inputs["eval"][key] for key in ("tasks", "lm_eval")],
     ],
 )
-_WORKS = (_PROBE, _BASE_LOSSES)
+_BASE_SCORES = _Work(
+    "base_tasks",
+    ("tasks_base",),
+    lambda run: (run.base_task_scores,),
+    lambda inputs: [*_tokenised(inputs), _tasks(inputs)],
+    needed=lambda inputs: any(_tasks(inputs)),
+)
+_WORKS = (_PROBE, _BASE_LOSSES, _BASE_SCORES)
 
 
 @dataclass(frozen=True)
@@ -103,8 +115,7 @@ class SharedWork:
 
     def has(self, inputs: Inputs) -> bool:
         """Whether nothing of what this cell shares is left to be made."""
-        needed = [work for work in _WORKS if work is not _PROBE or "corpus" in inputs["probe"]]
-        return all(self._place(work, inputs).is_dir() for work in needed)
+        return all(self._place(work, inputs).is_dir() for work in _WORKS if work.needed(inputs))
 
     def key(self, inputs: Inputs) -> str:
         """The same for cells that share all of it."""

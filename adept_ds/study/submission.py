@@ -85,7 +85,7 @@ class _Places:
         plan = self.state.plan
         if phase == "search":
             return plan.search
-        return plan.confirmations({variant.name: variant.rates for variant in plan.checked.variants})
+        return plan.possible_confirmations
 
     def waiting(self, phase: Phase) -> dict[int, Cell]:
         cells = self.of(phase)

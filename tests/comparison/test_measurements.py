@@ -11,6 +11,7 @@ from harness.made_up_study import FOUR, description, write_small, write_trial
 from safetensors.numpy import load_file, save_file
 
 from adept_ds.base.errors import InputError
+from adept_ds.base.run_records import TaskScores
 from adept_ds.comparison.measurements import read_measurements
 from adept_ds.comparison.page import write_comparison
 from adept_ds.comparison.trials import Source, Trial, document_losses
@@ -113,6 +114,15 @@ def test_a_trial_needs_neither_accuracies_nor_evaluations_nor_logs(tmp_path: Pat
     (cell,) = read_measurements([trial]).cells
     assert (dict(cell.accuracy), len(cell.training.loss), len(cell.held_out.loss)) == ({}, 0, 0)
     write_comparison(tmp_path / "study", description(), [trial])
+
+
+def test_scores_on_tasks_are_by_position_of_the_dial(tmp_path: Path) -> None:
+    trial = write_small(tmp_path, "m", 1e-4, 0, losses(), TOKENS)
+    scores = {"quiz": {"acc": 0.25, "acc_stderr": 0.1}}
+    TaskScores(models={"base": scores, "adapted": {}, "alpha=0.5": scores}).save(trial.run_dir / "task_scores.json")
+    measured = read_measurements([trial])
+    assert measured.base_scores == scores
+    assert measured.cells[0].scores == {0.0: scores, 1.0: {}, 0.5: scores}
 
 
 def test_accuracies_are_those_of_length_normalised_likelihoods(tmp_path: Path) -> None:

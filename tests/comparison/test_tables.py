@@ -51,6 +51,20 @@ def test_losses_are_means_over_the_seeds_of_the_chosen_rate(comparison: Comparis
         assert expected == pytest.approx(plain.domain_loss)
 
 
+def test_scores_on_tasks_are_means_over_seeds_by_the_measure_that_counts_lengths(comparison: Comparison) -> None:
+    def scores(share: float, loss: float) -> dict[str, dict[str, float]]:
+        return {"quiz": {"acc": 0.9, "acc_norm": share, "acc_norm_stderr": 0.1}, "web": {"bits": loss}}
+
+    assert "tasks" not in tables_of(comparison)
+    trials = [trial.model_copy(update={"scores": {"1": scores(0.1 * trial.seed, 2.0)}}) for trial in comparison.trials]
+    asked = comparison.model_copy(update={"base_scores": scores(0.25, 1.5), "trials": trials})
+    table = tables_of(asked)["tasks"]
+    assert table.header == ["method", "quiz: acc_norm", "web: bits"]
+    assert table.rows[0] == [Entry("base"), Entry("25.0%"), Entry("1.5")]
+    rows = [[Entry("10.0%", (wording.points(-0.15),)), Entry("2", ("+0.500",))]] * len(comparison.arms)
+    assert [row[1:] for row in table.rows[1:]] == rows
+
+
 def test_bold_differences_are_those_that_are_told_apart(comparison: Comparison) -> None:
     table = tables_of(comparison)["differences"]
     better = {(pair.criterion, pair.first, pair.second) for pair in comparison.differences if pair.better}

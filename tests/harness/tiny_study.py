@@ -11,6 +11,8 @@ from typing import Any
 
 import yaml
 from harness.launching import ROOT, free_port, rank_environment
+from harness.packing import write_records
+from harness.questions import made_up_questions
 from harness.rank_processes import RankProcess
 from harness.workspace import write_corpus
 
@@ -34,6 +36,7 @@ class TinyStudy:
         for seed, name in enumerate(("general", "general_validation", "general_test")):
             write_corpus(self.root / f"{name}.jsonl", seed, 20)
         write_corpus(self.root / "domain.jsonl", 7, 120)
+        write_records(self.root / "tasks" / "quiz.jsonl", *made_up_questions(6))
 
     def tree(self, **changes: Any) -> dict[str, Any]:
         """STUDY.yaml: two methods, two learning rates, one seed to search and one to confirm."""
@@ -62,7 +65,7 @@ class TinyStudy:
             "seeds": {"search": [0], "confirm": [1]},
             "budget": {"tokens": 4 * 128},
             "dial": [0.5],
-            "evaluation": {"sequences": 6},
+            "evaluation": {"sequences": 6, "tasks": [str(self.root / "tasks")]},
             "threads": 1,
         }
         return tree | changes

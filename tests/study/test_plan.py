@@ -115,6 +115,7 @@ def test_cells_are_the_same_wherever_the_study_lies(study: TinyStudy, tmp_path: 
     shutil.copytree(study.model, moved.model)
     for file in study.root.glob("*.jsonl"):
         shutil.copyfile(file, moved.root / file.name)
+    shutil.copytree(study.root / "tasks", moved.root / "tasks")
     tree = moved.tree()
     tree["base"]["train"] |= {"checkpoint_every": 77}
     after = plan_of(moved, base=tree["base"], threads=3)

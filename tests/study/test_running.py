@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -70,11 +71,30 @@ def test_what_cells_have_in_common_is_done_once(finished: TinyStudy) -> None:
     assert probed == {name for name in finished.cells() if name.startswith("adept")} - {"adept_lr0.001_seed0"}
     inodes: dict[str, set[int]] = {}
     for run in finished.cells().values():
-        shared = ("document_losses_base.safetensors", "evaluation_base.json", "cache/tokens/*/*.bin")
-        for file in (file for pattern in shared for file in run.glob(pattern)):
+        shared = ("document_losses_base.safetensors", "evaluation_base.json", "task_scores_base.json")
+        for file in (file for pattern in (*shared, "cache/tokens/*/*.bin") for file in run.glob(pattern)):
             inodes.setdefault(str(file.relative_to(run)), set()).add(file.stat().st_ino)
     assert len(inodes) > 10
     assert {name for name, found in inodes.items() if len(found) > 1} == set()
+
+
+def test_scores_on_tasks_are_compared(finished: TinyStudy) -> None:
+    comparison = json.loads((finished.study_dir / "compare.json").read_text())
+    assert set(comparison["base_scores"]) == {"quiz.jsonl"}
+    for trial in comparison["trials"]:
+        scores = json.loads((finished.study_dir / trial["run_dir"] / "task_scores.json").read_text())["models"]
+        assert comparison["base_scores"] == scores["base"]
+        assert trial["scores"] == {"0.5": scores["alpha=0.5"], "1": scores["adapted"]}
+    assert "quiz.jsonl: accuracy_norm" in (finished.study_dir / "compare.html").read_text()
+
+
+def test_a_cell_that_was_killed_before_it_was_asked_is_not_finished(tmp_path: Path, finished: TinyStudy) -> None:
+    shutil.copytree(finished.root, tmp_path / "copy")
+    study = TinyStudy(tmp_path / "copy", finished.model)
+    study.write()
+    study.cells()["full_lr0.001_seed0"].joinpath("task_scores.json").unlink()
+    plan = run_here(["compare", str(study.file), "--dry-run"], ROOT).out
+    assert f"1 of {len(study.cells())} cells to run" in plan
 
 
 def test_a_finished_study_runs_nothing_again(finished: TinyStudy) -> None:

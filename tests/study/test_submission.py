@@ -41,7 +41,7 @@ def finish(study: TinyStudy, *names: str) -> None:
     for index in range(4):
         compare(study, "--cell", f"search:{index}")
     for name in names:
-        for file in ("evaluation.json", "document_losses.safetensors"):
+        for file in ("evaluation.json", "document_losses.safetensors", "task_scores.json"):
             (study.cells()[name] / file).write_text("{}")
 
 
