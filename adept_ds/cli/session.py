@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adept_ds.base.errors import AdeptError, InputError
+from adept_ds.base.errors import AdeptError, InputError, StopRequestedError
 from adept_ds.base.files import NewDirectory, json_text
 from adept_ds.base.run_dir import RunDirectory
 from adept_ds.base.terminal import Terminal, capture_output
@@ -120,9 +120,12 @@ def _joined(
 
             ranks = join(launched, settings.config.dist_timeout_minutes)
             import adept_ds.run.context  # noqa: F401 - takes seconds
-        yield ranks, terminal, stop
-        # Not after an error: leaving the group would wait for peers that wait for this rank.
-        leave()
+        try:
+            yield ranks, terminal, stop
+        except StopRequestedError:
+            leave()  # all ranks do: they have agreed to stop
+            raise
+        leave()  # not after another error: it would wait for peers that wait for this rank
 
 
 @contextmanager
