@@ -7,7 +7,7 @@ how to write one. Importing it imports no torch: what is heavy is imported by th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
@@ -64,8 +64,8 @@ class Training:
     """Of `probe.corpus`."""
     domain_text: TextSample
     """Of `data.domain`; not where it is streamed."""
-    frozen_prefix: Callable[[GradientBatches], FrozenPrefix]
-    """Of the layers below the lowest trainable one."""
+    frozen_prefixes: Callable[[Sequence[GradientBatches]], list[FrozenPrefix]]
+    """Of the layers below the lowest trainable one, for each text; they share `importance.prefix_cache_mib` evenly."""
 
     @property
     def registry(self) -> UnitRegistry:
@@ -80,7 +80,10 @@ class Preparation:
     start: Start
     make_engine: Callable[[ModelDirectory, Trains], Engine]
     """An engine for gradients alone."""
-    general_text: Callable[[], GradientBatches]
+    general_text: TextSample
+    """Of `probe.corpus`."""
+    domain_text: TextSample
+    """Of `data.domain`; not where it is streamed."""
     ranks: Ranks
     announce: Callable[[str], None]
     together: Callable[[str], Any]

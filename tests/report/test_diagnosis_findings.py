@@ -102,6 +102,12 @@ CASES: dict[str, tuple[str, dict[str, Any], list[str], dict[str, Any]]] = {
         ["0.19 on average", "90.0% of all parameters have one below 0.25"],
         {"lr_policy.preserve_mean": True},
     ),
+    "the limits of a ratio hold back": (
+        "held_back",
+        {"losses": STAYED, "units": HELD, "setting": setting(map="ratio")},
+        ["0.19 on average"],
+        {"lr_policy.min_multiplier": 0.25},
+    ),
     "a preset's multipliers hold back": (
         "held_back",
         {"losses": STAYED, "units": HELD, "setting": setting(preset=True)},
