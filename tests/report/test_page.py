@@ -144,6 +144,7 @@ def test_long_runs_and_fine_units_stay_small(tmp_path: Path) -> None:
 def test_importance_for_the_domain_stands_beside_the_other_where_it_is_known(tmp_path: Path, both: bool) -> None:
     unit = {"unit": "layers.3.mlp.up_proj", "kind": "matrix", "importance": 0.5, "multiplier": 1.25}
     unit |= {"domain_importance": 0.0625} if both else {}
+    write_importance(tmp_path)
     write_lines(tmp_path / "unit_importance.jsonl", [{"step": 0, "units": [unit]}])
     text = words(page_of(tmp_path))
     assert ("importance for the domain" in text) == both
