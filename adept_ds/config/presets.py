@@ -67,7 +67,7 @@ def with_defaults(tree: Any) -> Any:
     if method is None:
         return tree
     for section, values in table.items():
-        given = tree.get(section) or {}
+        given = {} if tree.get(section) is None else tree[section]
         if section == "method" or section in without_effect(method) or not isinstance(given, dict):
             continue
         replaced = _REPLACED.get(section)

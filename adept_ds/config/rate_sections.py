@@ -18,7 +18,11 @@ class ImportanceSection(Section):
         "data.replay that each training batch holds, without further passes",
     )
     every: Count = Field(500, description="optimizer steps between refreshes")
-    sequences: Count = Field(32, description="sequences of general text per refresh, over all ranks")
+    sequences: Count = Field(
+        32,
+        description="sequences of general text per refresh, over all ranks; lr_policy.map: ratio takes as many of the "
+        "domain's",
+    )
     batch_sequences: Count = Field(8, description="sequences per global batch, whatever the number of ranks")
     granularity: Literal["matrix", "module", "fine"] = Field(
         "matrix", description="units: projections; attention and MLP; or attention heads and MLP neurons"

@@ -143,6 +143,11 @@ def _against_conflict(diagnosis: Diagnosis, unit: UnitCourse) -> tuple[str, dict
     setting = diagnosis.setting
     if setting.map == "constant":
         return "Importance had no effect: let it decide", {"method": "adept", "lr_policy": {"map": "linear"}}
+    if unit.multiplier > 1 and setting.map == "ratio":
+        return (
+            "The domain needs it too, and the ratio let it move: let general competence alone decide",
+            {"lr_policy": {"map": "linear", "preserve_mean": True}},
+        )
     if unit.multiplier > 1 and setting.map != "rank":
         return (
             "An outlier of importance leaves all others next to nothing of the range: let ranks decide",

@@ -126,6 +126,7 @@ def test_another_preset_is_another_entry(monkeypatch: pytest.MonkeyPatch) -> Non
         pytest.param({"preset": {"name": "paper"}}, ["preset: {'name': 'paper'}", "a text"], id="a section"),
         pytest.param({"preset": "paper", "method": "papr"}, ["method: 'papr' is no method"], id="no such method"),
         pytest.param({"preset": "paper", "expand": 5}, ["expand: 5 is no section"], id="no section"),
+        pytest.param({"preset": "paper", "expand": False}, ["expand: False is no section"], id="nor that"),
         pytest.param(
             {"preset": "paper", "lr_policy": {"power": 3}},
             ["lr_policy: power: 3", "map is linear"],

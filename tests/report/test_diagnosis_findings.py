@@ -71,6 +71,12 @@ CASES: dict[str, tuple[str, dict[str, Any], list[str], dict[str, Any]]] = {
         ["layers.19.self_attn.v_proj", "+0.80", "mean multiplier 1.60"],
         {"lr_policy": {"map": "rank"}},
     ),
+    "the domain needed it more": (
+        "unit_against_importance",
+        {"losses": ROSE, "units": CONFLICT, "setting": setting(map="ratio")},
+        ["layers.19.self_attn.v_proj"],
+        {"lr_policy": {"map": "linear", "preserve_mean": True}},
+    ),
     "importance had no effect": (
         "unit_against_importance",
         {"losses": ROSE, "units": CONFLICT, "setting": setting(map="constant", method="llama_pro")},
