@@ -105,10 +105,9 @@ class Adept(Method):
         texts = [training.general_text()]
         if config.estimates_domain_importance:
             texts.append(training.domain_text())
-        prefixes = training.frozen_prefixes(texts)
+        sides = [(text, training.frozen_prefix(text, sharing=len(texts))) for text in texts]
 
         def estimate() -> Importances:
-            sides = zip(texts, prefixes, strict=True)
             return Importances(
                 *(estimate_importance(engine, training.registry, text, ranks, prefix=prefix) for text, prefix in sides)
             )

@@ -7,7 +7,7 @@ how to write one. Importing it imports no torch: what is heavy is imported by th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
@@ -49,6 +49,13 @@ class TextSample(Protocol):
     def __call__(self, sequences: int | None = None, batch_sequences: int | None = None) -> GradientBatches: ...
 
 
+class PrefixOf(Protocol):
+    """Of the layers below the lowest trainable one, for a text that is one of so many which share
+    `importance.prefix_cache_mib` evenly."""
+
+    def __call__(self, batches: GradientBatches, sharing: int = 1) -> FrozenPrefix: ...
+
+
 @dataclass(frozen=True)
 class Training:
     """What a rule may be made of: an engine that is ready to train, and what belongs to it."""
@@ -64,8 +71,7 @@ class Training:
     """Of `probe.corpus`."""
     domain_text: TextSample
     """Of `data.domain`; not where it is streamed."""
-    frozen_prefixes: Callable[[Sequence[GradientBatches]], list[FrozenPrefix]]
-    """Of the layers below the lowest trainable one, for each text; they share `importance.prefix_cache_mib` evenly."""
+    frozen_prefix: PrefixOf
 
     @property
     def registry(self) -> UnitRegistry:

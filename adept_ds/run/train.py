@@ -201,7 +201,7 @@ def _train(
         prepared,
         partial(_general_text, run),
         partial(_domain_text, run),
-        partial(_frozen_prefixes, run, engine, lowest=trains.lowest_trainable_layer),
+        partial(_frozen_prefix, run, engine, lowest=trains.lowest_trainable_layer),
     )
     written_start = None if method.learns_new_parameters else start.model
     trainer = Trainer(
@@ -286,14 +286,13 @@ def _sampled(run: Context, corpus: Mixture, sequences: int | None, batch_sequenc
     )
 
 
-def _frozen_prefixes(
-    run: Context, engine: Engine, texts: Sequence[GradientBatches], *, lowest: int
-) -> list[FrozenPrefix]:
+def _frozen_prefix(
+    run: Context, engine: Engine, batches: GradientBatches, sharing: int = 1, *, lowest: int
+) -> FrozenPrefix:
     hidden_size: Any = engine.module.config.hidden_size  # type: ignore[union-attr]
-    room = (run.settings.config.importance.prefix_cache_mib << 20) // len(texts)
+    room = (run.settings.config.importance.prefix_cache_mib << 20) // sharing
     layers = run.settings.model.family.layer_modules(engine.module)
-    bytes_per_token = hidden_size * run.precision.itemsize
-    return [FrozenPrefix(layers, lowest, batches.batches_within(room, bytes_per_token)) for batches in texts]
+    return FrozenPrefix(layers, lowest, batches.batches_within(room, hidden_size * run.precision.itemsize))
 
 
 def _begin_summary(run_dir: RunDirectory, facts: dict[str, Any], preparation_seconds: float | None) -> None:
