@@ -82,18 +82,24 @@ def parse_method(section: Mapping[str, Any], origin: str) -> MethodSection:
     return parsed
 
 
+def chosen_method(tree: Any) -> type[MethodSection] | None:
+    """The method of a configuration; None where what stands there is a mistake."""
+    chosen = tree.get("method", DEFAULT_METHOD) if isinstance(tree, dict) else None
+    name = chosen.get("name") if isinstance(chosen, dict) else chosen
+    return _KNOWN.get(name) if isinstance(name, str) else None
+
+
 def with_presets(tree: Any) -> Any:
     """A configuration with what its method gives to other sections.
 
     Raises:
         ValueError: another value stands there.
     """
-    chosen = tree.get("method", DEFAULT_METHOD) if isinstance(tree, dict) else None
-    name = chosen.get("name") if isinstance(chosen, dict) else chosen
-    if not isinstance(name, str) or name not in _KNOWN:
+    method = chosen_method(tree)
+    if method is None:
         return tree  # a mistake of its own
-    tree = dict(tree)
-    for section, values in _KNOWN[name].presets.items():
+    tree, name = dict(tree), method.model_fields["name"].default
+    for section, values in method.presets.items():
         given = tree.get(section) or {}
         if not isinstance(given, dict):
             continue

@@ -52,6 +52,6 @@ class MethodSection(Section):
         return tree if len(tree) > 1 or info.context == EVERY_KEY else self.name
 
 
-def without_effect(method: MethodSection) -> set[str]:
+def without_effect(method: MethodSection | type[MethodSection]) -> set[str]:
     """Sections that the method does not look at."""
     return {section for section in _SECTIONS_OF_SOME if section not in method.sections}

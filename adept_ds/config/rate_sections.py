@@ -18,7 +18,11 @@ class ImportanceSection(Section):
         "data.replay that each training batch holds, without further passes",
     )
     every: Count = Field(500, description="optimizer steps between refreshes")
-    sequences: Count = Field(32, description="sequences of general text per refresh, over all ranks")
+    sequences: Count = Field(
+        32,
+        description="sequences of general text per refresh, over all ranks; lr_policy.map: ratio takes as many of the "
+        "domain's",
+    )
     batch_sequences: Count = Field(8, description="sequences per global batch, whatever the number of ranks")
     granularity: Literal["matrix", "module", "fine"] = Field(
         "matrix", description="units: projections; attention and MLP; or attention heads and MLP neurons"
@@ -33,8 +37,20 @@ class ImportanceSection(Section):
     )
 
 
-_MAP_OF_PARAMETER = {"power": "power", "temperature": "exponential", "threshold": "step", "low": "step", "high": "step"}
+_MAP_OF_PARAMETER = {
+    "power": "power",
+    "temperature": "exponential",
+    "threshold": "step",
+    "low": "step",
+    "high": "step",
+    "ratio_power": "ratio",
+}
 """Keys of `lr_policy` that belong to one map only."""
+
+_DEFAULTS_OF_MAP: dict[str, dict[str, Any]] = {
+    "ratio": {"preserve_mean": True, "min_multiplier": 0.25, "max_multiplier": 4.0}
+}
+"""Of keys that belong to all maps, where a map has others."""
 
 
 class LrPolicySection(Section):
@@ -43,9 +59,10 @@ class LrPolicySection(Section):
     preset: Literal["official"] | None = Field(
         None, description="official: as the paper's published implementation; no other key of this section may be set"
     )
-    map: Literal["linear", "power", "exponential", "step", "rank", "constant"] = Field(
+    map: Literal["linear", "power", "exponential", "step", "rank", "ratio", "constant"] = Field(
         "linear",
-        description="from scaled importance s in [0, 1] to a multiplier; constant: plain training of the copies",
+        description="from scaled importance s in [0, 1] to a multiplier; ratio: by importance for the domain over that "
+        "for general competence; constant: plain training of the copies",
     )
     power: float = Field(2.0, gt=0, le=1e6, description="power: exponent p of 2 (1 - s)^p")
     temperature: float = Field(
@@ -57,10 +74,21 @@ class LrPolicySection(Section):
     scope: Literal["all", "norms_apart", "per_kind", "per_layer"] = Field(
         "norms_apart", description="units whose importances are scaled together"
     )
-    preserve_mean: bool = Field(False, description="scale multipliers to mean 1 by parameter, in each scope")
-    min_multiplier: float = Field(0.0, ge=0, le=1e6, description="smaller multipliers are raised to this")
-    max_multiplier: float | None = Field(None, ge=0, le=1e6, description="larger multipliers are lowered to this")
+    preserve_mean: bool = Field(
+        False, description="scale multipliers to mean 1 by parameter, in each scope; ratio: always"
+    )
+    min_multiplier: float = Field(0.0, ge=0, le=1e6, description="smaller multipliers are raised to this; ratio: 0.25")
+    max_multiplier: float | None = Field(
+        None, ge=0, le=1e6, description="larger multipliers are lowered to this; ratio: 4"
+    )
     smoothing: float = Field(0.0, ge=0, lt=1, description="share of its previous value that an importance keeps")
+    ratio_power: float = Field(0.5, gt=0, le=1e6, description="ratio: exponent p of (I_domain / (I_general + eps))^p")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_the_map(cls, value: Any) -> Any:
+        chosen = value.get("map") if isinstance(value, dict) else None
+        return _DEFAULTS_OF_MAP.get(chosen, {}) | value if isinstance(chosen, str) else value
 
     @model_validator(mode="after")
     def _preset_stands_alone(self) -> LrPolicySection:
@@ -88,6 +116,27 @@ class LrPolicySection(Section):
                         f"{key}: {getattr(self, key)} has no place beside map: constant, where every multiplier is 1: "
                         f"remove {key} or choose another map"
                     )
+        return self
+
+    @model_validator(mode="after")
+    def _a_ratio_has_mean_1_within_its_limits(self) -> LrPolicySection:
+        if self.map != "ratio":
+            return self
+        if not self.preserve_mean:
+            raise ValueError(
+                f"preserve_mean: {self.preserve_mean} has no place beside map: ratio, where the mean decides what is "
+                "fast: remove it or choose another map"
+            )
+        if self.min_multiplier > 1:
+            raise ValueError(
+                f"min_multiplier: {self.min_multiplier} leaves no mean of 1, which map: ratio keeps: "
+                "lower it to 1 or less"
+            )
+        if self.max_multiplier is not None and self.max_multiplier < 1:
+            raise ValueError(
+                f"max_multiplier: {self.max_multiplier} leaves no mean of 1, which map: ratio keeps: "
+                "raise it to 1 or more"
+            )
         return self
 
     @model_validator(mode="after")

@@ -7,9 +7,9 @@ a fraction of a second.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import AfterValidator, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from adept_ds.config.data_section import DataSection
 from adept_ds.config.eval_section import EvalSection
@@ -17,6 +17,7 @@ from adept_ds.config.known_methods import DEFAULT_METHOD, AnyMethod, known_metho
 from adept_ds.config.layer_sections import ExpandSection, ProbeSection
 from adept_ds.config.method import without_effect
 from adept_ds.config.paths import ModelName, UserPath
+from adept_ds.config.presets import known_preset, with_defaults
 from adept_ds.config.rate_sections import ImportanceSection, LrPolicySection
 from adept_ds.config.section import Section
 from adept_ds.config.train_sections import ExportSection, TrainSection
@@ -30,6 +31,11 @@ class Config(Section):
     deepspeed: UserPath | None = Field(None, description="DeepSpeed configuration; plain ZeRO-3 when absent")
     dist_timeout_minutes: float = Field(
         30.0, gt=0, le=525_600, description="a collective that takes longer ends the run"
+    )
+    preset: Annotated[str, AfterValidator(known_preset)] | None = Field(
+        None,
+        description="defaults of the whole configuration, under your own keys: paper, ADEPT as it was published; see "
+        "docs/methods.md",
     )
     method: AnyMethod = Field(
         default_factory=lambda: known_methods()[DEFAULT_METHOD].model_validate({"name": DEFAULT_METHOD}),
@@ -47,7 +53,7 @@ class Config(Section):
     @model_validator(mode="before")
     @classmethod
     def _method_presets(cls, value: Any) -> Any:
-        return with_presets(value)
+        return with_presets(with_defaults(value))
 
     @model_validator(mode="after")
     def _every_section_has_an_effect(self) -> Config:
@@ -65,7 +71,8 @@ class Config(Section):
     def _what_has_an_effect(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """As in `LrPolicySection`."""
         tree: dict[str, Any] = serialize(self)
-        return {key: value for key, value in tree.items() if key not in without_effect(self.method)}
+        unused = without_effect(self.method) | (set() if self.preset else {"preset"})
+        return {key: value for key, value in tree.items() if key not in unused}
 
     @property
     def needs_probe(self) -> bool:
@@ -76,6 +83,11 @@ class Config(Section):
     def refreshes(self) -> bool:
         """Whether importances of units decide learning rates, and are estimated again during training."""
         return "lr_policy" in self.method.sections and self.lr_policy.map != "constant"
+
+    @property
+    def estimates_domain_importance(self) -> bool:
+        """Whether learning rates go by importances for the domain too, estimated on a sample of `data.domain`."""
+        return self.refreshes and self.lr_policy.map == "ratio"
 
     @property
     def reads_general_text(self) -> bool:

@@ -2,19 +2,22 @@
 
 Layers with the lowest delta are copied (section 3.1); inside the copies a unit's learning rate falls with its
 importance for general competence (section 3.2, equations 5 and 6), refreshed as training goes on. What is chosen, and
-how, is in the sections `probe`, `expand`, `importance` and `lr_policy`.
+how, is in the sections `probe`, `expand`, `importance` and `lr_policy`. With the map `ratio`, which is not the paper's,
+learning rates also rise with the importance for the domain.
 """
 
 from __future__ import annotations
 
-import math
 from functools import partial
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from adept_ds.config.corpus_entries import corpus_sources
 from adept_ds.methods.shape import Method, Preparation, Training
 
 if TYPE_CHECKING:
+    from adept_ds.config.schema import Config
     from adept_ds.training.rule import TrainingRule
+    from adept_ds.units.importance import Importances
 
 
 class Adept(Method):
@@ -26,7 +29,27 @@ class Adept(Method):
     sections = frozenset({"expand", "importance", "lr_policy"})
     presets: ClassVar = {}
 
-    def prepare(self, preparation: Preparation) -> list[float] | None:
+    def check(self, config: Config) -> None:
+        if not config.estimates_domain_importance:
+            return
+        if config.importance.source != "corpus":
+            raise ValueError(
+                f"importance.source: {config.importance.source} sees general text alone, and lr_policy.map: ratio goes "
+                "by the domain's too; remove it, or choose another map"
+            )
+        if config.data.streaming:
+            raise ValueError(
+                "data.streaming: lr_policy.map: ratio takes a sample of the whole domain corpus; remove it, or choose "
+                "another map"
+            )
+        count, sources = config.importance.sequences, len(corpus_sources(config.data.domain))
+        if sources > count:
+            raise ValueError(
+                f"importance.sequences: {count} leaves none for some of the {sources} sources of data.domain, which "
+                f"lr_policy.map: ratio samples: raise it to at least {sources}"
+            )
+
+    def prepare(self, preparation: Preparation) -> Importances | None:
         """Importance of each copy's *source* layer: in a fresh copy the silent factors hide everything behind them.
 
         The source model computes the same function as the expanded one, so the same estimate runs on it, with the
@@ -35,9 +58,9 @@ class Adept(Method):
         config, start = preparation.config, preparation.start
         if not config.refreshes or config.importance.initial == "ones":
             return None
-        from adept_ds.base.errors import NonFiniteLossError
         from adept_ds.models.loading import layers_train
-        from adept_ds.units.importance import estimate_importance
+        from adept_ds.training.rule import check_start
+        from adept_ds.units.importance import Importances, estimate_importance
         from adept_ds.units.registry import build_registry
         from adept_ds.zero.engine import parameter_shapes, release
 
@@ -51,17 +74,21 @@ class Adept(Method):
             config.importance.granularity,
             engine.module.config,
         )
-        with preparation.together("estimating importance") as bar:
-            importance = estimate_importance(engine, registry, preparation.general_text(), preparation.ranks, bar)
-            if not all(map(math.isfinite, importance)):
-                raise NonFiniteLossError("importance: a gradient of the source layers is NaN or infinite")
+        texts = {"": preparation.general_text}
+        if config.estimates_domain_importance:
+            texts[" for the domain"] = preparation.domain_text
+        found = []
+        for side, text in texts.items():
+            with preparation.together(f"estimating importance{side}") as bar:
+                found.append(estimate_importance(engine, registry, text(), preparation.ranks, bar))
+                check_start(found[-1])
         release(engine)
-        return importance
+        return Importances(*found)
 
     def rule(self, training: Training) -> TrainingRule:
         from adept_ds.training.importance_rule import ImportanceRule
         from adept_ds.training.rule import TrainingRule
-        from adept_ds.units.importance import OnlineImportance, estimate_importance
+        from adept_ds.units.importance import Importances, OnlineImportance, estimate_importance
 
         config, engine, ranks = training.config, training.engine, training.ranks
         if not config.refreshes:
@@ -69,7 +96,20 @@ class Adept(Method):
         rule = partial(ImportanceRule, training.unit_lr, training.prepared, config.importance.every)
         if config.importance.source == "online":
             online = OnlineImportance(engine, training.registry, ranks)
-            return rule(online.take, online)
-        batches = training.general_text()
-        prefix = training.frozen_prefix(batches)
-        return rule(partial(estimate_importance, engine, training.registry, batches, ranks, prefix=prefix))
+
+            def seen() -> Importances | None:
+                importance = online.take()
+                return None if importance is None else Importances(importance)
+
+            return rule(seen, online)
+        texts = [training.general_text()]
+        if config.estimates_domain_importance:
+            texts.append(training.domain_text())
+        sides = [(text, training.frozen_prefix(text, sharing=len(texts))) for text in texts]
+
+        def estimate() -> Importances:
+            return Importances(
+                *(estimate_importance(engine, training.registry, text, ranks, prefix=prefix) for text, prefix in sides)
+            )
+
+        return rule(estimate)

@@ -49,6 +49,13 @@ class TextSample(Protocol):
     def __call__(self, sequences: int | None = None, batch_sequences: int | None = None) -> GradientBatches: ...
 
 
+class PrefixOf(Protocol):
+    """Of the layers below the lowest trainable one, for a text that is one of so many which share
+    `importance.prefix_cache_mib` evenly."""
+
+    def __call__(self, batches: GradientBatches, sharing: int = 1) -> FrozenPrefix: ...
+
+
 @dataclass(frozen=True)
 class Training:
     """What a rule may be made of: an engine that is ready to train, and what belongs to it."""
@@ -64,8 +71,7 @@ class Training:
     """Of `probe.corpus`."""
     domain_text: TextSample
     """Of `data.domain`; not where it is streamed."""
-    frozen_prefix: Callable[[GradientBatches], FrozenPrefix]
-    """Of the layers below the lowest trainable one."""
+    frozen_prefix: PrefixOf
 
     @property
     def registry(self) -> UnitRegistry:
@@ -80,7 +86,10 @@ class Preparation:
     start: Start
     make_engine: Callable[[ModelDirectory, Trains], Engine]
     """An engine for gradients alone."""
-    general_text: Callable[[], GradientBatches]
+    general_text: TextSample
+    """Of `probe.corpus`."""
+    domain_text: TextSample
+    """Of `data.domain`; not where it is streamed."""
     ranks: Ranks
     announce: Callable[[str], None]
     together: Callable[[str], Any]

@@ -143,6 +143,11 @@ def _against_conflict(diagnosis: Diagnosis, unit: UnitCourse) -> tuple[str, dict
     setting = diagnosis.setting
     if setting.map == "constant":
         return "Importance had no effect: let it decide", {"method": "adept", "lr_policy": {"map": "linear"}}
+    if unit.multiplier > 1 and setting.map == "ratio":
+        return (
+            "The domain needs it too, and the ratio let it move: let general competence alone decide",
+            {"lr_policy": {"map": "linear", "preserve_mean": True}},
+        )
     if unit.multiplier > 1 and setting.map != "rank":
         return (
             "An outlier of importance leaves all others next to nothing of the range: let ranks decide",
@@ -213,22 +218,24 @@ def held_back(diagnosis: Diagnosis) -> Finding | None:
         float(sizes[multipliers < HELD_BACK].sum() / sizes.sum()),
     )
     problem = diagnosis.domain_stayed and (mean < 0.5 or share > 0.5)
+    change, settings = _let_go(diagnosis)
     return Finding(
         name="held_back",
         topic="domain",
         problem=problem,
         saw=f"Multipliers are {mean:.2f} on average over parameters; {share:.1%} of all parameters have one below "
         f"{HELD_BACK:g}.",
-        change="Multipliers hold the copies back: keep their mean at 1" if problem else None,
-        settings=_with_mean_of_one(diagnosis) if problem else {},
+        change=change if problem else None,
+        settings=settings if problem else {},
     )
 
 
-def _with_mean_of_one(diagnosis: Diagnosis) -> dict[str, Any]:
-    """A preset takes no other key beside it."""
-    if diagnosis.setting.preset:
-        return {"lr_policy": {"preserve_mean": True}}
-    return {"lr_policy.preserve_mean": True}
+def _let_go(diagnosis: Diagnosis) -> tuple[str, dict[str, Any]]:
+    """A preset takes no other key beside it; a ratio keeps the mean, so that it is a low limit that holds back."""
+    if diagnosis.setting.map == "ratio":
+        return "Multipliers hold most of the copies back: raise the lowest", {"lr_policy.min_multiplier": HELD_BACK}
+    key = {"lr_policy": {"preserve_mean": True}} if diagnosis.setting.preset else {"lr_policy.preserve_mean": True}
+    return "Multipliers hold the copies back: keep their mean at 1", key
 
 
 def starved_units(diagnosis: Diagnosis) -> Finding | None:

@@ -131,6 +131,7 @@ class UnitShape(Shape):
     unit: str
     multiplier: float
     importance: float | None = None
+    domain_importance: float | None = None
 
 
 class RefreshShape(Shape):

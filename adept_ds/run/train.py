@@ -168,6 +168,7 @@ def _prepare(run: Context, start: Start) -> Any:
         start,
         make_engine,
         partial(_general_text, run),
+        partial(_domain_text, run),
         run.ranks,
         partial(run.terminal.stage, "train"),
         run.progress.together,
@@ -285,9 +286,11 @@ def _sampled(run: Context, corpus: Mixture, sequences: int | None, batch_sequenc
     )
 
 
-def _frozen_prefix(run: Context, engine: Engine, batches: GradientBatches, *, lowest: int) -> FrozenPrefix:
+def _frozen_prefix(
+    run: Context, engine: Engine, batches: GradientBatches, sharing: int = 1, *, lowest: int
+) -> FrozenPrefix:
     hidden_size: Any = engine.module.config.hidden_size  # type: ignore[union-attr]
-    room = run.settings.config.importance.prefix_cache_mib << 20
+    room = (run.settings.config.importance.prefix_cache_mib << 20) // sharing
     layers = run.settings.model.family.layer_modules(engine.module)
     return FrozenPrefix(layers, lowest, batches.batches_within(room, hidden_size * run.precision.itemsize))
 

@@ -30,10 +30,11 @@ from adept_ds.study.variants import Variant
 _HOW: dict[str, Any] = {
     "run_dir": True,
     "dist_timeout_minutes": True,
+    "preset": True,
     "data": {"workers"},
     "train": {"checkpoint_every", "keep_checkpoints", "keep_gathered_gib", "activation_checkpointing"},
 }
-"""Keys that say how a run is done, but not what comes out."""
+"""Keys that say how a run is done, but not what comes out; of a preset, its values do."""
 
 
 class CellRecord(Record):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from adept_ds.training.rule import Refresh, TrainingRule
-from adept_ds.units.importance import OnlineImportance
+from adept_ds.units.importance import Importances, OnlineImportance
 from adept_ds.units.unit_lr import UnitLR
 
 
@@ -24,9 +24,9 @@ class ImportanceRule(TrainingRule):
     def __init__(
         self,
         unit_lr: UnitLR,
-        initial: list[float] | None,
+        initial: Importances | None,
         every: int,
-        estimate: Callable[[], list[float] | None],
+        estimate: Callable[[], Importances | None],
         online: OnlineImportance | None = None,
     ) -> None:
         self._unit_lr, self._initial, self._every, self._estimate = unit_lr, initial, every, estimate
@@ -49,5 +49,6 @@ class ImportanceRule(TrainingRule):
     def state_dict(self) -> dict[str, Any]:
         return self.online.state_dict() if self.online else {}
 
-    def _refreshed(self, importance: list[float]) -> Refresh:
-        return Refresh(importance, self._unit_lr.refresh(importance))
+    def _refreshed(self, importance: Importances) -> Refresh:
+        multipliers = self._unit_lr.refresh(importance.general, importance.domain)
+        return Refresh(importance.general, multipliers, importance.domain)

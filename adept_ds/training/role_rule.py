@@ -55,4 +55,4 @@ class RoleRule(TrainingRule):
         roles = roles_of_units(general, domain, registry.units, self._important)
         multipliers = [self._rates[role] for role in roles]
         self._unit_lr.set(dict(zip(registry.names, multipliers, strict=True)))
-        return Refresh(general, multipliers)
+        return Refresh(general, multipliers, domain)

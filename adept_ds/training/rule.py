@@ -14,10 +14,12 @@ from adept_ds.units.importance import OnlineImportance
 
 @dataclass(frozen=True)
 class Refresh:
-    """Importances of all units, and the multipliers that follow from them; both in registry order."""
+    """Importances of all units, and the multipliers that follow from them; all in registry order."""
 
     importance: list[float]
     multipliers: list[float]
+    domain_importance: list[float] | None = None
+    """For the domain, where multipliers follow from it too."""
 
 
 class TrainingRule:

@@ -55,14 +55,21 @@ class RunLog:
         importance: Sequence[float],
         multipliers: Sequence[float],
         seconds: float,
+        domain_importance: Sequence[float] | None = None,
     ) -> None:
-        """Importances and the multipliers that hold from the next step on."""
+        """Importances and the multipliers that hold from the next step on.
+
+        Args:
+            domain_importance: where multipliers follow from importances for the domain too.
+        """
         if not self._active:
             return
         records = [
             {"unit": unit.name, "kind": unit.kind, "importance": value, "multiplier": multiplier}
             for unit, value, multiplier in zip(units, importance, multipliers, strict=True)
         ]
+        for record, value in zip(records, domain_importance or (), strict=domain_importance is not None):
+            record["domain_importance"] = value
         _append(self._run_dir.unit_importance, {"step": step, "units": records})
         self._show_units("multiplier", step, units, multipliers)
         self._write("refresh", {"step": step, "refresh_seconds": seconds})

@@ -189,7 +189,8 @@ class Trainer:
             ) from None
         if found is not None:
             seconds = time.perf_counter() - start
-            log.refresh(step, self.unit_lr.registry.units, found.importance, found.multipliers, seconds)
+            units = self.unit_lr.registry.units
+            log.refresh(step, units, found.importance, found.multipliers, seconds, found.domain_importance)
 
     def _evaluate(self, step: int, log: RunLog) -> None:
         if not (self.eval_sets and self.config.train.eval_every):

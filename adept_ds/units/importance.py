@@ -1,4 +1,4 @@
-"""Unit importance (paper, equation 5): mean over a unit's elements of |w * dL/dw| on general text.
+"""Unit importance (paper, equation 5): mean over a unit's elements of |w * dL/dw| on general text, or on the domain's.
 
 One all-reduce of n_units float64 numbers is all that is communicated beyond the backward passes (see `unit_sums`).
 General text comes from a corpus of its own, in passes of its own, or from the sequences that a training batch replays.
@@ -6,6 +6,7 @@ General text comes from a corpus of its own, in passes of its own, or from the s
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,6 +18,16 @@ from adept_ds.units.registry import UnitRegistry
 from adept_ds.units.unit_sums import GradientBatches, UnitSums
 from adept_ds.zero.engine import Engine
 from adept_ds.zero.gradients import gradients_outside_training
+
+
+@dataclass(frozen=True)
+class Importances:
+    """Of all units, in registry order."""
+
+    general: list[float]
+    """For general competence."""
+    domain: list[float] | None = None
+    """For the domain, where learning rates go by it too."""
 
 
 def estimate_importance(

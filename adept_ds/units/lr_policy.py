@@ -1,8 +1,9 @@
 """From unit importance to learning-rate multipliers (paper, equation 6): lr_U = 2 * (1 - I_U) * lr_base.
 
 Other maps than the paper's, and what is scaled together with what, are choices of `LrPolicySection`; their formulas
-and uses are in docs/lr_policy.md. Everything here is a pure function of its arguments, so that ranks which hold the
-same importances compute the same multipliers.
+and uses are in docs/lr_policy.md. The map `ratio`, which goes by importances for the domain too, is in `units.ratio`.
+Everything here is a pure function of its arguments, so that ranks which hold the same importances compute the same
+multipliers.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adept_ds.config.rate_sections import LrPolicySection
+from adept_ds.units.ratio import ratio_multipliers
 from adept_ds.units.registry import Unit
 
 Vector = NDArray[np.float64]
@@ -40,17 +42,30 @@ _MAPS: dict[str, Callable[[Vector, LrPolicySection], Vector]] = {
 
 
 def multipliers_from_importance(
-    importance: Sequence[float], units: Sequence[Unit], policy: LrPolicySection
+    importance: Sequence[float],
+    units: Sequence[Unit],
+    policy: LrPolicySection,
+    domain: Sequence[float] | None = None,
 ) -> list[float]:
     """One multiplier per unit, in the order of `units`.
 
     Importances are scaled to [0, 1] inside each scope, by min-max or by their ranks; a scope whose importances are all
-    equal has multiplier 1. `min_multiplier` and `max_multiplier` act last, and may thus move a preserved mean.
+    equal has multiplier 1. `min_multiplier` and `max_multiplier` act last, and may thus move a preserved mean; of the
+    map `ratio` both hold.
+
+    Args:
+        importance: for general competence.
+        domain: importance for the domain, which the map `ratio` needs and no other looks at.
 
     Raises:
-        ValueError: an importance is negative or not finite (the message names the unit), or their number is wrong.
+        ValueError: an importance is negative or not finite (the message names the unit), their number is wrong, or
+            those for the domain are missing.
     """
     values = checked_importance(importance, units)
+    if policy.map == "ratio":
+        if domain is None:
+            raise ValueError("the map ratio needs importances for the domain too")
+        return _by_ratio(values, checked_importance(domain, units, "for the domain"), units, policy).tolist()
     if policy.preset == "official":
         return _official(values, units).tolist()
     numel = np.array([unit.numel for unit in units], dtype=np.float64)
@@ -77,20 +92,24 @@ def smooth(previous: Sequence[float] | None, new: Sequence[float], share: float)
     return (share * np.asarray(previous, dtype=np.float64) + (1.0 - share) * np.asarray(new, dtype=np.float64)).tolist()
 
 
-def checked_importance(importance: Sequence[float], units: Sequence[Unit]) -> Vector:
+def checked_importance(importance: Sequence[float], units: Sequence[Unit], side: str = "") -> Vector:
     """[n_units], once they are seen to be what importances can be.
+
+    Args:
+        side: what they are importances for, in messages.
 
     Raises:
         ValueError: one is negative or not finite (the message names the unit), or their number is wrong.
     """
     if len(importance) != len(units):
-        raise ValueError(f"{len(importance)} importances for {len(units)} units")
+        raise ValueError(f"{len(importance)} importances{side and f' {side}'} for {len(units)} units")
     values = np.asarray(importance, dtype=np.float64)
     bad = np.flatnonzero(~np.isfinite(values) | (values < 0))
     if bad.size:
         first = bad[0]
         raise ValueError(
-            f"importance of unit '{units[first].name}' is {values[first]}: it must be finite and not negative"
+            f"importance of unit '{units[first].name}'{side and f' {side}'} is {values[first]}: "
+            "it must be finite and not negative"
         )
     return values
 
@@ -113,6 +132,23 @@ def _multipliers_of_scope(values: Vector, numel: Vector, policy: LrPolicySection
         # fsum is exact, so that the order of the units does not matter.
         mean = math.fsum(multipliers * numel) / math.fsum(numel)
         return multipliers / mean if mean > 0 else multipliers
+    return multipliers
+
+
+def _by_ratio(general: Vector, domain: Vector, units: Sequence[Unit], policy: LrPolicySection) -> Vector:
+    """Inside each scope."""
+    numel = np.array([unit.numel for unit in units], dtype=np.float64)
+    multipliers = np.ones_like(general)
+    high = math.inf if policy.max_multiplier is None else policy.max_multiplier
+    for members in _scopes(units, policy.scope):
+        multipliers[members] = ratio_multipliers(
+            general[members],
+            domain[members],
+            numel[members],
+            power=policy.ratio_power,
+            low=policy.min_multiplier,
+            high=high,
+        )
     return multipliers
 
 

@@ -76,6 +76,7 @@ class UnitMultipliers:
     @property
     def smoothed_importance(self) -> list[float] | None:
         """The moving average of importances over refreshes, in the order of the units' indices; None before the first.
+        Where those for the domain are estimated too, they stand behind the others.
 
         Kept here because it has to survive a checkpoint together with the multipliers.
         """

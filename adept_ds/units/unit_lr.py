@@ -84,12 +84,20 @@ class UnitLR:
         self._multipliers.set(self._multipliers.values | dict(multipliers))
         self.check_ranks_agree()
 
-    def refresh(self, importance: Sequence[float]) -> list[float]:
-        """Map importances (registry order) to multipliers, put them into effect, and check that all ranks agree."""
+    def refresh(self, importance: Sequence[float], domain: Sequence[float] | None = None) -> list[float]:
+        """Map importances (registry order) to multipliers, put them into effect, and check that all ranks agree.
+
+        Args:
+            importance: for general competence.
+            domain: for the domain; the map `ratio` needs both.
+        """
         if self._policy.smoothing:
-            importance = smooth(self._multipliers.smoothed_importance, importance, self._policy.smoothing)
-            self._multipliers.smoothed_importance = importance
-        multipliers = multipliers_from_importance(importance, self.registry.units, self._policy)
+            smoothed = smooth(
+                self._multipliers.smoothed_importance, [*importance, *(domain or ())], self._policy.smoothing
+            )
+            self._multipliers.smoothed_importance = smoothed
+            importance, domain = smoothed[: len(importance)], smoothed[len(importance) :] if domain else None
+        multipliers = multipliers_from_importance(importance, self.registry.units, self._policy, domain)
         self.set(dict(zip(self.registry.names, multipliers, strict=True)))
         return multipliers
 

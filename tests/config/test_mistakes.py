@@ -148,6 +148,31 @@ def test_a_message_is_short_however_large_the_value_is(config_file: Path, key: s
             id="limits of a constant",
         ),
         pytest.param(
+            "lr_policy={map: ratio, preserve_mean: false}",
+            ["preserve_mean: False", "map: ratio", "remove it"],
+            id="a ratio without its mean",
+        ),
+        pytest.param(
+            "lr_policy={map: ratio, min_multiplier: 1.5}",
+            ["min_multiplier: 1.5", "map: ratio", "lower it to 1"],
+            id="a ratio's mean below its limits",
+        ),
+        pytest.param(
+            "lr_policy={map: ratio, max_multiplier: 0.5}",
+            ["max_multiplier: 0.5", "map: ratio", "raise it to 1"],
+            id="a ratio's mean above its limits",
+        ),
+        pytest.param(
+            "lr_policy={map: ratio, max_multiplier: 0}", ["max_multiplier: 0.0", "map: ratio"], id="a ratio at rest"
+        ),
+        pytest.param(
+            "lr_policy.ratio_power=0.5", ["ratio_power: 0.5", "map: ratio", "map is linear"], id="a ratio's power"
+        ),
+        pytest.param(
+            "lr_policy={map: ratio, power: 0.5}", ["power: 0.5", "map: power", "map is ratio"], id="the other"
+        ),
+        pytest.param("lr_policy.map=[ratio]", ["lr_policy.map", "['ratio']"], id="a list of maps"),
+        pytest.param(
             "lr_policy={preset: official, map: linear, smoothing: 0}",
             ["preset: official", "map: linear", "smoothing: 0.0", "remove one or the other"],
             id="preset and more",

@@ -102,6 +102,8 @@ def test_a_dumped_section_is_one_that_may_be_written(section: dict[str, Any]) ->
         {"map": "exponential", "scope": "per_kind"},
         {"map": "step", "threshold": 0.3, "low": 0.1},
         {"map": "rank", "preserve_mean": True, "max_multiplier": 4, "smoothing": 0.9},
+        {"map": "ratio", "ratio_power": 1, "max_multiplier": 3},
+        {"map": "ratio", "preserve_mean": True, "max_multiplier": None},
     ],
     ids=lambda policy: policy.get("preset") or policy.get("map", "default"),
 )
@@ -124,7 +126,14 @@ def test_a_dumped_lr_policy_has_its_own_parameters_only() -> None:
     assert dumped(map="exponential") - common == {"temperature"}
     assert dumped(map="step") - common == {"threshold", "low", "high"}
     assert dumped(map="rank") == dumped(map="constant") == common
+    assert dumped(map="ratio") - common == {"ratio_power"}
     assert dumped(preset="official") == {"preset"}
+
+
+def test_the_map_ratio_has_limits_of_its_own_and_always_keeps_the_mean() -> None:
+    policy = LrPolicySection(map="ratio")
+    assert (policy.min_multiplier, policy.max_multiplier, policy.preserve_mean) == (0.25, 4.0, True)
+    assert LrPolicySection(map="ratio", max_multiplier=None).max_multiplier is None
 
 
 def test_every_key_of_the_lr_policy_is_described() -> None:

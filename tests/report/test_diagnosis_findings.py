@@ -71,6 +71,12 @@ CASES: dict[str, tuple[str, dict[str, Any], list[str], dict[str, Any]]] = {
         ["layers.19.self_attn.v_proj", "+0.80", "mean multiplier 1.60"],
         {"lr_policy": {"map": "rank"}},
     ),
+    "the domain needed it more": (
+        "unit_against_importance",
+        {"losses": ROSE, "units": CONFLICT, "setting": setting(map="ratio")},
+        ["layers.19.self_attn.v_proj"],
+        {"lr_policy": {"map": "linear", "preserve_mean": True}},
+    ),
     "importance had no effect": (
         "unit_against_importance",
         {"losses": ROSE, "units": CONFLICT, "setting": setting(map="constant", method="llama_pro")},
@@ -101,6 +107,12 @@ CASES: dict[str, tuple[str, dict[str, Any], list[str], dict[str, Any]]] = {
         {"losses": STAYED, "units": HELD},
         ["0.19 on average", "90.0% of all parameters have one below 0.25"],
         {"lr_policy.preserve_mean": True},
+    ),
+    "the limits of a ratio hold back": (
+        "held_back",
+        {"losses": STAYED, "units": HELD, "setting": setting(map="ratio")},
+        ["0.19 on average"],
+        {"lr_policy.min_multiplier": 0.25},
     ),
     "a preset's multipliers hold back": (
         "held_back",

@@ -140,6 +140,17 @@ def test_long_runs_and_fine_units_stay_small(tmp_path: Path) -> None:
     assert len(page.encode()) < 1_500_000
 
 
+@pytest.mark.parametrize("both", [True, False])
+def test_importance_for_the_domain_stands_beside_the_other_where_it_is_known(tmp_path: Path, both: bool) -> None:
+    unit = {"unit": "layers.3.mlp.up_proj", "kind": "matrix", "importance": 0.5, "multiplier": 1.25}
+    unit |= {"domain_importance": 0.0625} if both else {}
+    write_importance(tmp_path)
+    write_lines(tmp_path / "unit_importance.jsonl", [{"step": 0, "units": [unit]}])
+    text = words(page_of(tmp_path))
+    assert ("importance for the domain" in text) == both
+    assert ("0.0625" in text) == both
+
+
 def test_same_input_gives_the_same_page(tmp_path: Path) -> None:
     write_importance(tmp_path, layers=24)
     assert page_of(tmp_path) == page_of(tmp_path)

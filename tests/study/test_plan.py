@@ -20,6 +20,7 @@ from adept_ds.base.errors import InputError
 from adept_ds.base.terminal import Terminal
 from adept_ds.config.corpus_entries import corpus_sources
 from adept_ds.config.loading import load_config
+from adept_ds.config.presets import PRESETS
 from adept_ds.ranks.stopping import StopRequest
 from adept_ds.study.cells import Cell
 from adept_ds.study.overlaps import overlaps_of
@@ -120,6 +121,15 @@ def test_cells_are_the_same_wherever_the_study_lies(study: TinyStudy, tmp_path: 
     tree["base"]["train"] |= {"checkpoint_every": 77}
     after = plan_of(moved, base=tree["base"], threads=3)
     assert names(before.search) == names(after.search)
+
+
+def test_a_preset_in_the_base_is_its_values_for_every_method(study: TinyStudy) -> None:
+    """Written out or by its word: the same cells, also of methods that look at none of its sections."""
+    base, paper = study.tree()["base"], PRESETS["paper"]
+    written = {section: paper[section] | base.get(section, {}) for section in paper if section != "method"}
+    by_word = plan_of(study, base=base | {"preset": "paper"})
+    assert {cell.config.preset for cell in by_word.search} == {"paper"}
+    assert names(by_word.search) == names(plan_of(study, base=base | written).search)
 
 
 def test_a_probe_concerns_those_alone_that_probe(study: TinyStudy) -> None:

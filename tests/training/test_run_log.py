@@ -63,6 +63,14 @@ def test_a_refresh_is_written_as_the_design_says(tmp_path: Path) -> None:
     }
 
 
+def test_a_refresh_on_both_sides_is_written_with_both_importances(tmp_path: Path) -> None:
+    log = RunLog(RunDirectory(tmp_path), 0, "model: m")
+    log.refresh(0, UNITS, [1.0, 2.0], [2.0, 0.0], 0.0, [3.0, 4.0])
+    log.close()
+    (line,) = read_json_lines(tmp_path / "unit_importance.jsonl")
+    assert [(unit["importance"], unit["domain_importance"]) for unit in line["units"]] == [(1.0, 3.0), (2.0, 4.0)]
+
+
 def test_tensorboard_has_the_same_numbers_and_the_configuration(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import statistics
 import time
 from itertools import pairwise
 from typing import Any
@@ -267,6 +268,75 @@ def test_limits_act_last_and_everywhere() -> None:
     assert multipliers_from_importance(importance, LAYER, kept) == pytest.approx(expected, abs=1e-12)
     frozen = LrPolicySection(max_multiplier=0.0)
     assert multipliers_from_importance(importance, LAYER, frozen) == [0.0] * 6
+
+
+# Importances for general competence and for the domain, of two layers of q, k and a norm each.
+BOTH_SIDES = [2.0, 8.0, 900.0, 4.0, 4.0, 100.0], [2.0, 2.0, 30.0, 1.0, 9.0, 70.0]
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_the_map_ratio_compares_the_units_of_a_scope(scope: str) -> None:
+    """By hand but for the mean; without limits, so that proportions are all there is."""
+    units = [
+        Unit(f"layers.{layer}.{part}", "norm" if part == "input_layernorm" else "matrix", layer, part, numel)
+        for layer in (0, 1)
+        for part, numel in (("q", 300), ("k", 100), ("input_layernorm", 10))
+    ]
+    general, domain = BOTH_SIDES
+    policy = LrPolicySection.model_validate(
+        {"map": "ratio", "scope": scope, "min_multiplier": 0, "max_multiplier": None}
+    )
+    found = multipliers_from_importance(general, units, policy, domain)
+    for members in scopes(units, scope):
+        eps = 0.01 * statistics.median(general[unit] for unit in members)
+        ratios = [math.sqrt(domain[unit] / (general[unit] + eps)) for unit in members]
+        mean = math.fsum(units[unit].numel * ratio for unit, ratio in zip(members, ratios, strict=True))
+        mean /= sum(units[unit].numel for unit in members)
+        assert [found[unit] for unit in members] == pytest.approx([ratio / mean for ratio in ratios], rel=1e-12)
+
+
+def test_the_map_ratio_keeps_its_mean_within_its_limits_in_every_scope() -> None:
+    for scope in SCOPES:
+        policy = LrPolicySection.model_validate({"map": "ratio", "scope": scope})
+        for seed in range(10):
+            found = multipliers_from_importance(random_importance(seed), UNITS, policy, random_importance(seed + 100))
+            assert all(0.25 <= multiplier <= 4.0 for multiplier in found)
+            for members in scopes(UNITS, scope):
+                numel = math.fsum(UNITS[i].numel for i in members)
+                assert math.fsum(UNITS[i].numel * found[i] for i in members) / numel == pytest.approx(1.0, abs=1e-12)
+
+
+def test_linear_with_preserve_mean_by_hand() -> None:
+    """Scaled to 0, 1/8, 1/4, 1: multipliers 2, 1.75, 1.5, 0; with 100, 100, 100 and 500 parameters their mean is
+    525 / 800. The norms, 5 and 7, have 2 and 0, and as many parameters each."""
+    sizes = {"q": 100, "k": 100, "v": 100, "o": 500}
+    units = [Unit(f"layers.2.{part}", "matrix", 2, part, numel) for part, numel in sizes.items()]
+    found = multipliers_from_importance(
+        [1.0, 2.0, 3.0, 9.0, 5.0, 7.0], [*units, *LAYER[4:]], LrPolicySection(preserve_mean=True)
+    )
+    mean = 525 / 800
+    assert found == pytest.approx([2 / mean, 1.75 / mean, 1.5 / mean, 0.0, 2.0, 0.0], rel=1e-14)
+    assert math.fsum(found[unit] * units[unit].numel for unit in range(4)) == pytest.approx(800, rel=1e-14)
+
+
+def test_the_map_ratio_needs_both_sides_and_names_the_one_at_fault() -> None:
+    ratio = LrPolicySection(map="ratio")
+    with pytest.raises(ValueError, match="ratio needs importances for the domain too"):
+        multipliers_from_importance([1.0] * 6, LAYER, ratio)
+    with pytest.raises(ValueError, match="5 importances for the domain for 6 units"):
+        multipliers_from_importance([1.0] * 6, LAYER, ratio, [1.0] * 5)
+    for bad in (math.nan, math.inf, -1.0):
+        with pytest.raises(ValueError, match=rf"'layers\.2\.k' for the domain is {bad}"):
+            multipliers_from_importance([1.0] * 6, LAYER, ratio, [1.0, bad, 1.0, 1.0, 1.0, 1.0])
+        with pytest.raises(ValueError, match=rf"'layers\.2\.k' is {bad}"):
+            multipliers_from_importance([1.0, bad, 1.0, 1.0, 1.0, 1.0], LAYER, ratio, [1.0] * 6)
+
+
+def test_other_maps_do_not_look_at_the_domain() -> None:
+    importance = random_importance(0)
+    for policy in (LINEAR, OFFICIAL, CONSTANT):
+        alone = multipliers_from_importance(importance, UNITS, policy)
+        assert multipliers_from_importance(importance, UNITS, policy, random_importance(1)) == alone
 
 
 def test_official_scales_norms_by_the_range_of_all_units_and_matrices_by_their_own() -> None:
