@@ -22,6 +22,7 @@ from adept_ds.base.digests import json_digest
 from adept_ds.base.errors import InputError
 from adept_ds.base.files import new_directory, read_json, write_bytes, write_json
 from adept_ds.base.run_dir import RunDirectory
+from adept_ds.probing.places import PlaceScores
 from adept_ds.probing.scores import LayerScores
 
 _READ = ("format", "text_key", "question_template", "max_bad_records", "bos", "special_tokens_in_text", "packing")
@@ -54,6 +55,12 @@ _PROBE = _Work(
     lambda run: (run.layer_scores(), run.layer_scores("corpus"), run.layer_scores("model")),
     lambda inputs: [*_tokenised(inputs), inputs["probe"]],
 )
+_PLACES = _Work(
+    "places",
+    ("places",),
+    lambda run: (run.place_scores,),
+    lambda inputs: [*_tokenised(inputs), inputs["probe"], inputs["data"]["domain"]],
+)
 _BASE_LOSSES = _Work(
     "base",
     ("eval_base",),
@@ -64,7 +71,7 @@ _BASE_LOSSES = _Work(
         [inputs["eval"][key] for key in ("tasks", "lm_eval")],
     ],
 )
-_WORKS = (_PROBE, _BASE_LOSSES)
+_WORKS = (_PROBE, _PLACES, _BASE_LOSSES)
 
 
 @dataclass(frozen=True)
@@ -103,7 +110,10 @@ class SharedWork:
 
     def has(self, inputs: Inputs) -> bool:
         """Whether nothing of what this cell shares is left to be made."""
-        needed = [work for work in _WORKS if work is not _PROBE or "corpus" in inputs["probe"]]
+        by_gain = inputs.get("expand", {}).get("choose") == "gain"
+        unneeded = {_PROBE.name} if by_gain or "corpus" not in inputs["probe"] else set[str]()
+        unneeded |= set() if by_gain else {_PLACES.name}
+        needed = [work for work in _WORKS if work.name not in unneeded]
         return all(self._place(work, inputs).is_dir() for work in needed)
 
     def key(self, inputs: Inputs) -> str:
@@ -124,6 +134,8 @@ class SharedWork:
 
 def probe_seconds(run: RunDirectory) -> float:
     """That the passes took which chose this run's layers, whichever run made them; 0 without any."""
+    if run.place_scores.is_file():
+        return PlaceScores.load(run.place_scores).seconds
     scores = run.layer_scores()
     return LayerScores.load(scores).seconds if scores.is_file() else 0.0
 
