@@ -125,7 +125,8 @@ def describe_plan(settings: ResolvedConfig) -> list[str]:
         probe = "every layer trains: no probe"
     elif expand.by_gain:
         each = f"{config.probe.sequences} sequences of {config.probe.seq_len} tokens"
-        probe = f"weigh places on {each} of data.domain and of probe.corpus, choose {expand.num_copies} by gain - {expand.harm_weight:g} x harm"
+        score = f"gain - {expand.harm_weight:g} x harm"
+        probe = f"weigh places on {each} of data.domain and of probe.corpus, choose {expand.num_copies} by {score}"
         probe += f", {expand.min_distance} layers apart" if expand.min_distance > 1 else ""
     elif expand.needs_probe:
         probe = f"probe {config.probe.sequences} sequences of {config.probe.seq_len} tokens"

@@ -23,7 +23,8 @@ from adept_ds.config.section import Section
 from adept_ds.config.train_sections import ExportSection, TrainSection
 
 _KEYS_OF_DELTAS = ("method", "stability")
-"""Keys of `probe` that say how deltas are estimated and compared."""
+"""Keys of `probe` that say how deltas are estimated and compared, left out where none are estimated. A method may be
+given nevertheless, in what several configurations have in common; a comparison that cannot be made is refused."""
 
 
 class Config(Section):
@@ -134,14 +135,12 @@ class Config(Section):
     def _places_are_weighed_on_both_texts(self) -> Config:
         if not self.weighs_places:
             return self
-        for key in _KEYS_OF_DELTAS:
-            value = getattr(self.probe, key)
-            if key in self.probe.model_fields_set and value is not None:
-                said = value if isinstance(value, str) else "a comparison"
-                raise ValueError(
-                    f"probe.{key}: {said} is about deltas of layers, which expand.choose: gain does not estimate; "
-                    "remove it, or choose layers by delta"
-                )
+        if self.probe.stability is not None:
+            said = self.probe.stability if isinstance(self.probe.stability, str) else "a comparison"
+            raise ValueError(
+                f"probe.stability: {said} is about deltas of layers, which expand.choose: gain does not estimate; "
+                "remove it, or choose layers by delta"
+            )
         if self.data.streaming:
             raise ValueError(
                 "data.streaming: expand.choose: gain takes a sample of the whole domain corpus; remove it, or choose "

@@ -264,7 +264,6 @@ def test_a_refresh_must_see_every_source() -> None:
 @pytest.mark.parametrize(
     ("sections", "words"),
     [
-        ({"probe": {"method": "taylor"}}, ["probe.method: taylor", "choose: gain", "remove"]),
         ({"probe": {"stability": "halves"}}, ["probe.stability: halves", "choose: gain", "remove"]),
         ({"probe": {"stability": {"model": "x"}}}, ["probe.stability: a comparison", "choose: gain", "remove"]),
         ({"data": {"streaming": True}}, ["data.streaming", "sample of the whole domain corpus", "remove"]),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,8 @@ FAMILIES = ("llama", "gemma3_text", "gpt2", "gpt_neox", "qwen2_moe")
 """Projections, norms behind sublayers, transposed weights and biases, a parallel residual, experts."""
 
 
-def places_workspace(root: Path) -> Workspace:
-    for family in FAMILIES:
+def places_workspace(root: Path, families: Sequence[str] = FAMILIES) -> Workspace:
+    for family in families:
         save_tiny_model(root / family, family)
     for seed, name in enumerate(("general", "domain", "second")):
         write_corpus(root / f"{name}.jsonl", seed, documents=20)
