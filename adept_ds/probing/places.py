@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from adept_ds.base.records import Record
 from adept_ds.config.checks import check_room
@@ -40,6 +40,12 @@ class PlaceScores(Record):
     seconds: float
     """That the passes took."""
 
+    @model_validator(mode="after")
+    def _both_are_of_the_same_places(self) -> PlaceScores:
+        if not self.gains or len(self.gains) != len(self.harms):
+            raise ValueError(f"{len(self.gains)} gains and {len(self.harms)} harms")
+        return self
+
     @classmethod
     def remedy(cls) -> str:
         return "move it away, and places are weighed again"
@@ -69,6 +75,12 @@ class PlaceBenefits(Record):
     reason: str
     """Why these, for people."""
     seconds: float
+
+    @model_validator(mode="after")
+    def _selected_are_places(self) -> PlaceBenefits:
+        if not {*self.selected} <= {place.index for place in self.places}:
+            raise ValueError(f"selected: {list(self.selected)} are not all among the places")
+        return self
 
     @classmethod
     def remedy(cls) -> str:
@@ -141,6 +153,8 @@ def _reason(scores: Sequence[float], chosen: Sequence[int], c: float, distance: 
     text = f"k = {len(chosen)}: the largest gain"
     text += f" - {c:g} x what general text would lose" if c else ", whatever general text would lose"
     text += f", {distance} layers or more between two copies" if distance > 1 else ""
+    losing = [str(layer) for layer in sorted(chosen) if scores[layer] < 0]
+    text += f"; nothing is left of the gain behind {', '.join(losing)}, but k asks for so many" if losing else ""
     left = [layer for layer in range(len(scores)) if layer not in chosen]
     if not left:
         return f"{text}; no place is left"

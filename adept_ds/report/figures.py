@@ -86,8 +86,9 @@ def _draw_places(run: RunFiles, figure: Figure) -> None:
     places = [p for p in run.places.get("places") or [] if all(finite(p[key]) for key in ("gain", "harm", "score"))]
     if not places:
         return
+    # What no gradient can be in a record that was changed would leave no axis.
     index, gain, harm, score = (
-        np.array([place[key] for place in places], dtype=float) for key in ("index", "gain", "harm", "score")
+        np.clip([float(place[key]) for place in places], -1e30, 1e30) for key in ("index", "gain", "harm", "score")
     )
     figure.set_size_inches(WIDTH, 3.4)
     axes = figure.add_subplot()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from adept_ds.base.errors import InputError
 from adept_ds.probing.place_gradients import weigh_places
 from adept_ds.probing.places import PlaceBenefits, PlaceScores, choose_places
 from adept_ds.run.context import Context
@@ -50,7 +51,18 @@ def _place_scores(run: Context) -> PlaceScores:
 
     if not run.ledger.once(Stage("places", output, inputs), make):
         run.unchanged("probe")
-    return run.ranks.on_main(lambda: PlaceScores.load(output))
+    return run.ranks.on_main(lambda: _read(run))
+
+
+def _read(run: Context) -> PlaceScores:
+    """Raises `InputError`: the file is damaged, or of another model after all."""
+    output, num_layers = run.run_dir.place_scores, run.settings.model.num_layers
+    scores = PlaceScores.load(output)
+    if len(scores.gains) != num_layers:
+        raise InputError(
+            f"'{output}' is damaged ({len(scores.gains)} gains of {num_layers} layers); {PlaceScores.remedy()}"
+        )
+    return scores
 
 
 def _weigh(run: Context) -> PlaceScores:

@@ -81,6 +81,7 @@ def test_the_reason_says_what_decided() -> None:
         "the others 5 (layer 0)"
     )
     assert choose(k=6).reason == "k = 6: the largest gain - 1 x what general text would lose; no place is left"
+    assert "nothing is left of the gain behind 1, but" in choose(k=6, harm_weight=3.0).reason
     text = choose(k=2, harm_weight=0.0, min_distance=2).reason
     assert text.startswith("k = 2: the largest gain, whatever general text would lose, 2 layers or more between")
     assert text.endswith("the lowest has 7, and the best of the others 8 (layer 2, too near)")

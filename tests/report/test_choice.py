@@ -135,6 +135,14 @@ def test_the_page_shows_what_copies_would_do_at_each_place(tmp_path: Path) -> No
     assert "The copies are other layers: 12, 17, 20, 21." in words(page_of(run_dir))
 
 
+def test_numbers_that_no_gradient_can_be_cost_no_page(tmp_path: Path) -> None:
+    found = write_places(make_run(tmp_path / "run"), SELECTED).to_json()
+    found["places"][3] |= {"gain": 1.7e308, "harm": -1.7e308}
+    found["places"][4]["score"] = -1.7e308
+    (tmp_path / "run" / "place_benefits.json").write_text(json.dumps(found))
+    assert '<section id="places"' in page_of(tmp_path / "run")
+
+
 def test_before_anything_is_copied_the_configuration_says_whose_choice_counts(tmp_path: Path) -> None:
     write_importance(tmp_path)
     write_places(tmp_path, [5, 6])

@@ -81,6 +81,23 @@ def test_what_gains_depend_on_makes_them_be_weighed_again(
     assert len(weighed) == 2
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"gains": [1.0, 2.0], "harms": [1.0, 2.0]}, "2 gains of 5 layers"),
+        ({"gains": [1.0]}, "1 gains and 5 harms"),
+        ({"seconds": "long"}, "seconds"),
+    ],
+    ids=str,
+)
+def test_a_damaged_file_is_named(workspace: Workspace, tmp_path: Path, change: dict[str, Any], words: str) -> None:
+    config, file = places_config(workspace, tmp_path / "run"), tmp_path / "run" / "place_scores.json"
+    places_stage(open_run(config))
+    file.write_text(json.dumps(read_json(file) | change))
+    with pytest.raises(InputError, match=rf"place_scores\.json' is damaged \(.*{words}.*move it away, and places are"):
+        places_stage(open_run(config))
+
+
 def test_copies_stand_where_their_gains_put_them(workspace: Workspace, tmp_path: Path) -> None:
     config = places_config(workspace, tmp_path / "run")
     with pytest.raises(InputError, match=r"place_benefits\.json' does not exist; run `adept probe CONFIG` first"):
@@ -112,20 +129,20 @@ def test_the_command_weighs_and_shows_and_draws(workspace: Workspace, tmp_path: 
     assert "choose 2 by gain - 1 x harm, 2 layers apart" in plan
 
 
-def test_a_whole_run_trains_copies_at_these_places_on_two_ranks(workspace: Workspace, tmp_path: Path) -> None:
+def test_a_whole_run_trains_copies_at_these_places(workspace: Workspace, tmp_path: Path) -> None:
     config = workspace.config(
         tmp_path / "run",
         model=str(workspace.root / "llama"),
         expand={"k": 2, "choose": "gain"},
         train={"steps": 2, "eval_every": 2, "checkpoint_every": 2},
     )
-    result = adept(2, "run", config)
+    result = adept(1, "run", config)
     assert result.returncode == 0, result.stderr[-3000:]
     run_dir = tmp_path / "run"
     selected = read_json(run_dir / "place_benefits.json")["selected"]
     assert [copy["source"] for copy in read_json(run_dir / "expanded" / "expansion.json")["copies"]] == selected
     assert not (run_dir / "layer_importance.json").exists()
-    again = adept(2, "run", run_dir / "config.yaml")
+    again = adept(1, "run", run_dir / "config.yaml")
     assert again.returncode == 0, again.stderr[-3000:]
     assert "finished before, not run again" in again.stdout + again.stderr
 
