@@ -121,7 +121,7 @@ def _digest_of_inputs(run: Context, sequences: int | None) -> str:
     adapted = run.identity.model(ModelDirectory.read(run_dir.export)) if _makes_copies(run) else None
     corpora = {"data.general_eval": config.data.general_eval, "data.domain_eval": config.data.domain_eval}
     files = [run_dir.evaluation, run_dir.document_losses, run_dir.unit_importance, run_dir.unit_movement]
-    files += [run_dir.layer_importance, run_dir.place_benefits]
+    files += [run_dir.layer_importance]
     inputs = {
         "version": __version__,
         "adapted": adapted,

@@ -127,6 +127,9 @@ def test_the_command_weighs_and_shows_and_draws(workspace: Workspace, tmp_path: 
     plan = " ".join(run_here(["show", str(config)], tmp_path).out.split())
     assert "weigh places on 7 sequences of 24 tokens of data.domain and of probe.corpus" in plan
     assert "choose 2 by gain - 1 x harm, 2 layers apart" in plan
+    other = workspace.config(tmp_path / "other", model=str(workspace.root / "llama"), expand={"tie_break": "cost"})
+    plan = " ".join(run_here(["show", str(other)], tmp_path).out.split())
+    assert "choose 2 layers, of those within noise the cheapest" in plan
 
 
 def test_a_whole_run_trains_copies_at_these_places(workspace: Workspace, tmp_path: Path) -> None:
