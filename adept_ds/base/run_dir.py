@@ -51,6 +51,16 @@ class RunDirectory:
         return self.root / f"layer_scores{variant and '_'}{variant}.safetensors"
 
     @property
+    def place_scores(self) -> Path:
+        """What copies at each place would do, as it was measured (`expand.choose: gain`)."""
+        return self.root / "place_scores.json"
+
+    @property
+    def place_benefits(self) -> Path:
+        """The same, with the places that were chosen."""
+        return self.root / "place_benefits.json"
+
+    @property
     def expanded(self) -> Path:
         return self.root / "expanded"
 

@@ -9,8 +9,10 @@ import typer
 from pydantic_core import from_json
 
 from adept_ds.base.outputs import check_new_file
+from adept_ds.base.records import Record
 from adept_ds.config.loading import parse_config
 from adept_ds.config.schema import Config
+from adept_ds.probing.places import PlaceBenefits
 from adept_ds.probing.result import LayerImportance
 
 MethodOption = Annotated[
@@ -41,8 +43,9 @@ def _is_result(path: Path) -> bool:
         found = from_json(path.read_bytes())
     except (OSError, ValueError):
         return False
-    required = {name for name, field in LayerImportance.model_fields.items() if field.is_required()}
-    return isinstance(found, dict) and found.keys() >= required
+    kinds: tuple[type[Record], ...] = (LayerImportance, PlaceBenefits)
+    required = [{name for name, field in kind.model_fields.items() if field.is_required()} for kind in kinds]
+    return isinstance(found, dict) and any(found.keys() >= names for names in required)
 
 
 def with_method(config: Config, method: str | None) -> Config:

@@ -21,7 +21,7 @@ from adept_ds.cli.options import (
     with_method,
     with_tasks,
 )
-from adept_ds.cli.probe import probe_and_show
+from adept_ds.cli.probe import check_method, probe_and_show, weigh_and_show
 from adept_ds.cli.session import run_session, show
 from adept_ds.cli.summary import (
     describe_plan,
@@ -47,12 +47,16 @@ def run(config: Config) -> None:
 
 
 def probe(config: Config, method: MethodOption = None, out: ResultOption = None, as_json: JsonOption = False) -> None:
-    """Which layers does general competence hardly need?"""
+    """Which layers does general competence hardly need? Or, by expand.choose: gain, where would copies do most?"""
     check_result_file(out)
+    check_method(config, method)
     with run_session(*_resolved(with_method(config, method), "probe"), as_json=as_json) as session:
         from adept_ds.run.pipeline import report_stage
 
-        if probe_and_show(session, method, out, as_json):
+        if config.weighs_places:
+            weigh_and_show(session, out, as_json)
+            report_stage(session)  # with the plot
+        elif probe_and_show(session, method, out, as_json):
             report_stage(session)  # with the plot
 
 

@@ -16,6 +16,7 @@ from adept_ds.methods.shape import method_of
 from adept_ds.weights.expansion import Expansion
 
 if TYPE_CHECKING:
+    from adept_ds.probing.places import PlaceBenefits
     from adept_ds.probing.result import LayerImportance
 
 
@@ -92,6 +93,17 @@ def print_layer_importance(result: LayerImportance, terminal: Terminal) -> None:
     terminal.console.print(table)
 
 
+def print_places(found: PlaceBenefits, terminal: Terminal) -> None:
+    """A row per place; numbers are nats per unit of learning rate, to first order."""
+    title = f"base loss {found.domain.loss:.4f} on domain text, {found.general.loss:.4f} on general text"
+    table = Table("behind layer", "gain (domain)", "harm (general)", "score", "", title=title)
+    for place in found.places:
+        chosen = "[green]copied[/]" if place.index in found.selected else ""
+        numbers = (f"{place.gain:.4g}", f"{place.harm:+.4g}", f"{place.score:.4g}")
+        table.add_row(str(place.index), *numbers, chosen)
+    terminal.console.print(table)
+
+
 def print_methods(found: dict[str, Any], terminal: Terminal) -> None:
     """The estimators side by side (see `run.probe.compare_methods`); nothing if they were not compared."""
     if not found:
@@ -111,10 +123,16 @@ def describe_plan(settings: ResolvedConfig) -> list[str]:
     expand, method = config.expand, method_of(config)
     if not method.chooses_layers:
         probe = "every layer trains: no probe"
+    elif expand.by_gain:
+        each = f"{config.probe.sequences} sequences of {config.probe.seq_len} tokens"
+        score = f"gain - {expand.harm_weight:g} x harm"
+        probe = f"weigh places on {each} of data.domain and of probe.corpus, choose {expand.num_copies} by {score}"
+        probe += f", {expand.min_distance} layers apart" if expand.min_distance > 1 else ""
     elif expand.needs_probe:
         probe = f"probe {config.probe.sequences} sequences of {config.probe.seq_len} tokens"
         how_many = f"as many layers as rule {expand.rule} says" if expand.k == "auto" else f"{expand.num_copies} layers"
         probe += f", choose {how_many}" + (f" ({expand.choose})" if expand.choose != "lowest" else "")
+        probe += ", of those within noise the cheapest" if expand.tie_break == "cost" else ""
     else:
         which = expand.layers if expand.layers is not None else f"{expand.num_copies}, {expand.choose}"
         probe = f"layers {which} are given: no probe"

@@ -26,6 +26,18 @@ def check_num_copies(config: Config, model: ModelDirectory) -> None:
             f"choose at most {model.num_layers}"
         )
     check_layers(config.expand.layers or [], model)
+    if copies is not None and config.expand.by_gain:
+        check_room(copies, config.expand.min_distance, model.num_layers)
+
+
+def check_room(copies: int, distance: int, num_layers: int) -> None:
+    """So many copies have room with `distance` layers from one to the next (`expand.min_distance`)."""
+    room = -(-num_layers // distance)
+    if copies > room:
+        raise InputError(
+            f"expand.min_distance: {distance} leaves room for {room} of the {copies} copies of expand.k in "
+            f"{num_layers} layers; lower one of both"
+        )
 
 
 def check_layers(layers: Sequence[int], model: ModelDirectory) -> None:

@@ -83,6 +83,9 @@ class ProbeSection(Section):
 _KEYS_OF_AUTO = ("rule", "max_trainable_share", "max_added_latency", "threshold")
 """Keys of `expand` that say how many layers `k: auto` copies."""
 
+_KEYS_OF_GAIN = ("harm_weight", "min_distance")
+"""Keys of `expand` that `choose: gain` looks at."""
+
 
 class ExpandSection(Section):
     """How many layers are copied (method: freeze: trained in place), and which; see docs/choosing_layers.md."""
@@ -106,12 +109,23 @@ class ExpandSection(Section):
     threshold: float = Field(
         0.5, gt=0, le=1e6, description="rule: threshold: deltas below this share of the median delta"
     )
-    choose: Literal["lowest", "highest", "uniform", "random", "last"] = Field(
+    choose: Literal["lowest", "highest", "uniform", "random", "last", "gain"] = Field(
         "lowest",
-        description="which layers: by delta; evenly spread, as in LLaMA-Pro; random, by probe.seed; the last; or a "
-        "list",
+        description="which layers: by delta; evenly spread, as in LLaMA-Pro; random, by probe.seed; the last; gain: "
+        "where silent copies would do most for the domain and least harm to general text, to first order; or a list",
     )
     layers: list[int] | None = Field(None, min_length=1, description="indices of the source layers to copy")
+    harm_weight: float = Field(
+        1.0, ge=0, le=1e6, description="choose: gain: what a nat of general loss counts against a nat of domain loss"
+    )
+    min_distance: int = Field(
+        1, ge=1, le=10**4, description="choose: gain: layers from one copy's source to the next one's at least; 1: any"
+    )
+    tie_break: Literal["none", "cost"] = Field(
+        "none",
+        description="choose: lowest: cost: among layers whose deltas the probe cannot tell apart, those with which a "
+        "training step costs least: the highest",
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -150,6 +164,24 @@ class ExpandSection(Section):
             raise ValueError("rule: budget has no limit: set max_trainable_share or max_added_latency")
         return self
 
+    @model_validator(mode="after")
+    def _every_way_to_choose_has_its_keys(self) -> ExpandSection:
+        for key in _KEYS_OF_GAIN:
+            if key in self.model_fields_set and not self.by_gain:
+                raise ValueError(
+                    f"{key}: {getattr(self, key)} has an effect with choose: gain only: remove it or set choose: gain"
+                )
+        if self.by_gain and self.k == "auto":
+            raise ValueError(
+                "k: auto counts layers by their deltas, which choose: gain does not estimate: give a number"
+            )
+        if self.tie_break != "none" and not self.by_lowest_delta:
+            chosen = "layers are listed" if self.layers is not None else f"choose is {self.choose}"
+            raise ValueError(
+                f"tie_break: {self.tie_break} has an effect with choose: lowest only, but {chosen}: remove it"
+            )
+        return self
+
     @model_serializer(mode="wrap")
     def _what_has_an_effect(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """As in `LrPolicySection`."""
@@ -157,6 +189,8 @@ class ExpandSection(Section):
         unused = set() if self.k == "auto" else set(_KEYS_OF_AUTO)
         unused |= set() if self.rule == "threshold" else {"threshold"}
         unused |= set() if self.layers is None else {"choose"}
+        unused |= set() if self.by_gain else set(_KEYS_OF_GAIN)
+        unused |= set() if self.by_lowest_delta else {"tie_break"}
         return {key: value for key, value in tree.items() if key not in unused}
 
     @property
@@ -173,6 +207,15 @@ class ExpandSection(Section):
         return None if self.k == "auto" else self.k or 4
 
     @property
+    def by_gain(self) -> bool:
+        """Whether first-order benefits of places decide, and no delta does."""
+        return self.layers is None and self.choose == "gain"
+
+    @property
+    def by_lowest_delta(self) -> bool:
+        return self.layers is None and self.choose == "lowest"
+
+    @property
     def needs_probe(self) -> bool:
-        """Whether deltas of layers decide anything."""
-        return self.layers is None and (self.k == "auto" or self.choose in ("lowest", "highest"))
+        """Whether the probe decides anything: by deltas of layers, or by gains of places."""
+        return self.layers is None and (self.k == "auto" or self.choose in ("lowest", "highest", "gain"))

@@ -91,7 +91,7 @@ def corpora_read(config: Config, purpose: Purpose) -> dict[str, Sequence[Path | 
         needed["probe.corpus"] = config.probe.corpus
     if probes and isinstance(stability, Stability) and stability.corpus is not None:
         needed["probe.stability.corpus"] = stability.corpus
-    if trains:
+    if trains or (probes and config.weighs_places):
         needed["data.domain"] = data.domain
     if purpose == "eval" and not (data.general_eval or config.eval.scores_tasks):
         needed["data.domain_eval"] = data.domain_eval

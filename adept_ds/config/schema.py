@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
+from adept_ds.config.corpus_entries import corpus_sources
 from adept_ds.config.data_section import DataSection
 from adept_ds.config.eval_section import EvalSection
 from adept_ds.config.known_methods import DEFAULT_METHOD, AnyMethod, known_methods, with_presets
@@ -21,6 +22,10 @@ from adept_ds.config.presets import known_preset, with_defaults
 from adept_ds.config.rate_sections import ImportanceSection, LrPolicySection
 from adept_ds.config.section import Section
 from adept_ds.config.train_sections import ExportSection, TrainSection
+
+_KEYS_OF_DELTAS = ("method", "stability")
+"""Keys of `probe` that say how deltas are estimated and compared, left out where none are estimated. A method may be
+given nevertheless, in what several configurations have in common; a comparison that cannot be made is refused."""
 
 
 class Config(Section):
@@ -71,13 +76,21 @@ class Config(Section):
     def _what_has_an_effect(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """As in `LrPolicySection`."""
         tree: dict[str, Any] = serialize(self)
+        if self.weighs_places:
+            tree["probe"] = {key: value for key, value in tree["probe"].items() if key not in _KEYS_OF_DELTAS}
         unused = without_effect(self.method) | (set() if self.preset else {"preset"})
         return {key: value for key, value in tree.items() if key not in unused}
 
     @property
     def needs_probe(self) -> bool:
-        """Whether deltas of layers decide anything."""
+        """Whether the probe decides anything: by deltas of layers, or by gains of places."""
         return self.method.chooses_layers and self.expand.needs_probe
+
+    @property
+    def weighs_places(self) -> bool:
+        """Whether the probe estimates what copies would do at every place, for which it reads domain text too, and no
+        deltas of layers."""
+        return self.method.chooses_layers and self.expand.by_gain
 
     @property
     def refreshes(self) -> bool:
@@ -127,5 +140,28 @@ class Config(Section):
         if self.lr_policy.preset == "official" and self.importance.initial != "ones":
             raise ValueError(
                 "lr_policy.preset: official starts with multipliers of 1; set importance.initial to ones beside it"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _places_are_weighed_on_both_texts(self) -> Config:
+        if not self.weighs_places:
+            return self
+        if self.probe.stability is not None:
+            said = self.probe.stability if isinstance(self.probe.stability, str) else "a comparison"
+            raise ValueError(
+                f"probe.stability: {said} is about deltas of layers, which expand.choose: gain does not estimate; "
+                "remove it, or choose layers by delta"
+            )
+        if self.data.streaming:
+            raise ValueError(
+                "data.streaming: expand.choose: gain takes a sample of the whole domain corpus; remove it, or choose "
+                "layers otherwise"
+            )
+        count, sources = self.probe.sequences, len(corpus_sources(self.data.domain))
+        if sources > count:
+            raise ValueError(
+                f"probe.sequences: {count} leaves none for some of the {sources} sources of data.domain, on which "
+                f"expand.choose: gain weighs places: raise it to at least {sources}"
             )
         return self

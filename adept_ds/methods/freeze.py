@@ -5,9 +5,12 @@ Which layers is said by `expand`: by lowest delta, evenly spread, the last, or a
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from adept_ds.methods.shape import Method
+
+if TYPE_CHECKING:
+    from adept_ds.config.schema import Config
 
 
 class Freeze(Method):
@@ -17,3 +20,10 @@ class Freeze(Method):
 
     sections = frozenset({"expand"})
     presets: ClassVar = {"lr_policy": {"map": "constant"}}
+
+    def check(self, config: Config) -> None:
+        if config.expand.by_gain:
+            raise ValueError(
+                "expand.choose: gain says what silent copies would do, and method: freeze makes none; choose layers "
+                "otherwise, or list them"
+            )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,26 +34,73 @@ class StepFlops:
 
 
 def count_step_flops(model: torch.nn.Module, family: Family, seq_len: int) -> StepFlops:
+    """Of a loaded model, in which that trains which requires a gradient."""
+    config: Any = model.config
+    output: Any = model.get_output_embeddings()  # type: ignore[operator]
+    layers = []
+    for layer in family.layer_modules(model):
+        sizes = [(p.requires_grad, _passed_weights(p, config, family)) for p in layer.parameters()]
+        layers.append((sum(size for _, size in sizes), sum(size for trains, size in sizes if trains)))
+    return step_flops(
+        layers,
+        config.hidden_size,
+        config.hidden_size * config.vocab_size,
+        seq_len,
+        head_trains=output.weight.requires_grad,
+        embedding_trains=_trains_below_layers(model, family),
+    )
+
+
+def planned_step_flops(
+    passed_weights: Sequence[float],
+    chosen: Collection[int],
+    hidden_size: int,
+    head_weights: float,
+    seq_len: int,
+    *,
+    copied: bool = True,
+) -> StepFlops:
+    """Of a model that need not be there yet: its base with a trainable copy above each chosen layer.
+
+    Args:
+        passed_weights: of each layer of the base, those that a token passes.
+        copied: otherwise the chosen layers train in place.
+    """
+    layers = []
+    for layer, weights in enumerate(passed_weights):
+        layers.append((weights, weights if layer in chosen and not copied else 0.0))
+        if layer in chosen and copied:
+            layers.append((weights, weights))
+    return step_flops(layers, hidden_size, head_weights, seq_len)
+
+
+def step_flops(
+    layers: Sequence[tuple[float, float]],
+    hidden_size: int,
+    head_weights: float,
+    seq_len: int,
+    *,
+    head_trains: bool = False,
+    embedding_trains: bool = False,
+) -> StepFlops:
     """2 operations per weight that a token passes in a matrix product; attention scores 4 * seq_len * dim per layer.
 
     The embedding's lookup and its gradient are no products and count as nothing, the final norm neither.
+
+    Args:
+        layers: of each layer, lowest first, the weights that a token passes, and those of them that train.
     """
-    config: Any = model.config
-    attention = 4.0 * seq_len * config.hidden_size / 2  # causal: half of the scores
-    head = 2.0 * config.hidden_size * config.vocab_size
-    output: Any = model.get_output_embeddings()  # type: ignore[operator]
+    attention = 4.0 * seq_len * hidden_size / 2  # causal: half of the scores
+    head = 2.0 * head_weights
     forward, backward_inputs = head, head
-    backward_weights = head if output.weight.requires_grad else 0.0
-    reached = _trains_below_layers(model, family)
-    for layer in family.layer_modules(model):
-        sizes = [(p.requires_grad, _passed_weights(p, config, family)) for p in layer.parameters()]
-        weights = 2.0 * sum(size for _, size in sizes)
-        trainable = 2.0 * sum(size for trains, size in sizes if trains)
-        forward += weights + attention
+    backward_weights = head if head_trains else 0.0
+    reached = embedding_trains
+    for weights, trainable in layers:
+        forward += 2.0 * weights + attention
         reached = reached or trainable > 0
         if reached:
-            backward_inputs += weights + 2 * attention
-        backward_weights += trainable
+            backward_inputs += 2.0 * weights + 2 * attention
+        backward_weights += 2.0 * trainable
     return StepFlops(forward, backward_inputs, backward_weights)
 
 

@@ -51,13 +51,13 @@ def result_of(probe: Probe, scores: LayerScores, reference: Reference | None = N
         ),
         selected=selection.layers,
         selection=selection,
-        stability=_agreement(probe, scores, selection.layers, reference),
+        stability=_agreement(probe, scores, reference),
         measures=estimator.measures,
     )
 
 
 def select(probe: Probe, deltas: Sequence[float]) -> list[int]:
-    """The layers that the configuration chooses by these deltas."""
+    """The layers that the configuration chooses by these deltas, before a tie is broken."""
     return list(_selection(probe, deltas).layers)
 
 
@@ -67,27 +67,38 @@ def check_halves(probe: Probe) -> None:
     Raises:
         InputError: before any pass.
     """
+    _check_two(probe, "probe.stability: halves")
+
+
+def check_noise(probe: Probe) -> None:
+    """There is a bootstrap, which tells what a tie is: two sequences of every source, or two batches.
+
+    Raises:
+        InputError: before any pass.
+    """
+    _check_two(probe, "expand.tie_break: cost")
+
+
+def _check_two(probe: Probe, what: str) -> None:
     sample, section = probe.sample, probe.section
     counts = [sample.sources.count(source) for source in range(len(sample.names))]
     if not ESTIMATORS[section.method].by_sequence:
         if len(probe.batches.global_batches()) < 2:
             raise InputError(
-                f"probe.stability: halves needs two batches, but {len(sample)} sequences are one of "
+                f"{what} needs two batches, but {len(sample)} sequences are one of "
                 f"probe.batch_sequences {section.batch_sequences}; lower it, or raise probe.sequences"
             )
     elif min(counts) < 2:
         raise InputError(
-            f"probe.stability: halves needs two sequences of every source, but '{sample.names[counts.index(1)]}' has "
+            f"{what} needs two sequences of every source, but '{sample.names[counts.index(1)]}' has "
             "one in the sample; raise probe.sequences, or give it more text or weight"
         )
 
 
-def _agreement(
-    probe: Probe, scores: LayerScores, selected: Sequence[int], reference: Reference | None
-) -> Agreement | None:
+def _agreement(probe: Probe, scores: LayerScores, reference: Reference | None) -> Agreement | None:
     if reference is not None:
         other = reference.scores.deltas
-        chosen = (selected, select(probe, other))
+        chosen = (select(probe, scores.deltas), select(probe, other))
         return agreement_between(reference.kind, reference.name, chosen, (scores.deltas, other))
     halves = scores.halves() if probe.section.stability == "halves" else None
     if halves is None:
@@ -97,4 +108,4 @@ def _agreement(
 
 
 def _selection(probe: Probe, deltas: Sequence[float], replicates: Sequence[Sequence[float]] | None = None) -> Selection:
-    return select_layers(probe.expand, deltas, model_size(probe.model), probe.seed, replicates)
+    return select_layers(probe.expand, deltas, model_size(probe.model), probe.seed, replicates, probe.cost)

@@ -28,6 +28,7 @@ from adept_ds.models.families import Family
 from adept_ds.models.loading import layers_train
 from adept_ds.probing.passes import PassProgress, check_losses, table_by_sequence
 from adept_ds.probing.scores import LayerScores
+from adept_ds.probing.selection import Cost
 from adept_ds.probing.sweep import bypass_losses, install_layer_sweep
 from adept_ds.probing.taps import install_taps
 from adept_ds.ranks.collectives import Ranks
@@ -49,6 +50,8 @@ class Probe:
     seed: int
     model: ModelDirectory
     sample: Sample
+    cost: Cost | None = None
+    """Of training, where some is planned."""
 
     @property
     def ranks(self) -> Ranks:

@@ -23,6 +23,8 @@ class ModelSize:
     """Parameters of each layer that one token passes: of experts those that it is sent to."""
     head_passed: int
     """The same of the output head."""
+    hidden_size: int = 0
+    """Of the residual stream."""
 
     def trainable_share(self, layers: Sequence[int]) -> float:
         """Of the expanded model's parameters."""
@@ -38,7 +40,7 @@ def model_size(model: ModelDirectory) -> ModelSize:
     """From the headers of the weight files."""
     family = model.family
     parameters, passed = [0] * model.num_layers, [0.0] * model.num_layers
-    others, largest = 0, 0
+    others, largest, hidden_size = 0, 0, 0
     experts_per_token = model.config.get(family.experts_per_token_key or "")
     stored = stored_tensors(model.path)
     expert_of = {name: re.search(r"\.experts\.(\d+)\.", name) for name in stored}
@@ -47,7 +49,8 @@ def model_size(model: ModelDirectory) -> ModelSize:
         numel, place = math.prod(tensor.shape), family.split_name(name)
         if place is None:
             others += numel
-            largest = max(largest, numel if len(tensor.shape) == 2 else 0)
+            if len(tensor.shape) == 2 and numel > largest:
+                largest, hidden_size = numel, tensor.shape[1]
             continue
         share = 1.0
         if experts_per_token and (expert_of[name] or len(tensor.shape) == 3):
@@ -55,4 +58,4 @@ def model_size(model: ModelDirectory) -> ModelSize:
         parameters[place[0]] += numel
         passed[place[0]] += share * numel
     # Embeddings and head have one size, and may be one tensor.
-    return ModelSize(tuple(parameters), others, tuple(passed), largest)
+    return ModelSize(tuple(parameters), others, tuple(passed), largest, hidden_size)

@@ -7,7 +7,7 @@ as in LLaMA-Pro (arXiv 2401.02415). How many: a number, or a rule over the sorte
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from pydantic import Field
@@ -29,6 +29,27 @@ _HOW = {
 }
 
 
+Cost = Callable[[Sequence[int]], float]
+"""From the layers that are chosen to the floating-point operations of a training step, by token."""
+
+
+class TieBreak(Record):
+    """How `tie_break: cost` came to its layers."""
+
+    lowest: tuple[int, ...]
+    """Those with the lowest deltas, which would have been chosen otherwise; ascending."""
+    tied: tuple[int, ...]
+    """Layers whose deltas the probe cannot tell from the highest of these; ascending."""
+    rise: float
+    """Mean delta of the chosen layers minus that of the lowest ones."""
+    standard_error: float
+    """Of `rise`, by the bootstrap."""
+    flops: float | None
+    """Planned operations of a training step by token, with the chosen layers; None where no training is planned."""
+    flops_of_lowest: float | None
+    """The same with the lowest ones."""
+
+
 class Selection(Record):
     """What was chosen, and why."""
 
@@ -44,6 +65,8 @@ class Selection(Record):
     """What each rule would have given for k; budget only where limits are set."""
     within_noise: tuple[int, ...]
     """Layers, chosen or not, for which another sample of the corpus might well decide otherwise."""
+    tie_break: TieBreak | None = None
+    """None: it was not asked for, or there is no bootstrap to tell what a tie is."""
 
 
 def select_layers(
@@ -52,12 +75,14 @@ def select_layers(
     size: ModelSize,
     seed: int,
     replicates: Sequence[Sequence[float]] | None = None,
+    cost: Cost | None = None,
 ) -> Selection:
     """Choose by the deltas of a probe.
 
     Args:
         seed: of `choose: random`.
-        replicates: [samples][layers] deltas of bootstrap samples.
+        replicates: [samples][layers] deltas of bootstrap samples; without any, no tie is broken.
+        cost: of training, for `tie_break: cost` to say what it saves.
 
     Raises:
         InputError: deltas that are no numbers, more layers than there are, or a budget that not even one copy fits.
@@ -78,14 +103,21 @@ def select_layers(
         if section.num_copies is not None:
             k = section.num_copies
         chosen = _chosen(section, deltas, k, seed)
+    tie_break = None
+    if section.tie_break == "cost" and replicates is not None:
+        lowest, (chosen, tied) = chosen, cheapest_layers(deltas, k, replicates)
+        if _over_budget(section, chosen, size):  # layers may differ in size
+            chosen = lowest
+        tie_break = _tie_break(lowest, chosen, tied, replicates, cost, deltas)
     return Selection(
         layers=tuple(chosen),
         k=k,
         choose="list" if section.layers is not None else section.choose,
         rule=section.rule if section.k == "auto" else None,
-        reason=_reason(section, rules, deltas, chosen, size),
+        reason=_reason(section, rules, deltas, chosen, size) + (_says(tie_break, chosen) if tie_break else ""),
         rules=rules,
         within_noise=_within_noise(section, k, replicates),
+        tie_break=tie_break,
     )
 
 
@@ -100,6 +132,36 @@ def layers_without_probe(section: ExpandSection, num_layers: int, seed: int) -> 
 def lowest_layers(deltas: Sequence[float], k: int) -> list[int]:
     """The k layers with the lowest delta, in ascending order of index; ties go to the lower layer."""
     return sorted(sorted(range(len(deltas)), key=lambda layer: (deltas[layer], layer))[:k])
+
+
+def cheapest_layers(
+    deltas: Sequence[float], k: int, replicates: Sequence[Sequence[float]]
+) -> tuple[list[int], list[int]]:
+    """Of the choices that the probe cannot tell from the k lowest deltas, the one with which training costs least.
+
+    Two layers are tied if fewer than 95% of the bootstrap's samples agree which of them has the lower delta. A sample
+    has one set of sequences for all layers, so what they have in common does not count as noise. Layers that are lower
+    than the highest of the k lowest deltas, and not tied with it, stay chosen; the others are chosen among those that
+    are tied with it. No layer below the lowest copy has a backward pass, and nothing else of the cost depends on the
+    choice (where layers are of one size): so the lowest copy stands as high as it can, and above that deltas decide.
+
+    Args:
+        replicates: [samples][layers] deltas of bootstrap samples.
+
+    Returns:
+        The chosen layers and the tied ones, both ascending.
+    """
+    lowest = lowest_layers(deltas, k)
+    last = max(lowest, key=lambda layer: (deltas[layer], layer))
+    values = np.asarray(replicates, dtype=np.float64)
+    other = values[:, [last]]
+    above = (values > other).mean(0) + (values == other).mean(0) / 2  # equal in all samples: a half, a tie
+    tied = [layer for layer in range(len(deltas)) if 1 - _CERTAIN < above[layer] < _CERTAIN]
+    certain = [layer for layer in lowest if layer not in tied]
+    free = k - len(certain)
+    floor = min([tied[-free], *certain])
+    within = sorted((layer for layer in tied if layer >= floor), key=lambda layer: (deltas[layer], -layer))
+    return sorted(certain + within[:free]), tied
 
 
 def uniform_layers(num_layers: int, k: int) -> list[int]:
@@ -197,6 +259,39 @@ def _reason(
         )
         why += "" if section.rule == "budget" else f"; {section.rule} alone would give {rules[section.rule]}"
     return f"k = {k}: {why}; {_next_layer(deltas, k) if section.choose == 'lowest' else _HOW[section.choose]}"
+
+
+def _tie_break(
+    lowest: Sequence[int],
+    chosen: Sequence[int],
+    tied: Sequence[int],
+    replicates: Sequence[Sequence[float]],
+    cost: Cost | None,
+    deltas: Sequence[float],
+) -> TieBreak:
+    values = np.asarray(replicates, dtype=np.float64)
+    rises = values[:, list(chosen)].mean(1) - values[:, list(lowest)].mean(1)
+    return TieBreak(
+        lowest=tuple(lowest),
+        tied=tuple(tied),
+        rise=float(np.mean([deltas[layer] for layer in chosen]) - np.mean([deltas[layer] for layer in lowest])),
+        standard_error=float(rises.std(ddof=1)),
+        flops=None if cost is None else cost(chosen),
+        flops_of_lowest=None if cost is None else cost(lowest),
+    )
+
+
+def _says(tie: TieBreak, chosen: Sequence[int]) -> str:
+    """The end of the reason."""
+    if tuple(chosen) == tie.lowest:
+        return "; tie_break: cost changes nothing: no choice that the probe cannot tell from this one trains faster"
+    text = f"; of layers {', '.join(map(str, tie.tied))}, whose deltas the probe cannot tell apart, those that train "
+    text += f"fastest are copied: not {', '.join(str(layer) for layer in tie.lowest if layer not in chosen)}, but "
+    text += ", ".join(str(layer) for layer in chosen if layer not in tie.lowest)
+    text += f" (mean delta {tie.rise:+.4g} ± {tie.standard_error:.2g})"
+    if tie.flops is not None and tie.flops_of_lowest:
+        text += f", which saves {1 - tie.flops / tie.flops_of_lowest:.1%} of a training step's operations"
+    return text
 
 
 def _next_layer(deltas: Sequence[float], k: int) -> str:

@@ -1,7 +1,8 @@
 """The ranks of a run, and the few small collectives that the program needs.
 
 Control traffic (a handful of numbers, an error, a yes or no) goes over a gloo group on the CPU: it never waits
-for an accelerator's stream, and sums are float64 on every device.
+for an accelerator's stream, and sums are float64 on every device. One collective alone is for large tensors, and goes
+between the devices: `slice_of_sum`.
 """
 
 from __future__ import annotations
@@ -43,6 +44,23 @@ class Ranks:
         if self.world_size > 1:
             torch.distributed.all_reduce(total, group=self.control)
         return total
+
+    def slice_of_sum(self, values: torch.Tensor) -> torch.Tensor:
+        """This rank's share of the element-wise sum over ranks of `values` [n]: ceil(n / ranks) elements, of which the
+        last ranks' may be padding, 0.
+
+        For what is large: one reduce-scatter between the devices, and no copy to the host. May be called in a backward
+        pass, by all ranks in the same order.
+        """
+        if self.world_size == 1:
+            return values
+        import torch
+
+        size = -(-values.numel() // self.world_size)
+        padded = torch.nn.functional.pad(values, (0, size * self.world_size - values.numel()))
+        share = padded.new_empty(size)
+        torch.distributed.reduce_scatter_tensor(share, padded)
+        return share
 
     def max(self, *values: float) -> list[float]:
         """Element-wise maximum over ranks, in one all-reduce."""

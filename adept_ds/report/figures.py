@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 
 from adept_ds.report.drawing import BLUE, COPY, GREEN, GREY, INK, PALE, WIDTH
@@ -78,6 +79,30 @@ def _draw_choice(run: RunFiles, figure: Figure) -> None:
     axes.axis((0.3, len(layers) + 0.7, low, 1.12 * top))
     axes.set(xlabel="layers, sorted; numbers are those of the base model", xticks=rank[:: 1 + len(rank) // 41])
     axes.set_ylabel(run.importance.get("measures") or "importance")
+
+
+def _draw_places(run: RunFiles, figure: Figure) -> None:
+    """What a copy above each layer would do to both texts, to first order."""
+    places = [p for p in run.places.get("places") or [] if all(finite(p[key]) for key in ("gain", "harm", "score"))]
+    if not places:
+        return
+    # What no gradient can be in a record that was changed would leave no axis.
+    index, gain, harm, score = (
+        np.clip([float(place[key]) for place in places], -1e30, 1e30) for key in ("index", "gain", "harm", "score")
+    )
+    figure.set_size_inches(WIDTH, 3.4)
+    axes = figure.add_subplot()
+    chosen = set(run.places.get("selected") or [])
+    axes.bar(index - 0.2, gain, 0.4, color=[COPY if i in chosen else PALE for i in index])
+    axes.bar(index + 0.2, harm, 0.4, color=GREY)
+    axes.scatter(index, score, color=BLUE, s=16, marker="D", zorder=3)
+    axes.axhline(0, color=INK, linewidth=0.8)
+    axes.set(xlabel="decoder layer of the base model, above which a copy would stand")
+    axes.set(xticks=index[:: 1 + len(index) // 41], ylabel="nats per unit of learning rate,\nto first order")
+    handles: list[Any] = [Patch(color=COPY, label="gain on domain text, chosen"), Patch(color=PALE, label="not chosen")]
+    handles += [Patch(color=GREY, label="harm to general text")]
+    handles += [Line2D([], [], color=BLUE, marker="D", linestyle="", markersize=4, label="score")]
+    axes.legend(handles=handles, loc="lower right", bbox_to_anchor=(1, 1), ncols=4)
 
 
 def _draw_methods(run: RunFiles, figure: Figure) -> None:
@@ -241,6 +266,9 @@ SPEED = (("tokens_per_second", "tokens per second", GREEN), ("grad_norm", "gradi
 
 
 FIGURES: dict[str, Callable[[RunFiles, Figure], None]] = {"layers": _draw_layers, "choice": _draw_choice}
+
+
+FIGURES |= {"places": _draw_places}
 
 
 FIGURES |= {"methods": _draw_methods, "stack": _draw_stack}

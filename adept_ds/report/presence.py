@@ -11,7 +11,7 @@ from adept_ds.base.run_dir import RunDirectory
 def check_something_to_report(directory: Path) -> None:
     """Raises `InputError`, naming the command that makes it, if a run has written nothing yet."""
     run = RunDirectory(directory)
-    if not run.layer_importance.is_file() and not run.metrics.is_file():
+    if not any(file.is_file() for file in (run.layer_importance, run.place_benefits, run.metrics)):
         raise InputError(
             f"'{directory}' has no {run.layer_importance.name} and no {run.metrics.name}; run `adept run CONFIG` first"
         )

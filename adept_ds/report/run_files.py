@@ -31,6 +31,7 @@ from adept_ds.report.shapes import (
     MethodsShape,
     MetricsShape,
     MovementShape,
+    PlacesShape,
     RefreshShape,
     Shape,
     SummaryShape,
@@ -86,6 +87,8 @@ class RunFiles:
     config_text: str
     config: Json
     importance: Json
+    places: Json
+    """What copies would do at each place, where they are chosen by that."""
     methods: Json
     """By method of probing."""
     expansion: Json
@@ -102,7 +105,8 @@ class RunFiles:
 
     @property
     def selected(self) -> list[int]:
-        return sorted(self.copies.values()) or sorted(self.importance.get("selected") or [])
+        probed = self.places if self.by_gain else self.importance
+        return sorted(self.copies.values()) or sorted(probed.get("selected") or [])
 
     @property
     def least(self) -> bool:
@@ -113,6 +117,19 @@ class RunFiles:
     def chosen_otherwise(self) -> bool:
         """Whether the copies are other layers than those that the probe's record chose."""
         chosen = sorted(self.importance.get("selected") or [])
+        return bool(self.copies and chosen) and chosen != sorted(self.copies.values())
+
+    @property
+    def by_gain(self) -> bool:
+        """Whether copies got their places by gain; there may be an older record of deltas beside."""
+        expand = self.config.get("expand")
+        configured = isinstance(expand, dict) and expand.get("choose") == "gain"
+        return bool(self.places) and (configured or not self.importance)
+
+    @property
+    def placed_otherwise(self) -> bool:
+        """Whether the copies stand elsewhere than where their gains put them."""
+        chosen = sorted(self.places.get("selected") or [])
         return bool(self.copies and chosen) and chosen != sorted(self.copies.values())
 
     @property
@@ -144,6 +161,7 @@ def read_run(directory: Path) -> RunFiles:
     with suppress(Exception):  # of many kinds, for texts that look like dates, numbers or more
         config = _whole_characters(yaml.safe_load(text))
     importance = _read_record(run.layer_importance, ImportanceShape)
+    places = _read_record(run.place_benefits, PlacesShape)
     expansion = _read_record(run.expansion, ExpansionShape)
     evaluation = _read_record(run.evaluation, EvaluationShape)
     summary = _read_record(run.summary, SummaryShape)
@@ -154,7 +172,9 @@ def read_run(directory: Path) -> RunFiles:
     found = _read_record(run.layer_methods, MethodsShape)
     spearman, methods = found.get("spearman") or {}, found.get("methods") or {}
     methods = {name: method | {"spearman": spearman.get(name)} for name, method in methods.items()}
-    return RunFiles(text, settings, importance, methods, expansion, evaluation, summary, metrics, refreshes, movement)
+    return RunFiles(
+        text, settings, importance, places, methods, expansion, evaluation, summary, metrics, refreshes, movement
+    )
 
 
 def _read_record(path: Path, shape: type[Shape]) -> Json:

@@ -25,6 +25,15 @@ class LayerShape(Shape):
     standard_error: float | None = None
 
 
+class TieBreakShape(Shape):
+    lowest: list[Layer] | None = None
+    tied: list[Layer] | None = None
+    rise: float | None = None
+    standard_error: float | None = None
+    flops: float | None = None
+    flops_of_lowest: float | None = None
+
+
 class SelectionShape(Shape):
     choose: str | None = None
     k: int | None = None
@@ -32,6 +41,7 @@ class SelectionShape(Shape):
     reason: str | None = None
     rules: dict[str, Layer] | None = None
     within_noise: list[Layer] | None = None
+    tie_break: TieBreakShape | None = None
 
 
 class StabilityShape(Shape):
@@ -53,6 +63,31 @@ class ImportanceShape(Shape):
     measures: str | None = None
     selection: SelectionShape | None = None
     stability: StabilityShape | None = None
+
+
+class PlaceShape(Shape):
+    index: Layer
+    gain: float
+    harm: float
+    score: float
+
+
+class WeighedTextShape(Shape):
+    loss: float | None = None
+    tokens: float | None = None
+
+
+class PlacesShape(Shape):
+    """place_benefits.json"""
+
+    domain: WeighedTextShape | None = None
+    general: WeighedTextShape | None = None
+    places: list[PlaceShape] | None = None
+    selected: list[Layer] | None = None
+    harm_weight: float | None = None
+    min_distance: int | None = None
+    reason: str | None = None
+    seconds: float | None = None
 
 
 class MethodShape(Shape):

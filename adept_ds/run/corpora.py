@@ -44,6 +44,8 @@ class Corpora:
         counts |= {"replay": len(self.replay.blocks)} if self.replay else {}
         counts |= {f"{eval_set.name} held out": len(eval_set.indices) for eval_set in self.held_out}
         _ = self.held_out_questions  # what is wrong with them shows before training
+        if self.settings.config.weighs_places:
+            counts["domain probe"] = len(self.domain_of_probe.blocks)
         return counts | ({"general probe": len(self.general.blocks)} if self.settings.config.probe.corpus else {})
 
     @cached_property
@@ -67,6 +69,11 @@ class Corpora:
     def general(self) -> Mixture:
         """General competence, as the probe sees it."""
         return self.for_probing("probe.corpus", self.settings.config.probe.corpus)
+
+    @cached_property
+    def domain_of_probe(self) -> Mixture:
+        """The domain that is trained on, in blocks as the probe sees them (`expand.choose: gain`)."""
+        return self.for_probing("data.domain", self.settings.config.data.domain)
 
     @property
     def for_importance(self) -> Mixture:

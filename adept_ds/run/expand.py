@@ -12,6 +12,7 @@ from typing import Any
 from adept_ds.base.errors import InputError
 from adept_ds.base.run_dir import checkpoint_steps
 from adept_ds.models.tokenizer_files import tokenizer_fingerprint
+from adept_ds.probing.places import PlaceBenefits
 from adept_ds.probing.result import LayerImportance
 from adept_ds.probing.selection import layers_without_probe
 from adept_ds.run.context import Context
@@ -135,4 +136,6 @@ def selected_layers(run: Context) -> list[int]:
     if not config.needs_probe:
         return layers_without_probe(config.expand, run.settings.model.num_layers, config.probe.seed)
     check_probed(config)
+    if config.weighs_places:
+        return list(PlaceBenefits.load(run.run_dir.place_benefits).selected)
     return list(LayerImportance.load(run.run_dir.layer_importance).selected)

@@ -1,8 +1,8 @@
 """All stages, in order. A stage reads files and writes files; it is not run again while its inputs are the same.
 
-probe -> layer_importance.json -> expand -> expanded/ -> train -> checkpoints/ -> export -> export/
--> eval -> evaluation.json -> report -> report.html; and where a known failure shows, diagnosis.html. Methods that train
-in place expand nothing.
+probe -> layer_importance.json (or place_benefits.json) -> expand -> expanded/ -> train -> checkpoints/ -> export
+-> export/ -> eval -> evaluation.json -> report -> report.html; and where a known failure shows, diagnosis.html. Methods
+that train in place expand nothing.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from adept_ds.run.diagnose import diagnose_if_it_failed
 from adept_ds.run.evaluate import eval_stage
 from adept_ds.run.expand import expand_stage
 from adept_ds.run.export import export_stage
+from adept_ds.run.places import places_stage
 from adept_ds.run.probe import probe_stage
 from adept_ds.run.score_tasks import check_harness
 from adept_ds.run.train import check_can_go_on, train_stage
@@ -30,7 +31,9 @@ def run_all(run: Context) -> None:
     run.ranks.on_main(lambda: write_text(run.run_dir.config, dump_config(run.settings.config)))
     prepare_data(run)
     check_harness(run)
-    if run.settings.config.needs_probe:
+    if run.settings.config.weighs_places:
+        places_stage(run)
+    elif run.settings.config.needs_probe:
         probe_stage(run)
     if method_of(run.settings.config).starts_from == "expanded":
         expand_stage(run)

@@ -56,7 +56,8 @@ def check_expands(config: Config) -> None:
 
 def check_probed(config: Config) -> None:
     """Raises `InputError`: layers are to be chosen by a probe that is not there."""
-    found = RunDirectory(config.run_dir).layer_importance
+    run = RunDirectory(config.run_dir)
+    found = run.place_benefits if config.weighs_places else run.layer_importance
     if config.needs_probe and not found.is_file():
         raise InputError(f"expand: '{found}' does not exist; run `adept probe CONFIG` first, or set expand.layers")
 

@@ -11,8 +11,11 @@ from typing import Any
 from adept_ds.base.files import write_json
 from adept_ds.config.corpus_entries import CorpusSource
 from adept_ds.config.layer_sections import Stability
-from adept_ds.probing.decision import Reference, check_halves, result_of, select
+from adept_ds.methods.shape import method_of
+from adept_ds.models.flops import planned_step_flops
+from adept_ds.probing.decision import Reference, check_halves, check_noise, result_of, select
 from adept_ds.probing.estimators import ESTIMATORS, Probe
+from adept_ds.probing.model_size import model_size
 from adept_ds.probing.passes import PassProgress
 from adept_ds.probing.result import LayerImportance
 from adept_ds.probing.scores import LayerScores
@@ -31,6 +34,8 @@ def probe_stage(run: Context) -> LayerImportance:
     probe = _probe(run)
     if section.stability == "halves":
         check_halves(probe)
+    if probe.expand.tie_break == "cost":
+        check_noise(probe)
     scores = _layer_scores(run, probe, section.corpus)
     reference = _reference(run, probe) if isinstance(section.stability, Stability) else None
 
@@ -43,7 +48,7 @@ def probe_stage(run: Context) -> LayerImportance:
     selection = result.selection
     what = "least important" if selection and selection.choose == "lowest" else "chosen"
     run.terminal.stage("probe", f"base loss {result.base_loss:.4f}, {what} layers {list(result.selected)}")
-    if selection and selection.rule is not None:
+    if selection and (selection.rule is not None or selection.tie_break is not None):
         run.terminal.stage("probe", selection.reason)
     if result.stability is not None:
         run.terminal.stage("probe", result.stability.sentence())
@@ -68,7 +73,13 @@ def compare_methods(run: Context, result: LayerImportance) -> dict[str, Any]:
 def _probe(run: Context) -> Probe:
     config = run.settings.config
     sample = run.corpora.general.sample(config.probe.sequences, config.probe.seed)
-    return Probe(run.engines, config.probe, config.expand, config.probe.seed, run.settings.model, sample)
+
+    def cost(layers: Sequence[int]) -> float:
+        size, copied = model_size(run.settings.model), method_of(config).starts_from == "expanded"
+        passed, head, seq_len = size.layer_passed, size.head_passed, config.data.seq_len
+        return planned_step_flops(passed, layers, size.hidden_size, head, seq_len, copied=copied).total
+
+    return Probe(run.engines, config.probe, config.expand, config.probe.seed, run.settings.model, sample, cost)
 
 
 def _reference(run: Context, probe: Probe) -> Reference:

@@ -22,6 +22,7 @@ from adept_ds.base.digests import json_digest
 from adept_ds.base.errors import InputError
 from adept_ds.base.files import new_directory, read_json, write_bytes, write_json
 from adept_ds.base.run_dir import RunDirectory
+from adept_ds.probing.places import PlaceScores
 from adept_ds.probing.scores import LayerScores
 
 _READ = ("format", "text_key", "question_template", "max_bad_records", "bos", "special_tokens_in_text", "packing")
@@ -53,12 +54,23 @@ def _tasks(inputs: Inputs) -> list[Any]:
     return [inputs["eval"][key] for key in ("tasks", "lm_eval")]
 
 
+def _by_gain(inputs: Inputs) -> bool:
+    return bool(inputs.get("expand", {}).get("choose") == "gain")
+
+
 _PROBE = _Work(
     "probe",
     ("probe", "probe_corpus", "probe_model"),
     lambda run: (run.layer_scores(), run.layer_scores("corpus"), run.layer_scores("model")),
     lambda inputs: [*_tokenised(inputs), inputs["probe"]],
-    needed=lambda inputs: "corpus" in inputs["probe"],
+    needed=lambda inputs: "corpus" in inputs["probe"] and not _by_gain(inputs),
+)
+_PLACES = _Work(
+    "places",
+    ("places",),
+    lambda run: (run.place_scores,),
+    lambda inputs: [*_tokenised(inputs), inputs["probe"], inputs["data"]["domain"]],
+    needed=_by_gain,
 )
 _BASE_LOSSES = _Work(
     "base",
@@ -76,7 +88,7 @@ _BASE_SCORES = _Work(
     lambda inputs: [*_tokenised(inputs), _tasks(inputs)],
     needed=lambda inputs: any(_tasks(inputs)),
 )
-_WORKS = (_PROBE, _BASE_LOSSES, _BASE_SCORES)
+_WORKS = (_PROBE, _PLACES, _BASE_LOSSES, _BASE_SCORES)
 
 
 @dataclass(frozen=True)
@@ -135,6 +147,8 @@ class SharedWork:
 
 def probe_seconds(run: RunDirectory) -> float:
     """That the passes took which chose this run's layers, whichever run made them; 0 without any."""
+    if run.place_scores.is_file():
+        return PlaceScores.load(run.place_scores).seconds
     scores = run.layer_scores()
     return LayerScores.load(scores).seconds if scores.is_file() else 0.0
 

@@ -261,6 +261,16 @@ def test_a_mistake_in_the_probe_section_names_key_value_and_remedy(section: dict
         ({"k": "auto", "layers": [2]}, ["k and layers exclude"]),
         ({"choose": "middle"}, ["expand.choose", "'middle'"]),
         ({"choose": [1, 1]}, ["layer twice"]),
+        ({"harm_weight": 2.0}, ["harm_weight: 2.0", "choose: gain only"]),
+        ({"choose": "uniform", "min_distance": 3}, ["min_distance: 3", "choose: gain only"]),
+        ({"layers": [1], "min_distance": 3}, ["min_distance: 3", "choose: gain only"]),
+        ({"choose": "gain", "min_distance": 0}, ["expand.min_distance", "0"]),
+        ({"choose": "gain", "harm_weight": -1.0}, ["expand.harm_weight", "-1"]),
+        ({"choose": "gain", "k": "auto"}, ["k: auto", "choose: gain", "number"]),
+        ({"choose": "highest", "tie_break": "cost"}, ["tie_break: cost", "choose: lowest only", "highest"]),
+        ({"choose": "gain", "tie_break": "cost"}, ["tie_break: cost", "choose is gain"]),
+        ({"layers": [1], "tie_break": "cost"}, ["tie_break: cost", "layers are listed"]),
+        ({"tie_break": "speed"}, ["expand.tie_break", "'speed'"]),
     ],
 )
 def test_settings_without_effect_or_against_each_other_are_refused(section: dict[str, Any], words: list[str]) -> None:
@@ -274,3 +284,44 @@ def test_a_refresh_must_see_every_source() -> None:
     with pytest.raises(InputError, match=r"importance\.sequences: 1 leaves none .* at least 2"):
         parse_config(tree)
     parse_config(tree | {"data": {"replay": ["c"]}, "importance": {"sequences": 1, "source": "online"}})
+
+
+@pytest.mark.parametrize(
+    ("sections", "words"),
+    [
+        ({"probe": {"stability": "halves"}}, ["probe.stability: halves", "choose: gain", "remove"]),
+        ({"probe": {"stability": {"model": "x"}}}, ["probe.stability: a comparison", "choose: gain", "remove"]),
+        ({"data": {"streaming": True}}, ["data.streaming", "sample of the whole domain corpus", "remove"]),
+        (
+            {"data": {"domain": ["a", WEIGHTED]}, "probe": {"sequences": 1}},
+            ["probe.sequences: 1", "2 sources of data.domain", "at least 2"],
+        ),
+        ({"method": "freeze"}, ["choose: gain", "method: freeze makes none"]),
+        ({"method": "llama_pro"}, ["expand.choose", "llama_pro"]),
+        ({"method": "full"}, ["expand", "method: full"]),
+    ],
+    ids=str,
+)
+def test_what_places_cannot_be_weighed_beside_is_refused(sections: dict[str, Any], words: list[str]) -> None:
+    parse_config(BASE | {"expand": {"choose": "gain"}})
+    with pytest.raises(InputError) as error:
+        parse_config(BASE | {"expand": {"choose": "gain"}} | sections)
+    assert all(word in str(error.value) for word in words), str(error.value)
+
+
+def test_keys_without_effect_are_not_in_the_resolved_configuration() -> None:
+    """So that it can be given again, whatever chooses."""
+    for expand, there, absent in (
+        ({"choose": "gain"}, {"harm_weight", "min_distance"}, {"tie_break"}),
+        ({"choose": "uniform"}, set(), {"tie_break", "harm_weight", "min_distance"}),
+        ({"k": 2}, {"tie_break"}, {"harm_weight", "min_distance"}),
+        ({"layers": [1]}, set(), {"tie_break", "harm_weight", "min_distance"}),
+    ):
+        tree = parse_config(BASE | {"expand": expand}).model_dump(mode="json")
+        assert there <= tree["expand"].keys() and not absent & tree["expand"].keys()
+        assert (
+            ("method" in tree["probe"])
+            == ("stability" in tree["probe"])
+            == ("choose" not in expand or expand["choose"] != "gain")
+        )
+        assert parse_config(tree).model_dump(mode="json") == tree

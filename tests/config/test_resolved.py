@@ -184,3 +184,30 @@ def test_how_many_layers_there_are_matters_where_layers_are_chosen(
         return
     with pytest.raises(InputError, match=r"^expand\.k: 6 is more than the 5 layers"):
         resolve(config, purpose)
+
+
+@pytest.mark.parametrize("purpose", ["probe", "run", "train"])
+def test_places_are_weighed_on_both_texts(workspace: Workspace, tmp_path: Path, purpose: Purpose) -> None:
+    text = str(workspace.root / "general.jsonl")
+    for missing in (None, "data.domain", "probe.corpus"):
+        data = {"domain": [] if missing == "data.domain" else [text]}
+        probe = {"corpus": [] if missing == "probe.corpus" else [text]}
+        config = parse_config(
+            workspace.tree(tmp_path / "run", data=data, probe=probe, expand={"k": 2, "choose": "gain"})
+        )
+        if missing is None:
+            resolve(config, purpose)
+        else:
+            with pytest.raises(InputError, match=rf"^{missing}: no corpus given"):
+                resolve(config, purpose)
+
+
+def test_copies_must_have_room_at_their_distance(workspace: Workspace, tmp_path: Path) -> None:
+    for distance, fits in ((2, True), (3, False)):
+        expand = {"k": 3, "choose": "gain", "min_distance": distance}
+        config = parse_config(workspace.tree(tmp_path / "run", expand=expand))
+        if fits:
+            resolve(config, "probe")
+        else:
+            with pytest.raises(InputError, match=r"^expand\.min_distance: 3 leaves room for 2 of the 3 copies"):
+                resolve(config, "probe")

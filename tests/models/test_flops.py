@@ -10,8 +10,11 @@ import pytest
 import torch
 from harness.models import TINY, save_tiny_model
 
+from adept_ds.models.directory import ModelDirectory
 from adept_ds.models.family_table import FAMILIES
-from adept_ds.models.flops import count_step_flops
+from adept_ds.models.flops import count_step_flops, planned_step_flops
+from adept_ds.probing.model_size import model_size
+from adept_ds.weights.expansion import expand_checkpoint
 
 
 def test_the_operation_count_is_that_of_a_hand_count(tmp_path: Path) -> None:
@@ -88,3 +91,23 @@ def test_counted_products_are_those_that_pytorch_does(model_type: str, tmp_path:
     # Norms and biases (2 * 40 of 6920 per layer in Llama, 2 * 257 of 6637 in GPT-2) and rounding of the half attention
     # are in ours and not in PyTorch's.
     assert counted == pytest.approx(counter.get_total_flops(), rel=0.07 if model_type == "gpt2" else 0.03)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "gemma3_text", "mixtral", "qwen2_moe"])
+def test_a_planned_step_costs_what_the_step_of_the_real_model_will(model_type: str, tmp_path: Path) -> None:
+    """Copies of two layers, one of them without experts in Qwen2-MoE; and the same layers trained in place."""
+    from transformers import AutoModelForCausalLM
+
+    source = save_tiny_model(tmp_path / "model", model_type)
+    expand_checkpoint(source, tmp_path / "expanded", [2, 4])
+    size = model_size(ModelDirectory.read(source))
+    for copied, directory, trained in ((True, tmp_path / "expanded", (3, 6)), (False, source, (2, 4))):
+        model = AutoModelForCausalLM.from_pretrained(directory)
+        model.requires_grad_(False)
+        layers = FAMILIES[model_type].layer_modules(model)
+        for layer in trained:
+            layers[layer].requires_grad_(True)
+        planned = planned_step_flops(size.layer_passed, [4, 2], size.hidden_size, size.head_passed, 16, copied=copied)
+        counted = count_step_flops(model, FAMILIES[model_type], 16)
+        for part in ("forward", "backward_inputs", "backward_weights"):
+            assert getattr(planned, part) == pytest.approx(getattr(counted, part), rel=1e-9), part

@@ -179,3 +179,76 @@ def test_layers_whose_choice_another_sample_would_change_are_within_noise() -> N
     highest = select([0.0, 1.0, 2.0, 3.0], replicates, ModelSize((1,) * 4, 0, (1.0,) * 4, 0), k=2, choose="highest")
     assert highest.within_noise == (1, 2)
     assert select([0.0, 1.0, 2.0, 3.0], replicates, k=2, choose="uniform").within_noise == ()
+
+
+# --- ties ------------------------------------------------------------------------------------------------------------
+
+
+def scattered(deltas: list[float], *, common: float = 0.0, own: dict[int, float] | None = None) -> np.ndarray:
+    """[1000, layers]: deltas that rise and fall together, and some also by themselves."""
+    draw = np.random.default_rng(0)
+    values = np.array(deltas) + common * draw.normal(size=(1000, 1))
+    for layer, spread in (own or {}).items():
+        values[:, layer] += spread * draw.normal(size=1000)
+    return values
+
+
+def test_of_layers_that_cannot_be_told_apart_the_highest_are_chosen() -> None:
+    """Layers 1, 4 and 2 scatter as much as they differ; 3 does not, and 0 and 5 are far away."""
+    deltas = [0.9, 0.30, 0.33, 0.5, 0.34, 5.0]
+    replicates = scattered(deltas, own={1: 0.1, 2: 0.1, 4: 0.1})
+    assert select(deltas, k=2).layers == (1, 2)
+    found = select(deltas, replicates, k=2, tie_break="cost")
+    assert found.layers == (2, 4)
+    tie = found.tie_break
+    assert (tie.lowest, tie.tied) == ((1, 2), (1, 2, 4))
+    assert tie.rise == pytest.approx((0.34 - 0.30) / 2)
+    assert tie.standard_error == pytest.approx(np.hypot(0.1, 0.1) / 2, rel=0.1)
+    assert (tie.flops, tie.flops_of_lowest) == (None, None)
+    assert select(deltas, replicates, k=2).layers == (1, 2), "only where it is asked for"
+    assert select(deltas, replicates, k=2).tie_break is None
+
+
+def test_what_layers_have_in_common_is_no_noise() -> None:
+    """Every sample moves all deltas by ten times their differences, and all by the same."""
+    deltas = [0.30, 0.32, 0.34, 0.36]
+    found = select(deltas, scattered(deltas, common=0.2), ModelSize((1,) * 4, 0, (1.0,) * 4, 0), k=2, tie_break="cost")
+    assert (found.layers, found.tie_break.tied) == ((0, 1), (1,))
+    assert "tie_break: cost changes nothing" in found.reason
+    assert found.tie_break.rise == found.tie_break.standard_error == 0
+
+
+def test_a_layer_that_is_surely_lower_stays_and_only_what_saves_something_is_given_up() -> None:
+    """Layer 1 is surely one of the lowest. Nothing above it costs less than anything else above it."""
+    deltas = [0.50, 0.10, 0.48, 0.51, 0.49, 0.52]
+    noise = {0: 0.2, 2: 0.2, 3: 0.2, 4: 0.2, 5: 0.2}
+    found = select(deltas, scattered(deltas, own=noise), k=3, tie_break="cost")
+    assert found.layers == (1, 2, 4), "the lowest deltas above layer 1, not the highest layers"
+    first = [0.10, 0.49, 0.48, 0.51, 0.50, 0.47]
+    assert select(
+        first, scattered(first, own={0: 1e-3} | dict.fromkeys(range(1, 6), 0.2)), k=3, tie_break="cost"
+    ).layers == (0, 2, 5)
+    swapped = [0.47, 0.10, 0.48, 0.51, 0.49, 0.52]
+    kept = select(swapped, scattered(swapped, own=noise), k=2, tie_break="cost")
+    assert kept.layers == (1, 2), "layer 0 would be below layer 1"
+
+
+def test_layers_with_equal_deltas_are_tied_even_without_noise() -> None:
+    deltas = [0.5, 0.5, 0.5, 0.5]
+    found = select(deltas, np.array([deltas] * 10), ModelSize((1,) * 4, 0, (1.0,) * 4, 0), k=2, tie_break="cost")
+    assert found.layers == (2, 3)
+
+
+def test_a_broken_tie_keeps_within_the_budget_and_says_what_it_saves() -> None:
+    deltas = [0.30, 0.31, 0.9, 0.9, 0.32, 0.33]
+    replicates = scattered(deltas, own=dict.fromkeys((0, 1, 4, 5), 0.2))
+    even: dict[str, Any] = {"k": "auto", "rule": "budget", "max_trainable_share": 0.2, "tie_break": "cost"}
+    section, samples = ExpandSection(**even), replicates.tolist()
+    found = select_layers(section, deltas, SIZE, 0, samples, lambda layers: 100.0 - min(layers))
+    assert found.layers == (4, 5)
+    assert found.tie_break is not None
+    assert (found.tie_break.flops, found.tie_break.flops_of_lowest) == (96, 100)
+    assert "are copied: not 0, 1, but 4, 5 (mean delta +0.02 \u00b1 " in found.reason
+    assert found.reason.endswith("which saves 4.0% of a training step's operations")
+    uneven = ModelSize((10, 10, 10, 10, 30, 10), 30, (10.0,) * 6, 20)
+    assert select(deltas, replicates, uneven, **even).layers == (0, 1), "layer 4 would be too much"

@@ -16,6 +16,7 @@ from adept_ds.ranks.collectives import Ranks
 PROGRAM = """
 import json, os, sys
 from pathlib import Path
+import torch
 from adept_ds.base.errors import AdeptError, InputError
 from adept_ds.ranks.groups import join, joined, leave
 from adept_ds.ranks.launchers import rank_from_environment
@@ -33,6 +34,7 @@ def fail(error):
     raise error
 
 found["sum"] = ranks.sum([ranks.rank + 0.1, 1.0]).tolist()
+found["slice of sum"] = ranks.slice_of_sum(torch.tensor([1.0, 2.0, 3.0]) * (1 + ranks.rank)).tolist()
 found["max"] = ranks.max(float(ranks.rank), -1.0 * ranks.rank)
 found["equal"] = [ranks.all_equal(3.0), ranks.all_equal(float(ranks.rank))]
 found["gather"] = ranks.gather({"r": ranks.rank})
@@ -68,6 +70,12 @@ def test_every_rank_gets_the_same_answers(found: list[dict[str, Any]]) -> None:
         assert mine["gather"] == [{"r": 0}, {"r": 1}]
         assert mine["main"] == "from 0"
         assert mine["joined"] == [0, 1]
+
+
+def test_every_rank_gets_its_share_of_a_large_sum(found: list[dict[str, Any]]) -> None:
+    """3, 6 and 9 on two ranks; the last share is completed with a zero. One rank alone has it all."""
+    assert [mine["slice of sum"] for mine in found] == [[3.0, 6.0], [9.0, 0.0]]
+    assert Ranks().slice_of_sum(torch.tensor([1.0, 2.0])).tolist() == [1.0, 2.0]
 
 
 def test_an_error_of_rank_0_ends_the_others_too(found: list[dict[str, Any]]) -> None:

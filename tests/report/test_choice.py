@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 from harness.made_up_run import SELECTED, figures, make_run, page_of, words, write_importance
 
+from adept_ds.config.layer_sections import ExpandSection
+from adept_ds.probing.places import PlaceBenefits, PlaceScores, TextRecord, choose_places
 from adept_ds.probing.result import LayerImportance
 
 
@@ -106,3 +108,57 @@ def test_scores_that_are_no_nats_have_no_loss_beside_them(tmp_path: Path, method
     row = re.search(r"<td>0</td>\s*<td>(.*?)</td>", page_of(run_dir))
     assert row is not None
     assert (row[1] != "") == unit
+
+
+def write_places(run_dir: Path, selected: list[int]) -> PlaceBenefits:
+    text = TextRecord(loss=2.5, tokens=8192, sequences=32, sources=())
+    gains = tuple(10.0 + (7 * layer) % 30 for layer in range(30))
+    scores = PlaceScores(domain=text, general=text, gains=gains, harms=tuple(g / 2 - 9 for g in gains), seconds=12.0)
+    found = choose_places(ExpandSection(k=4, choose="gain"), scores)
+    found = found.model_copy(update={"selected": tuple(selected)})
+    found.save(run_dir / "place_benefits.json")
+    return found
+
+
+def test_the_page_shows_what_copies_would_do_at_each_place(tmp_path: Path) -> None:
+    run_dir = make_run(tmp_path / "run")
+    (run_dir / "layer_importance.json").unlink()
+    found = write_places(run_dir, SELECTED)
+    page = page_of(run_dir)
+    text = words(page)
+    assert "<svg" in page.split('<section id="places"')[1].split("</section>")[0]
+    assert found.reason in text.replace("&gt;", ">")
+    assert "12 (selected) " in text and "Base loss on domain text 2.5000 over 8,192 tokens." in text
+    assert '<section id="layers"' not in page, "no deltas, and none are missed"
+    assert "The copies are other layers" not in text
+    write_places(run_dir, [1, 2, 3, 4])
+    assert "The copies are other layers: 12, 17, 20, 21." in words(page_of(run_dir))
+
+
+def test_numbers_that_no_gradient_can_be_cost_no_page(tmp_path: Path) -> None:
+    found = write_places(make_run(tmp_path / "run"), SELECTED).to_json()
+    found["places"][3] |= {"gain": 1.7e308, "harm": -1.7e308}
+    found["places"][4]["score"] = -1.7e308
+    (tmp_path / "run" / "place_benefits.json").write_text(json.dumps(found))
+    assert '<section id="places"' in page_of(tmp_path / "run")
+
+
+def test_before_anything_is_copied_the_configuration_says_whose_choice_counts(tmp_path: Path) -> None:
+    write_importance(tmp_path)
+    write_places(tmp_path, [5, 6])
+    assert "Layers 12, 17, 20, 21 matter least" in words(page_of(tmp_path))
+    (tmp_path / "config.yaml").write_text("expand: {choose: gain}\n")
+    assert "Layers 5, 6 are chosen." in words(page_of(tmp_path))
+
+
+def test_the_page_says_what_a_broken_tie_costs_and_saves(tmp_path: Path) -> None:
+    run_dir = make_run(tmp_path / "run")
+    tie = {"lowest": [3, 12, 17, 20], "tied": [3, 12, 17, 20, 21], "rise": 0.001, "standard_error": 0.002}
+    write_choice(run_dir, tie_break=tie | {"flops": 4.0e8, "flops_of_lowest": 5.0e8})
+    LayerImportance.load(run_dir / "layer_importance.json")  # as a probe writes it
+    text = words(page_of(run_dir))
+    assert (
+        "400 million operations per token, against 500 million with the layers of lowest delta (3, 12, 17, 20)" in text
+    )
+    write_choice(run_dir, tie_break=tie | {"flops": None, "flops_of_lowest": None})
+    assert "Planned cost" not in words(page_of(run_dir))
