@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Container
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,10 +33,13 @@ class StepFlops:
         return self.forward + self.backward_inputs + self.backward_weights
 
 
-def count_step_flops(model: torch.nn.Module, family: Family, seq_len: int) -> StepFlops:
+def count_step_flops(model: torch.nn.Module, family: Family, seq_len: int, bypassed: Container[int] = ()) -> StepFlops:
     """2 operations per weight that a token passes in a matrix product; attention scores 4 * seq_len * dim per layer.
 
     The embedding's lookup and its gradient are no products and count as nothing, the final norm neither.
+
+    Args:
+        bypassed: decoder layers that the residual stream passes around.
     """
     config: Any = model.config
     attention = 4.0 * seq_len * config.hidden_size / 2  # causal: half of the scores
@@ -44,7 +48,8 @@ def count_step_flops(model: torch.nn.Module, family: Family, seq_len: int) -> St
     forward, backward_inputs = head, head
     backward_weights = head if output.weight.requires_grad else 0.0
     reached = _trains_below_layers(model, family)
-    for layer in family.layer_modules(model):
+    layers = [layer for index, layer in enumerate(family.layer_modules(model)) if index not in bypassed]
+    for layer in layers:
         sizes = [(p.requires_grad, _passed_weights(p, config, family)) for p in layer.parameters()]
         weights = 2.0 * sum(size for _, size in sizes)
         trainable = 2.0 * sum(size for trains, size in sizes if trains)
