@@ -6,9 +6,8 @@ remedy.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from adept_ds.base.errors import InputError
 from adept_ds.config.corpus_entries import CorpusFiles, corpus_sources
@@ -66,15 +65,6 @@ def check_replay(config: Config, num_ranks: int) -> None:
         raise InputError(f"{what}; raise train.global_batch_size to at least {2 * unit}, to have room for both texts")
     nearest = min(max(1, round(replayed / unit)) * unit, size - unit)
     raise InputError(f"{what}; use {nearest / size:.6g}, which replays {nearest}")
-
-
-def check_copy_dropout(config: Config, deepspeed: Mapping[str, Any]) -> None:
-    """DeepSpeed takes steps in which some parameters have no gradient."""
-    if config.train.copy_dropout and deepspeed.get("zero_optimization", {}).get("ignore_unused_parameters") is False:
-        raise InputError(
-            f"train.copy_dropout: {config.train.copy_dropout} leaves copies without a gradient, which deepspeed's "
-            "zero_optimization.ignore_unused_parameters: false forbids; remove one of them"
-        )
 
 
 def accumulation_steps(train: TrainSection, num_ranks: int) -> int:

@@ -14,7 +14,6 @@ from typing import Any, Literal
 from adept_ds.base.run_dir import RunDirectory
 from adept_ds.config.checks import (
     accumulation_steps,
-    check_copy_dropout,
     check_files,
     check_num_copies,
     check_replay,
@@ -73,7 +72,6 @@ def resolve(config: Config, purpose: Purpose, num_ranks: int = 1) -> ResolvedCon
     accumulation = accumulation_steps(config.train, num_ranks) if trains else None
     if trains:
         check_replay(config, num_ranks)
-        check_copy_dropout(config, deepspeed or {})
     return ResolvedConfig(config, RunDirectory(config.run_dir), model, reference, deepspeed, accumulation)
 
 

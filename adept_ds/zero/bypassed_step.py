@@ -3,10 +3,11 @@
 Such a layer has no gradient in the step, which is to count as a gradient of 0 wherever its elements lie. Written
 against DeepSpeed 0.19.8:
 
-- A parameter that has no backward pass is not written to. Stage 3 keeps gradients in buffers that outlive the step
-  (stage3.py: grad_partitions_flat_buffer), and with optimizer states on the host all stages do (stage3.py,
-  stage_1_and_2.py: `grad` of the flat fp32 partitions). What an earlier step or an estimate left there would be taken
-  for this step's gradient, by its norm and by the optimizer.
+- Stages 1 and 2 gather gradients anew in each step, zeros where a parameter has none (stage_1_and_2.py:
+  get_all_grad_tensors). Stage 3 keeps them in buffers that outlive the step (stage3.py: grad_partitions_flat_buffer,
+  and with optimizer states on the host `grad` of the flat fp32 partitions, and norms by parameter), which a parameter
+  without a backward pass does not write to: what an earlier step or an estimate left there would be taken for this
+  step's gradient.
 - Stage 3 fetches parameters ahead in the order in which it saw modules called (partitioned_param_coordinator.py).
 """
 
@@ -45,15 +46,13 @@ def around_layers(engine: Engine, layers: Sequence[torch.nn.Module]) -> Iterator
 @torch.no_grad()
 def _forget_earlier_gradients(engine: Engine) -> None:
     """One launch for each flat buffer; what has a gradient in this step is written over."""
-    zero = engine.optimizer
+    if zero_stage(engine) != 3:
+        return
     try:
-        if zero_stage(engine) == 3:
-            zero.grad_partitions_flat_buffer.zero_()
-            partitions = zero.fp32_partitioned_groups_flat
-        else:
-            partitions = zero.single_partition_of_fp32_groups
+        engine.optimizer.grad_partitions_flat_buffer.zero_()
+        if engine.optimizer.offload_optimizer:
+            engine.optimizer.reset_cpu_buffers()
+            for partition in engine.optimizer.fp32_partitioned_groups_flat:
+                partition.grad.zero_()
     except AttributeError as error:
         raise LayoutError(layout_complaint(str(error))) from error
-    for partition in partitions:
-        if partition.grad is not None:  # states on the host
-            partition.grad.zero_()

@@ -14,11 +14,11 @@ import torch
 from harness.complaints import assert_one_line
 from harness.finished_run import Finished
 from harness.launching import adept
-from harness.packing import pack, rows_of_step
+from harness.packing import pack, rows, rows_of_step
 from harness.workspace import Workspace
 
 from adept_ds.base.errors import InputError
-from adept_ds.base.files import read_json, write_json
+from adept_ds.base.files import write_json
 from adept_ds.base.run_dir import RunDirectory, checkpoint_tag
 from adept_ds.config.loading import load_config, parse_config
 from adept_ds.training.copy_dropout import drawn_copies
@@ -35,10 +35,8 @@ def test_the_draw_is_a_function_of_seed_and_step_alone() -> None:
     draws = [drawn_copies(COPIES, DROPOUT, 3, step) for step in range(50)]
     assert [drawn_copies(COPIES, DROPOUT, 3, step) for step in reversed(range(50))] == draws[::-1]
     assert [drawn_copies(COPIES, DROPOUT, 4, step) for step in range(50)] != draws
-    assert draws[:6] == [set(found) for found in FIRST_DRAWS], "a run that began with another version goes on"
-
-
-FIRST_DRAWS: list[list[int]] = []
+    known = [set(), {1, 6}, {1, 6}, {1}, {1}, {4, 6}]
+    assert draws[:6] == known, "a run that began with an earlier version goes on"
 
 
 @pytest.mark.parametrize(("count", "probability"), [(1, 0.7), (2, 0.3), (3, 0.5), (4, 0.9), (3, 0.999999)])
@@ -74,7 +72,6 @@ CASES = [
     Case("zero2", 2, {"stage": 2}, {"micro_batch_size": 6}),  # one micro-batch in a step
     Case("zero3", 2, {"stage": 3, "stage3_param_persistence_threshold": 0}, {}),
     Case("zero3_recomputed", 1, {"stage": 3}, {"activation_checkpointing": True}),
-    Case("zero2_offload", 1, {"stage": 2, "offload_optimizer": {"device": "cpu"}}, {}),
     Case("zero3_offload", 2, {"stage": 3, "offload_optimizer": {"device": "cpu"}}, {}),
 ]
 
@@ -153,12 +150,14 @@ def test_it_is_plain_adamw_in_which_a_bypassed_copy_has_a_gradient_of_0(outcome:
         assert float((exported[name] - weight).abs().max()) <= 5e-5, name
 
 
-def test_evaluation_sees_every_copy(outcome: Outcome) -> None:
-    """Whatever the last step went around: to 1e-5 what the exported model is evaluated to."""
-    during, after = outcome.run.evaluations()[-1], read_json(RunDirectory(outcome.run.directory).evaluation)["adapted"]
-    assert {name: found["loss"] for name, found in during.items()} == pytest.approx(
-        {name: found["loss"] for name, found in after.items()}, abs=1e-5
-    )
+def test_evaluation_sees_every_copy(outcome: Outcome, workspace: Workspace) -> None:
+    """Whatever the last step went around: to 1e-5 the loss of the exported model, on the same blocks."""
+    model = oracle.load(outcome.run.directory / "export")
+    for corpus, found in outcome.run.evaluations()[-1].items():
+        file = workspace.root / f"{corpus}_heldout.jsonl"
+        blocks = pack([file], workspace.model, outcome.run.directory / "oracle", seq_len=32, keep_tail=True)
+        with torch.no_grad():
+            assert found["loss"] == pytest.approx(float(oracle.mean_loss(model, [rows(blocks, range(7))])), abs=1e-5)
 
 
 def test_it_resumes_bit_for_bit(outcome: Outcome) -> None:
@@ -192,11 +191,3 @@ def test_where_it_has_no_effect_or_a_wrong_one_it_is_refused(sections: dict[str,
     with pytest.raises(InputError) as caught:
         parse_config({"model": "m", "run_dir": "r", "train": {"copy_dropout": 0.5}} | sections)
     assert_one_line(f"adept: {caught.value}", parts)
-
-
-def test_deepspeed_must_take_steps_without_some_gradients(workspace: Workspace, tmp_path: Path) -> None:
-    write_json(tmp_path / "zero.json", {"zero_optimization": {"stage": 2, "ignore_unused_parameters": False}})
-    file = workspace.config(tmp_path / "run", train={"copy_dropout": 0.5}, deepspeed=str(tmp_path / "zero.json"))
-    result = adept(1, "run", file)
-    assert result.returncode == 2
-    assert_one_line(result.stderr, ["train.copy_dropout: 0.5", "ignore_unused_parameters"])

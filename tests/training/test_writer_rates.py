@@ -22,7 +22,7 @@ from adept_ds.base.run_dir import RunDirectory, checkpoint_tag
 from adept_ds.config.loading import load_config, parse_config
 
 STEPS, MIDDLE = 4, 2
-COPIES = (1, 4)
+COPIES = (1, 5)
 WRITERS = ("self_attn.o_proj.weight", "mlp.down_proj.weight")
 
 
