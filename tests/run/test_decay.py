@@ -25,7 +25,7 @@ from adept_ds.config.decaying import decayed
 from adept_ds.config.loading import load_config
 from adept_ds.config.schema import Config
 
-TRUNK, STEP, BRANCH = 12, 4, 5
+TRUNK, STEP, BRANCH = 12, 8, 10
 """Steps of the trunk, which warms up in 3 and is flat until step 9; where it is decayed; how long the branch is."""
 
 
@@ -87,7 +87,7 @@ def test_it_trains_nothing_but_the_decay(runs: Runs) -> None:
     trunk, branch = Finished(runs.trunk.root).steps(), Finished(runs.branch.root).steps()
     assert [record["step"] for record in branch] == list(range(1, BRANCH + 1))
     assert branch[:STEP] == trunk[:STEP]
-    assert [record["lr"] for record in branch[3:]] == [1e-2, 1e-2], "one step decays, of which the first is full"
+    assert [record["lr"] for record in branch[STEP - 1 :]] == [1e-2, 1e-2, 5e-3], "linear, to 0 after the last"
     assert read_json(runs.branch.summary)["steps"] == BRANCH
 
 
@@ -104,8 +104,7 @@ def test_it_is_what_a_run_of_that_length_is(runs: Runs) -> None:
     assert all(torch.equal(tensor, scratch.weights()[name]) for name, tensor in branch.weights().items())
     assert read_json(runs.branch.evaluation) == read_json(runs.scratch.evaluation)
     assert runs.branch.report.is_file()
-    probed = [line for line in result.stdout.splitlines() if line.startswith(("probe", "expand"))]
-    assert all("unchanged" in line for line in probed), probed
+    assert all(f"{stage} unchanged" in " ".join(result.stdout.split()) for stage in ("probe", "expand"))
 
 
 def test_it_resumes_bit_for_bit(runs: Runs) -> None:
@@ -121,7 +120,7 @@ def test_what_it_takes_over_is_not_copied_and_needs_no_trunk(alone: Runs, tmp_pa
     """The same files under second names; the trunk's checkpoints are as they were. A copy elsewhere is a whole run."""
     ours, theirs = (run.checkpoints / checkpoint_tag(STEP) for run in (alone.branch, alone.trunk))
     names = [file.relative_to(theirs) for file in theirs.rglob("*") if file.is_file() and file != manifest_of(theirs)]
-    assert len(names) > 2
+    assert len(names) >= 2
     assert all((ours / name).samefile(theirs / name) for name in names)
     assert read_json(manifest_of(theirs))["settings"]["train.steps"] == TRUNK
     assert checkpoint_steps(alone.trunk.checkpoints) == [2, 4, 6, 8, 10, 12]
