@@ -14,7 +14,7 @@ import math
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -152,6 +152,28 @@ def new_directory(path: Path, approve: Approval | None = None) -> Iterator[Path]
     except BaseException:
         new.discard()
         raise
+
+
+def link_file(source: Path, target: Path) -> None:
+    """A second name for a file that is never written into again; a copy where the file system has none.
+
+    What is there already stays: whoever began this was killed.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if target.exists():
+        return
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def link_tree(source: Path, target: Path, leave_out: Collection[str] = ()) -> None:
+    """Second names in `target` for all files in a directory, but those called so (relative paths, with /)."""
+    for file in sorted(source.rglob("*")):
+        name = file.relative_to(source).as_posix()
+        if file.is_file() and name not in leave_out:
+            link_file(file, target / name)
 
 
 def is_filled(path: Path) -> bool:

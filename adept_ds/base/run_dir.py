@@ -91,6 +91,10 @@ class RunDirectory:
     def checkpoints(self) -> Path:
         return self.root / "checkpoints"
 
+    def decayed_from(self, step: int) -> Path:
+        """Root of the run that goes on from the checkpoint of step `step` and lets the learning rate fall to 0."""
+        return self.root / f"decay_from_{step}"
+
     @property
     def export(self) -> Path:
         return self.root / "export"

@@ -122,6 +122,10 @@ class RunSummary(Record):
     trainable_parameters: NonNegativeInt | None = None
     total_parameters: NonNegativeInt | None = None
     world_size: NonNegativeInt | None = None
+    writer_lr_ratio: NonNegativeFloat | None = None
+    """Learning rate of the copies' silent factors over that of the rest of them; of methods with copies."""
+    copy_dropout: NonNegativeFloat | None = None
+    """Probability with which a step went around a copy; of methods with copies."""
     peak_memory_bytes: tuple[NonNegativeInt, ...] | None = None
     """Of each rank."""
     steps: NonNegativeInt | None = None

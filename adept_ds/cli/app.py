@@ -38,7 +38,10 @@ app.command("expand", epilog="Example:  adept expand config.yaml   ·   adept ex
     either(run.expand, model_files.expand)
 )
 app.command("verify", epilog="Example:  adept verify MODEL EXPANDED")(model_files.verify)
-app.command("train", epilog="Example:  deepspeed --module adept_ds train config.yaml")(on_config_only(run.train))
+app.command(
+    "train",
+    epilog="Example:  deepspeed --module adept_ds train config.yaml   ·   adept train config.yaml --decay-from 400",
+)(on_config_only(run.train))
 app.command("eval", epilog="Example:  adept eval config.yaml --json   ·   adept eval MODEL --text heldout.jsonl")(
     either(run.evaluate, model_files.evaluate)
 )

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from adept_ds.base.errors import InputError
 from adept_ds.base.terminal import OutputCapture, Terminal
 from adept_ds.cli.evaluation_tables import print_evaluation
 from adept_ds.cli.forms import JsonOption
@@ -27,13 +30,14 @@ from adept_ds.cli.summary import (
     describe_plan,
     print_summary,
 )
+from adept_ds.config.decaying import OPTION, decayed
 from adept_ds.config.loading import dump_config
 from adept_ds.config.resolved import Purpose, ResolvedConfig, resolve
 from adept_ds.config.run_directory import check_run_dir
 from adept_ds.config.schema import Config
 from adept_ds.ranks.launchers import LaunchedRank, rank_from_environment
 from adept_ds.report.presence import check_something_to_report
-from adept_ds.run.prerequisites import check_ready, check_texts
+from adept_ds.run.prerequisites import check_decays, check_ready, check_texts
 
 
 def run(config: Config) -> None:
@@ -68,11 +72,25 @@ def expand(config: Config, as_json: JsonOption = False) -> None:
         show(session.terminal, as_json, expand_stage(session).to_json())
 
 
-def train(config: Config) -> None:
+def train(
+    config: Config,
+    decay_from: Annotated[
+        int | None,
+        typer.Option(help="with train.schedule: wsd: let the learning rate fall to 0 from the checkpoint of this step"),
+    ] = None,
+    decay_dir: Annotated[Path | None, typer.Option(help="run directory of the decay (RUN_DIR/decay_from_STEP)")] = None,
+) -> None:
     """Train the copies of an expanded model, from the newest checkpoint if there is one."""
-    with run_session(*_resolved(config, "train")) as session:
+    if decay_from is None and decay_dir is not None:
+        raise InputError(f"--decay-dir: '{decay_dir}' has no effect without {OPTION}; give the step of a checkpoint")
+    branch = config if decay_from is None else decayed(config, decay_from, decay_dir)
+    ready = partial(check_ready, config, "train") if decay_from is None else partial(check_decays, config, decay_from)
+    with run_session(*_resolved(branch, "train", ready)) as session:
+        from adept_ds.run.decay import begin_branch
         from adept_ds.run.train import train_stage
 
+        if decay_from is not None:
+            begin_branch(session, config, decay_from)
         train_stage(session)
 
 
@@ -93,7 +111,7 @@ def export(
     config: Config, step: Annotated[int | None, typer.Option(help="which checkpoint (with CONFIG; the newest)")] = None
 ) -> None:
     """Turn a training checkpoint into a Hugging Face directory."""
-    with run_session(*_resolved(config, "export", step)) as session:
+    with run_session(*_resolved(config, "export", partial(check_ready, config, "export", step))) as session:
         from adept_ds.run.export import export_stage
 
         export_stage(session, step)
@@ -115,10 +133,17 @@ def show_plan(config: Config, as_json: JsonOption = False) -> None:
     show(terminal, as_json, facts, lambda: terminal.say(dump_config(config) + "\n".join(plan)))
 
 
-def _resolved(config: Config, purpose: Purpose, step: int | None = None) -> tuple[ResolvedConfig, LaunchedRank]:
+def _resolved(
+    config: Config, purpose: Purpose, ready: Callable[[], object] | None = None
+) -> tuple[ResolvedConfig, LaunchedRank]:
+    """Everything that can be checked before ranks meet is.
+
+    Args:
+        ready: checks what is there to begin with; by default by `purpose` alone.
+    """
     launched = rank_from_environment(os.environ)
     if launched.world_size == 1:  # of several ranks the first one looks, when they have met (see `run.ledger`)
-        check_ready(config, purpose, step)
+        (ready or partial(check_ready, config, purpose))()
     settings = resolve(config, purpose, launched.world_size)
     check_texts(config, purpose)
     check_run_dir(config, settings.model.path)

@@ -64,6 +64,10 @@ def _numbers_of(summary: RunSummary) -> dict[str, str]:
     trained, total, rows = summary.trainable_parameters, summary.total_parameters, dict[str, str]()
     if trained is not None and total:
         rows["trainable"] = f"{trained / 1e6:.1f} M of {total / 1e6:.1f} M parameters ({trained / total:.1%})"
+    if summary.writer_lr_ratio not in (None, 1):
+        rows["silent factors"] = f"trained at {summary.writer_lr_ratio:g} x the rate of the rest of their copy"
+    if summary.copy_dropout:
+        rows["copy dropout"] = f"{summary.copy_dropout:g}"
     speed = []
     if summary.tokens_per_second is not None and summary.world_size is not None:
         speed.append(f"{summary.tokens_per_second:.0f} tokens/s on {summary.world_size} ranks")

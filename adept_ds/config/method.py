@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import SerializationInfo, SerializerFunctionWrapHandler, model_serializer
 
@@ -26,6 +26,8 @@ class MethodSection(Section):
     name: str
     """Of the method; each restricts it to its own."""
 
+    starts_from: ClassVar[Literal["base", "expanded"]] = "base"
+    """Whether it trains the model in place, or copies of layers."""
     sections: ClassVar[frozenset[str]] = frozenset()
     """Which of `expand`, `importance` and `lr_policy` it looks at."""
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"lr_policy": {"map": "constant"}}

@@ -136,6 +136,28 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _copies_are_there(self) -> Config:
+        """Keys of `train` that are about copies."""
+        for key in ("writer_lr_ratio", "copy_dropout"):
+            value = getattr(self.train, key)
+            if self.method.starts_from != "expanded" and value != TrainSection.model_fields[key].default:
+                raise ValueError(
+                    f"train.{key}: {value} is about copies of layers, and method: {self.method.name} makes none; "
+                    "remove it, or choose a method with copies, such as adept"
+                )
+        if self.train.copy_dropout and self.expand.num_copies == 1:
+            raise ValueError(
+                f"train.copy_dropout: {self.train.copy_dropout} has no effect with a single copy, since no step goes "
+                "around all of them; remove it, or raise expand.k"
+            )
+        if self.train.copy_dropout and self.refreshes and self.importance.source == "online":
+            raise ValueError(
+                f"train.copy_dropout: {self.train.copy_dropout} hides copies from importance.source: online, which "
+                "takes importances from training steps; set importance.source: corpus, or remove train.copy_dropout"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _preset_starts_with_ones(self) -> Config:
         if self.lr_policy.preset == "official" and self.importance.initial != "ones":
             raise ValueError(

@@ -7,7 +7,7 @@ nothing else that is specific to an architecture.
 from __future__ import annotations
 
 import re
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
@@ -202,3 +202,8 @@ def copied_parameters(
         place = family.split_name(name)
         if place is not None and place[0] in wanted:
             yield name, place[0], place[1]
+
+
+def silent_factors(family: Family, names: Iterable[str], copies: Sequence[int]) -> list[str]:
+    """Those of a model's parameters with which its copies write to the residual stream: silent in a fresh copy."""
+    return [name for name, _, inner in copied_parameters(family, list(names), copies) if family.writes_residual(inner)]

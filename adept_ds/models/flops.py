@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Container, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,12 +33,16 @@ class StepFlops:
         return self.forward + self.backward_inputs + self.backward_weights
 
 
-def count_step_flops(model: torch.nn.Module, family: Family, seq_len: int) -> StepFlops:
-    """Of a loaded model, in which that trains which requires a gradient."""
+def count_step_flops(model: torch.nn.Module, family: Family, seq_len: int, bypassed: Container[int] = ()) -> StepFlops:
+    """Of a loaded model, in which that trains which requires a gradient.
+
+    Args:
+        bypassed: decoder layers that the residual stream passes around.
+    """
     config: Any = model.config
     output: Any = model.get_output_embeddings()  # type: ignore[operator]
     layers = []
-    for layer in family.layer_modules(model):
+    for layer in (layer for index, layer in enumerate(family.layer_modules(model)) if index not in bypassed):
         sizes = [(p.requires_grad, _passed_weights(p, config, family)) for p in layer.parameters()]
         layers.append((sum(size for _, size in sizes), sum(size for trains, size in sizes if trains)))
     return step_flops(

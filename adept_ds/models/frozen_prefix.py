@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from adept_ds.models.bypass import pass_through, replaced_forwards
+
 
 class FrozenPrefix:
     """Hidden states that enter the lowest trainable layer, on the host, by the key of the batch that they belong to.
@@ -40,26 +42,6 @@ class FrozenPrefix:
                 self._entering[batch] = hidden.detach().cpu()
             return forward(hidden if saved is None else saved.to(hidden.device), *args, **kwargs)
 
-        replaced = {self._lowest: enter} | ({} if saved is None else dict.fromkeys(self._below, _pass_through))
-        with _forwards(replaced):
+        replaced = {self._lowest: enter} | ({} if saved is None else dict.fromkeys(self._below, pass_through))
+        with replaced_forwards(replaced):
             yield
-
-
-def _pass_through(hidden: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-    return hidden
-
-
-@contextmanager
-def _forwards(replaced: dict[torch.nn.Module, Any]) -> Iterator[None]:
-    """Give module instances another `forward` for a while; DeepSpeed's hooks stay around their calls."""
-    before = {module: module.__dict__.get("forward") for module in replaced}
-    for module, forward in replaced.items():
-        module.forward = forward
-    try:
-        yield
-    finally:
-        for module, forward in before.items():
-            if forward is None:
-                del module.forward
-            else:
-                module.forward = forward

@@ -153,6 +153,8 @@ class SummaryShape(Shape):
     world_size: int | None = None
     zero_stage: int | None = None
     precision: str | None = None
+    writer_lr_ratio: float | None = None
+    copy_dropout: float | None = None
 
 
 class MetricsShape(Shape):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from adept_ds.base.errors import InputError
 from adept_ds.base.run_dir import EXPANSION_NAME, RunDirectory, checkpoint_steps
+from adept_ds.config.decaying import OPTION
 from adept_ds.config.resolved import Purpose, corpora_read
 from adept_ds.config.schema import Config
 from adept_ds.data.documents import check_corpus
@@ -72,6 +73,22 @@ def check_texts(config: Config, purpose: Purpose) -> None:
         check_corpus(key, corpus, config.data)
     if purpose in ("run", "eval"):
         check_tasks(config.eval, config.data)
+
+
+def check_decays(trunk: Config, step: int) -> None:
+    """There is a checkpoint of step `step` to decay from. Raises `InputError`, naming those that there are."""
+    checkpoints = RunDirectory(trunk.run_dir).checkpoints
+    steps = checkpoint_steps(checkpoints)
+    if step in steps:
+        return
+    train = trunk.train
+    flat = [known for known in steps if train.num_warmup_steps <= known <= train.flat_until]
+    there = f"choose one of {flat}, or" if flat else "there is none where the learning rate is flat;"
+    raise InputError(
+        f"{OPTION}: '{checkpoints}' has no checkpoint of step {step}; {there} train with a train.checkpoint_every "
+        f"(now {train.checkpoint_every}) that writes it and a train.keep_checkpoints (now {train.keep_checkpoints}) "
+        "that keeps it"
+    )
 
 
 def exported_step(config: Config, step: int | None = None) -> int:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 
-from adept_ds.base.errors import NonFiniteLossError
+from adept_ds.base.errors import InputError, NonFiniteLossError
 from adept_ds.base.files import remove_abandoned, write_json
 from adept_ds.base.run_dir import RunDirectory, checkpoint_steps, checkpoint_tag
 from adept_ds.base.run_records import MetricsLine, RunSummary, read_log
@@ -23,6 +24,7 @@ from adept_ds.data.mixture import Mixture
 from adept_ds.methods.shape import Preparation, Start, Training, method_of
 from adept_ds.models.device import peak_memory_bytes
 from adept_ds.models.directory import ModelDirectory
+from adept_ds.models.families import silent_factors
 from adept_ds.models.flops import count_step_flops, measure_matmul_rate
 from adept_ds.models.frozen_prefix import FrozenPrefix
 from adept_ds.models.loading import Trains
@@ -39,6 +41,7 @@ from adept_ds.training.checkpoint import (
     check_whole,
     newest_manifest,
 )
+from adept_ds.training.copy_dropout import CopyDropout
 from adept_ds.training.movement import UnitMovement
 from adept_ds.training.trainer import Trainer
 from adept_ds.units.adamw import UnitAdamW
@@ -63,8 +66,9 @@ def train_stage(run: Context) -> None:
     """Train, from the newest checkpoint if there is one."""
     config, run_dir = run.settings.config, run.run_dir
     found = find_start(run)
+    _check_copy_dropout(config, found.start)
     settings = run.ranks.on_main(lambda: training_settings(config, run.identity, found.start.layers))
-    manifest_at = partial(_manifest, run, found.fingerprint, settings)
+    manifest_at = partial(training_manifest, run, found.fingerprint, settings)
     run.ranks.on_main(lambda: remove_abandoned(run_dir.checkpoints))
     first_step = run.ranks.on_main(lambda: _first_step(run, manifest_at))
     if first_step == config.train.steps:
@@ -76,6 +80,15 @@ def train_stage(run: Context) -> None:
     begun = time.perf_counter()
     prepared = None if first_step else _prepare(run, found.start)
     _train(run, found.start, manifest_at, first_step, prepared, time.perf_counter() - begun)
+
+
+def _check_copy_dropout(config: Config, start: Start) -> None:
+    """With `k: auto` the number of copies is known now only."""
+    if config.train.copy_dropout and len(start.layers) == 1:
+        raise InputError(
+            f"train.copy_dropout: {config.train.copy_dropout} has no effect with a single copy, since no step goes "
+            "around all of them; remove it, or have more layers copied"
+        )
 
 
 def check_can_go_on(run: Context) -> None:
@@ -96,12 +109,13 @@ def check_can_go_on(run: Context) -> None:
         else:
             fingerprint, layers = run.identity.weights(run.settings.model), known
         settings = training_settings(config, run.identity, layers)
-        _first_step(run, partial(_manifest, run, fingerprint, settings))
+        _first_step(run, partial(training_manifest, run, fingerprint, settings))
 
     run.ranks.on_main(check)
 
 
-def _manifest(run: Context, fingerprint: str, settings: dict[str, Any], step: int) -> CheckpointManifest:
+def training_manifest(run: Context, fingerprint: str, settings: dict[str, Any], step: int) -> CheckpointManifest:
+    """Of a checkpoint that this run writes, or goes on from."""
     return CheckpointManifest(
         step=step,
         world_size=run.ranks.world_size,
@@ -188,8 +202,9 @@ def _train(
     config, run_dir, ranks, method = run.settings.config, run.run_dir, run.ranks, method_of(run.settings.config)
     trains = method.trains(config, start)
     engine = _training_engine(run, start.model, trains)
-    registry = method.units(config, start, parameter_shapes(engine.module), engine.module.config)
-    unit_lr = UnitLR(engine, registry, config.lr_policy, ranks)
+    shapes = parameter_shapes(engine.module)
+    registry = method.units(config, start, shapes, engine.module.config)
+    unit_lr = UnitLR(engine, registry, config.lr_policy, ranks, _lr_ratios(config, start, shapes))
     trainable, total = count_parameters(engine.module)
     run.terminal.stage("train", f"{trainable / 1e6:.1f} M of {total / 1e6:.1f} M parameters, {len(registry)} units")
     training = Training(
@@ -215,7 +230,10 @@ def _train(
         movement=UnitMovement(engine, registry, written_start, run.precision, ranks),
         eval_sets=run.corpora.held_out,
         manifest_at=manifest_at,
-        flops=count_step_flops(engine.module, start.model.family, config.data.seq_len),
+        copy_dropout=_copy_dropout(engine, config, start),
+        flops_without=functools.cache(
+            partial(count_step_flops, engine.module, start.model.family, config.data.seq_len)
+        ),
         matmul_rate=measure_matmul_rate(engine.device, run.precision),
         terminal=run.terminal,
         stop=run.progress.stop,
@@ -231,6 +249,8 @@ def _train(
         "precision": str(run.precision).removeprefix("torch."),
         "adept_ds": __version__,
     }
+    if method.starts_from == "expanded":
+        facts |= {"writer_lr_ratio": config.train.writer_lr_ratio, "copy_dropout": config.train.copy_dropout}
     ranks.on_main(lambda: _begin_summary(run_dir, facts, None if first_step else preparation_seconds))
     try:
         trainer.run(first_step, dump_config(config))
@@ -240,6 +260,18 @@ def _train(
     peaks = ranks.gather(peak_memory_bytes())
     ranks.on_main(lambda: _complete_summary(run_dir, peak_memory_bytes=peaks))
     release(engine)
+
+
+def _lr_ratios(config: Config, start: Start, shapes: Mapping[str, Any]) -> dict[str, float]:
+    """Of the copies' silent factors, where they have a rate of their own."""
+    ratio = config.train.writer_lr_ratio
+    return {} if ratio == 1 else dict.fromkeys(silent_factors(start.model.family, shapes, start.layers), ratio)
+
+
+def _copy_dropout(engine: Engine, config: Config, start: Start) -> CopyDropout:
+    train, layers = config.train, start.model.family.layer_modules(engine.module)
+    copies = start.layers if config.method.starts_from == "expanded" else ()
+    return CopyDropout(engine, {copy: layers[copy] for copy in copies}, train.copy_dropout, train.seed)
 
 
 def _bytes_per_element(model: ModelDirectory) -> float:

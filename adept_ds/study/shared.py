@@ -10,8 +10,6 @@ so their stages find themselves unchanged, or, where anything is different after
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +18,7 @@ from typing import Any
 
 from adept_ds.base.digests import json_digest
 from adept_ds.base.errors import InputError
-from adept_ds.base.files import new_directory, read_json, write_bytes, write_json
+from adept_ds.base.files import link_file, new_directory, read_json, write_bytes, write_json
 from adept_ds.base.run_dir import RunDirectory
 from adept_ds.probing.places import PlaceScores
 from adept_ds.probing.scores import LayerScores
@@ -108,7 +106,7 @@ class SharedWork:
             if place.is_dir():
                 for file in work.files(run):
                     if (place / file.name).is_file():
-                        _link(place / file.name, file)
+                        link_file(place / file.name, file)
                 entries |= read_json(place / run.ledger.name)
         if entries:
             write_json(run.ledger, entries)
@@ -174,7 +172,7 @@ def _link_folders(source: Path, target: Path) -> None:
 def _fill(folder: Path, files: Sequence[Path], ledger: str = "", entries: Mapping[str, Any] | None = None) -> None:
     for file in files:
         if file.is_file():
-            _link(file, folder / file.name)
+            link_file(file, folder / file.name)
     if entries is not None:
         write_json(folder / ledger, entries)
 
@@ -183,14 +181,3 @@ def _whole_folders(place: Path) -> Iterator[Path]:
     """Without those that are still being filled."""
     if place.is_dir():
         yield from (folder for folder in sorted(place.iterdir()) if folder.is_dir() and not folder.name.startswith("."))
-
-
-def _link(source: Path, target: Path) -> None:
-    """A second name for a file that is never written into again; a copy where the file system has none."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if target.exists():  # whoever began this was killed
-        return
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)

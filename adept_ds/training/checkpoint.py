@@ -20,7 +20,7 @@ import torch
 from pydantic import Field, NonNegativeInt
 
 from adept_ds.base.errors import InputError
-from adept_ds.base.files import NewDirectory, write_text
+from adept_ds.base.files import NewDirectory, link_tree, new_directory, write_text
 from adept_ds.base.records import Record
 from adept_ds.base.run_dir import checkpoint_steps, checkpoint_tag, manifest_of
 from adept_ds.models.device import device_rng_state, set_device_rng_state
@@ -76,7 +76,7 @@ def save_checkpoint(
 
     def publish() -> None:
         assert new is not None
-        files = {file.relative_to(new.temporary).as_posix(): size for file, size in _sizes(new.temporary)}
+        files = _files_of(new.temporary)
         manifest.model_copy(update={"id": uuid.uuid4().hex, "files": files}).save(manifest_of(new.temporary))
         new.publish()
         write_text(directory / "latest", tag)
@@ -100,6 +100,22 @@ def save_checkpoint(
     finally:
         if new is not None:
             new.discard()
+
+
+def adopt_checkpoint(checkpoint: Path, directory: Path, manifest: CheckpointManifest) -> None:
+    """Make the checkpoint of another run one of those in `directory`, under a manifest of its own; on rank 0 alone.
+
+    Its files get second names and are not copied, where the file system can do that.
+    """
+    tag = checkpoint_tag(manifest.step)
+    with new_directory(directory / tag, _refuse_if_whole) as folder:
+        link_tree(checkpoint, folder, leave_out={manifest_of(checkpoint).name})
+        manifest.model_copy(update={"id": uuid.uuid4().hex, "files": _files_of(folder)}).save(manifest_of(folder))
+    write_text(directory / "latest", tag)
+
+
+def _files_of(folder: Path) -> dict[str, int]:
+    return {file.relative_to(folder).as_posix(): size for file, size in _sizes(folder)}
 
 
 def _refuse_if_whole(place: Path) -> None:

@@ -17,10 +17,16 @@ from adept_ds.zero.gradients import end_segment
 
 
 def lr_factor(step: int, train: TrainSection) -> float:
-    """Learning rate of optimizer step `step` (from 0) as a share of `train.lr`: warmup, then the schedule, to 0."""
-    warmup = math.ceil(train.warmup_ratio * train.steps)
+    """Learning rate of optimizer step `step` (from 0) as a share of `train.lr`: warmup, then the schedule, to 0.
+
+    wsd (warmup, stable, decay; Hu et al. 2024, arXiv 2404.06395) depends on the length of the run in its decay alone.
+    """
+    warmup = train.num_warmup_steps
     if step < warmup:
         return (step + 1) / warmup
+    if train.schedule == "wsd":
+        decaying = train.steps - train.flat_until
+        return 1.0 - max(0, step - train.flat_until) / max(1, decaying)
     share = (step - warmup) / max(1, train.steps - warmup)
     if train.schedule == "cosine":
         return 0.5 * (1.0 + math.cos(math.pi * share))

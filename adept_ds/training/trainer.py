@@ -23,6 +23,7 @@ from adept_ds.models.flops import StepFlops
 from adept_ds.ranks.collectives import Ranks
 from adept_ds.ranks.stopping import StopRequest
 from adept_ds.training.checkpoint import CheckpointManifest, load_checkpoint, save_checkpoint
+from adept_ds.training.copy_dropout import CopyDropout
 from adept_ds.training.evaluation import EvalSet, evaluate
 from adept_ds.training.movement import UnitMovement
 from adept_ds.training.rule import Refresh, TrainingRule
@@ -50,7 +51,9 @@ class Trainer:
     movement: UnitMovement
     eval_sets: list[EvalSet]
     manifest_at: Callable[[int], CheckpointManifest]
-    flops: StepFlops
+    copy_dropout: CopyDropout
+    flops_without: Callable[[frozenset[int]], StepFlops]
+    """Of a step that goes around these layers."""
     matmul_rate: float
     """Operations per second of one rank's device."""
     terminal: Terminal
@@ -133,7 +136,8 @@ class Trainer:
         lr = train.lr * lr_factor(step, train)
         set_learning_rate(self.engine, lr)
         entries = self.data.global_batch(step, train)
-        domain, replay = accumulate_gradient(self.engine, self.data, entries, train, self.ranks, self.rule.online)
+        with self.copy_dropout.of_step(step) as bypassed:
+            domain, replay = accumulate_gradient(self.engine, self.data, entries, train, self.ranks, self.rule.online)
         domain, replay, stops = self.ranks.sum([domain, replay, float(self.stop.requested)]).tolist()
         if not math.isfinite(domain + replay):
             raise NonFiniteLossError(
@@ -155,13 +159,15 @@ class Trainer:
             "tokens": self._tokens,
             "seconds": seconds,
             "tokens_per_second": tokens / seconds,
-            "mfu": self.flops.total * tokens / seconds / (self.matmul_rate * self.ranks.world_size),
+            "mfu": self.flops_without(bypassed).total * tokens / seconds / (self.matmul_rate * self.ranks.world_size),
             "peak_memory_bytes": peak_memory_bytes(),
             **terms,
         }
         if replayed:
             replay_tokens = self.data.predicted_tokens(replayed)
             record |= {"domain_loss": domain / (predicted - replay_tokens), "replay_loss": replay / replay_tokens}
+        if train.copy_dropout:
+            record |= {"bypassed": sorted(bypassed)}
         if train.precision == "fp16":
             record |= {"loss_scale": loss_scale(self.engine)}
         return record, stops > 0

@@ -60,9 +60,8 @@ class UnitAdamW(torch.optim.AdamW):
         runs_of_factor: dict[float, list[tuple[int, int]]] = {}
         for unit_slice in slices:
             if unit_slice.is_uniform:
-                runs_of_factor.setdefault(exact[unit_slice.placement.first], []).append(
-                    (unit_slice.start, unit_slice.stop)
-                )
+                factor = exact[unit_slice.placement.first] * unit_slice.lr_ratio
+                runs_of_factor.setdefault(factor, []).append((unit_slice.start, unit_slice.stop))
         for factor, runs in runs_of_factor.items():
             views = [[tensor[start:stop] for start, stop in _merge_neighbours(runs)] for tensor in flat]
             self._fused_step(views, state["step"], factor)
@@ -70,10 +69,16 @@ class UnitAdamW(torch.optim.AdamW):
             if not unit_slice.is_uniform:
                 for tile in unit_slice.tiles:
                     views = [[tile.view(tensor[unit_slice.start : unit_slice.stop])] for tensor in flat]
-                    self._step_tile(views, state["step"], tile, 1.0 - tile.spread(factors))
+                    held_back = 1.0 - tile.spread(factors)
+                    self._step_tile(views, state["step"], tile, held_back, unit_slice.lr_ratio)
 
     def _step_tile(
-        self, views: list[list[torch.Tensor]], step: torch.Tensor, tile: Tile, held_back: torch.Tensor
+        self,
+        views: list[list[torch.Tensor]],
+        step: torch.Tensor,
+        tile: Tile,
+        held_back: torch.Tensor,
+        lr_ratio: float,
     ) -> None:
         """Step a tile whole, then take back each row's or column's share.
 
@@ -85,7 +90,7 @@ class UnitAdamW(torch.optim.AdamW):
             chunk = [[view[first : first + rows] for view in group] for group in views]
             weight = chunk[0][0]
             old = weight.clone()
-            self._fused_step(chunk, step, 1.0)
+            self._fused_step(chunk, step, lr_ratio)
             weight.lerp_(old, held_back[first : first + rows] if tile.axis == 0 else held_back)
 
     def _fused_step(self, views: list[list[torch.Tensor]], step: torch.Tensor, factor: float) -> None:

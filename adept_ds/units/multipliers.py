@@ -32,6 +32,8 @@ class UnitSlice:
     placement: Placement
     offset: int = 0
     """Where the run begins in the flattened parameter."""
+    lr_ratio: float = 1.0
+    """The learning rate of these elements over that of their unit, whatever its multiplier is."""
     tiles: tuple[Tile, ...] = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -156,7 +158,8 @@ def attach_multipliers(optimizer: torch.optim.Optimizer) -> UnitMultipliers:
                     old.view(-1)[unit_slice.start : unit_slice.stop],
                 )
                 for tile in unit_slice.tiles:
-                    tile.view(new).lerp_(tile.view(previous), 1.0 - tile.spread(factors).to(new.dtype))
+                    share = tile.spread(factors) * unit_slice.lr_ratio
+                    tile.view(new).lerp_(tile.view(previous), 1.0 - share.to(new.dtype))
         before.clear()
 
     optimizer.register_step_pre_hook(remember)

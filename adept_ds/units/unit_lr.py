@@ -37,11 +37,13 @@ class UnitLR:
         units: a registry, or {full name of a parameter: unit}.
         policy: how `refresh` maps importances to multipliers.
         ranks: of the run; None for those of the process group that there is.
+        lr_ratios: by full name of a parameter, its learning rate over that of its units, beside whatever multipliers
+            these have; 1 for those that are not named.
 
     Raises:
         InputError: the engine uses a feature of DeepSpeed under which multipliers would not hold.
         LayoutError: DeepSpeed lays out partitions in another way than `zero` was written for.
-        ValueError: `units` names a parameter that the model has not.
+        ValueError: `units` names a parameter that the model has not, or `lr_ratios` one that belongs to no unit.
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class UnitLR:
         units: UnitRegistry | Mapping[str, str],
         policy: LrPolicySection | None = None,
         ranks: Ranks | None = None,
+        lr_ratios: Mapping[str, float] | None = None,
     ) -> None:
         refusal = unsupported_feature(ds_config(engine))
         if refusal:
@@ -57,6 +60,10 @@ class UnitLR:
         self.registry = units if isinstance(units, UnitRegistry) else _registry_of(engine, units)
         self._policy = policy or LrPolicySection()
         self._ranks = ranks or joined()
+        self._lr_ratios = dict(lr_ratios or {})
+        unknown = self._lr_ratios.keys() - self.registry.placements.keys()
+        if unknown:
+            raise ValueError(f"parameter '{min(unknown)}' has a ratio of learning rates and belongs to no unit")
         client = client_optimizer(engine)
         self._multipliers = client.multipliers if isinstance(client, UnitAdamW) else attach_multipliers(client)
         self._multipliers.name_units(self.registry.names)
@@ -118,10 +125,10 @@ class UnitLR:
                     )
 
     def _slices_of(self, fragment: Fragment) -> Iterator[UnitSlice]:
-        end = fragment.param_start + fragment.numel
+        end, ratio = fragment.param_start + fragment.numel, self._lr_ratios.get(fragment.parameter, 1.0)
         for part, first, last, offset in self.registry.parts(fragment.parameter, fragment.param_start, end):
             start = fragment.flat_start + offset
-            yield UnitSlice(start, start + last - first, part, first)
+            yield UnitSlice(start, start + last - first, part, first, ratio)
 
 
 def _registry_of(engine: Engine, unit_of: Mapping[str, str]) -> UnitRegistry:

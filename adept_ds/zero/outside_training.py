@@ -22,7 +22,7 @@ def outside_training(engine: Engine) -> Iterator[None]:
     when the block ends. (A pass that does not follow the recorded order makes DeepSpeed fetch parameters late or
     twice, so the record is dropped before; the next training step makes a new one.)
     """
-    _forget_module_order(engine)
+    forget_module_order(engine)
     cpu_rng, device_rng = torch.get_rng_state(), device_rng_state()
     was_training = engine.module.training
     engine.module.eval()
@@ -32,10 +32,11 @@ def outside_training(engine: Engine) -> Iterator[None]:
         engine.module.train(was_training)
         torch.set_rng_state(cpu_rng)
         set_device_rng_state(device_rng)
-        _forget_module_order(engine)
+        forget_module_order(engine)
 
 
-def _forget_module_order(engine: Engine) -> None:
+def forget_module_order(engine: Engine) -> None:
+    """Drop what ZeRO-3 recorded of the order in which modules are called; between two passes."""
     if zero_stage(engine) != 3:
         return
     optimizer = engine.optimizer

@@ -23,7 +23,7 @@ TAKES = {
     ],
     "expand": ["CONFIG|MODEL", "[OUT | KEY=VALUE]...", "--layers", "--dry-run", "--overwrite", "--json"],
     "verify": ["MODEL", "EXPANDED", "--logits", "--no-logits", "--json"],
-    "train": ["CONFIG", "[KEY=VALUE]..."],
+    "train": ["CONFIG", "[KEY=VALUE]...", "--decay-from", "--decay-dir"],
     "eval": [
         *("CONFIG|MODEL", "[KEY=VALUE]...", "--tasks", "--lm-eval", "--json"),
         *("--text", "--seq-len", "--work-dir"),

@@ -157,3 +157,51 @@ def test_a_dumped_data_section_has_what_takes_effect_and_is_read_back_the_same(d
     tree = yaml.safe_load(dump_config(config))
     assert ("replay_share" in tree["data"]) == bool(data)
     assert parse_config(tree) == config
+
+
+# --- training ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("train", "there"),
+    [
+        ({}, {"warmup_ratio"}),
+        ({"warmup_steps": 0}, {"warmup_steps"}),
+        ({"schedule": "wsd"}, {"warmup_ratio", "decay_ratio"}),
+        ({"schedule": "wsd", "decay_ratio": 0.5, "warmup_steps": 7}, {"warmup_steps", "decay_ratio"}),
+    ],
+)
+def test_a_dumped_train_section_has_what_takes_effect_and_is_read_back_the_same(
+    train: dict[str, Any], there: set[str]
+) -> None:
+    config = parse_config({"model": "m", "run_dir": "r", "train": train})
+    tree = yaml.safe_load(dump_config(config))
+    assert tree["train"].keys() & {"warmup_ratio", "warmup_steps", "decay_ratio"} == there
+    again = parse_config(tree)
+    assert yaml.safe_load(dump_config(again)) == tree
+    assert again.train.num_warmup_steps == config.train.num_warmup_steps
+
+
+@pytest.mark.parametrize(
+    ("train", "words"),
+    [
+        ({"decay_ratio": 0.2}, ["train: decay_ratio: 0.2", "schedule: wsd"]),
+        ({"schedule": "linear", "decay_ratio": 0.3}, ["train: decay_ratio: 0.3", "schedule is linear"]),
+        ({"warmup_steps": 3, "warmup_ratio": 0.1}, ["train: warmup_steps and warmup_ratio exclude each other"]),
+        ({"schedule": "wsd", "decay_ratio": 1}, ["train.decay_ratio: 1"]),
+        ({"copy_dropout": 1}, ["train.copy_dropout: 1"]),
+        ({"writer_lr_ratio": -1}, ["train.writer_lr_ratio: -1"]),
+    ],
+)
+def test_a_train_section_with_a_key_without_effect_is_refused(train: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(InputError) as caught:
+        parse_config({"model": "m", "run_dir": "r", "train": train})
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_the_examples_of_the_training_page_are_accepted() -> None:
+    page = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    examples = re.findall(r"```yaml\n(.*?)```", page, flags=re.DOTALL)
+    assert examples
+    for example in examples:
+        parse_config(BASE | yaml.safe_load(example))

@@ -36,6 +36,11 @@ def test_the_operation_count_is_that_of_a_hand_count(tmp_path: Path) -> None:
     assert flops.backward_inputs == 3 * (layer + 2 * scores) + head
     assert flops.backward_weights == layer
     assert flops.total == flops.forward + flops.backward_inputs + flops.backward_weights
+    model.model.layers[4].requires_grad_(True)
+    around = count_step_flops(model, FAMILIES["llama"], seq_len, bypassed={2})  # now it runs down to layer 4
+    assert around.forward == (layers - 1) * (layer + scores) + head
+    assert around.backward_inputs == layer + 2 * scores + head
+    assert around.backward_weights == layer
 
 
 def adapted_queries(model: Any) -> None:

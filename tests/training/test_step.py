@@ -38,7 +38,33 @@ def test_after_warmup_the_schedule_runs_to_the_end(schedule: str, middle: float,
     assert all(later <= earlier for earlier, later in pairwise(curve[10:]))
 
 
-@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+def test_wsd_is_flat_until_its_last_share_and_then_falls_to_0_in_equal_steps() -> None:
+    """From the definition: 10 steps of warmup, 65 flat ones, 25 that decay and would reach 0 after the last."""
+    curve = factors(steps=100, warmup_ratio=0.1, schedule="wsd", decay_ratio=0.25)
+    warmup, decay = [(step + 1) / 10 for step in range(10)], [1 - step / 25 for step in range(25)]
+    assert curve == pytest.approx([*warmup, *[1.0] * 65, *decay])
+    assert curve[10:75] == [1.0] * 65, "exactly: a branch repeats the trunk's rates bit for bit"
+
+
+@pytest.mark.parametrize("decay_ratio", [0.1, 0.2, 0.3, 1 / 3, 0.7, 0.999])
+def test_a_run_decayed_from_any_step_has_its_flat_part_end_there(decay_ratio: float) -> None:
+    """And it is the shortest such run; 0.1, 0.2 and 0.3 are decimal fractions here, whatever their floats are."""
+    for step in range(1, 400):
+        steps = TrainSection(schedule="wsd", decay_ratio=decay_ratio).steps_if_decayed_from(step)
+        long, short = (
+            TrainSection(schedule="wsd", decay_ratio=decay_ratio, steps=n, warmup_steps=0)
+            for n in (steps, steps - 1 or 1)
+        )
+        assert long.flat_until == step
+        assert short.flat_until < step or steps == 1
+
+
+def test_warmup_counted_in_steps_is_the_same_in_runs_of_any_length() -> None:
+    short, long = (factors(steps=steps, warmup_steps=7, schedule="wsd") for steps in (20, 200))
+    assert short[:16] == long[:16]
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant", "wsd"])
 @pytest.mark.parametrize("warmup_ratio", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("steps", [1, 2, 7])
 def test_every_step_of_a_short_run_moves(schedule: str, warmup_ratio: float, steps: int) -> None:

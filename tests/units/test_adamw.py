@@ -233,13 +233,17 @@ def unit_of_element(placement: Placement) -> list[int]:
     return [placement.first + place[placement.axis] // placement.span for place in index]
 
 
+@pytest.mark.parametrize("ratio", [1.0, 4.0])
 @pytest.mark.parametrize("chunk", [1, 1 << 16])
 @pytest.mark.parametrize("attached", [False, True], ids=["fused", "attached"])
 @pytest.mark.parametrize("name", PLACEMENTS)
 def test_rows_and_columns_move_as_under_adamw_with_their_own_learning_rate(
-    name: str, attached: bool, chunk: int, monkeypatch: pytest.MonkeyPatch
+    name: str, attached: bool, chunk: int, ratio: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """This rank holds elements 5 to 45 of a 6 x 8 parameter: both ends cut a row. One unit stands still."""
+    """This rank holds elements 5 to 45 of a 6 x 8 parameter: both ends cut a row. One unit stands still.
+
+    The parameter has a ratio of its own beside the multipliers of its units.
+    """
     monkeypatch.setattr("adept_ds.units.adamw._CPU_CHUNK", chunk)
     placement, count = PLACEMENTS[name]
     first, last = 5, 45
@@ -253,11 +257,11 @@ def test_rows_and_columns_move_as_under_adamw_with_their_own_learning_rate(
         optimizer = UnitAdamW([flat], **OPTIONS)
         multipliers = optimizer.multipliers
     multipliers.name_units(list(values))
-    multipliers.bind(flat, [UnitSlice(0, last - first, placement, first)])
+    multipliers.bind(flat, [UnitSlice(0, last - first, placement, first, ratio)])
     multipliers.set(values)
     units = torch.tensor(unit_of_element(placement)[first:last])
     parts = {unit: start[units == int(unit)].clone().requires_grad_(True) for unit in values}
-    groups = [{"params": [part], "lr": OPTIONS["lr"] * values[unit]} for unit, part in parts.items()]
+    groups = [{"params": [part], "lr": OPTIONS["lr"] * values[unit] * ratio} for unit, part in parts.items()]
     oracle = torch.optim.AdamW(groups, **OPTIONS)
     for step in range(STEPS):
         whole = torch.randn(last - first, generator=torch.Generator().manual_seed(50 + step))
@@ -269,6 +273,6 @@ def test_rows_and_columns_move_as_under_adamw_with_their_own_learning_rate(
     for unit, part in parts.items():
         moved = flat.detach()[units == int(unit)]
         # 2e-6: `lerp` forms old + m * (new - old), with m up to 1.7, on weights of size 1, in each of six steps.
-        torch.testing.assert_close(moved, part.detach(), rtol=0, atol=2e-6)
+        torch.testing.assert_close(moved, part.detach(), rtol=0, atol=2e-6 * ratio)
         if values[unit] == 0.0:
             assert torch.equal(moved, start[units == int(unit)])
