@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from adept_ds.config.data_section import DataSection
+from adept_ds.config.dial_section import DialSection
 from adept_ds.config.eval_section import EvalSection
 from adept_ds.config.known_methods import DEFAULT_METHOD, AnyMethod, known_methods, with_presets
 from adept_ds.config.layer_sections import ExpandSection, ProbeSection
@@ -20,6 +21,9 @@ from adept_ds.config.paths import ModelName, UserPath
 from adept_ds.config.rate_sections import ImportanceSection, LrPolicySection
 from adept_ds.config.section import Section
 from adept_ds.config.train_sections import ExportSection, TrainSection
+
+_DIAL_OF_COPIES = {"per_copy", "prefix_cache_mib"}
+"""Keys of `dial` that are about copies alone."""
 
 
 class Config(Section):
@@ -43,6 +47,9 @@ class Config(Section):
     train: TrainSection = TrainSection()
     export: ExportSection = ExportSection()
     eval: EvalSection = EvalSection()
+    dial: DialSection | None = Field(
+        None, description="how far what was learned is turned up, {} with defaults; absent: as far as it was trained"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -65,6 +72,10 @@ class Config(Section):
     def _what_has_an_effect(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """As in `LrPolicySection`."""
         tree: dict[str, Any] = serialize(self)
+        if self.dial is None:
+            tree.pop("dial", None)
+        elif not self.method.makes_copies:
+            tree["dial"] = {key: value for key, value in tree.get("dial", {}).items() if key not in _DIAL_OF_COPIES}
         return {key: value for key, value in tree.items() if key not in without_effect(self.method)}
 
     @property
@@ -97,6 +108,28 @@ class Config(Section):
         if not self.data.replay and self.importance.source == "online":
             raise ValueError(
                 "importance.source: online needs general text in the training batches: list files in data.replay"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _dial_has_what_it_chooses_by(self) -> Config:
+        if self.dial is None:
+            return self
+        for key in ("general_eval", "domain_eval"):
+            if not getattr(self.data, key):
+                raise ValueError(
+                    f"dial: chooses by losses on general and on domain text, but data.{key} is empty: list held-out "
+                    "files there, or remove the section dial"
+                )
+        if self.eval.dial:
+            raise ValueError(
+                f"eval.dial: {self.eval.dial} has no effect beside the section dial, which evaluates dial.alphas and "
+                "exports what it chooses: remove one of both (eval.dial=[])"
+            )
+        given = self.dial.model_fields_set & _DIAL_OF_COPIES
+        if given and not self.method.makes_copies:
+            raise ValueError(
+                f"dial.{min(given)}: has no effect with method: {self.method.name}, which makes no copies; remove it"
             )
         return self
 

@@ -44,6 +44,8 @@ class Metrics(Record):
     """Held-out losses in nats per token: base and adapted -> general and domain."""
     training: dict[str, int | float] = Field(default_factory=dict)
     """Of the whole run: steps, tokens, seconds, trainable_parameters."""
+    alphas: list[Annotated[float, Field(ge=0, le=1)]] = Field(default_factory=list)
+    """How far to turn up each copy, lowest first, as the run's dial recommends; none without a dial."""
 
 
 class PackageManifest(Record):
@@ -66,6 +68,8 @@ class PackageManifest(Record):
             raise ValueError(f"copies of layers {sources} of {self.base.layers}, where each layer has one at most")
         if list(self.copies) != plan_copies(sources):
             raise ValueError(f"copies of layers {sources} do not stand directly above their sources, lowest first")
+        if self.metrics.alphas and len(self.metrics.alphas) != len(sources):
+            raise ValueError(f"{len(self.metrics.alphas)} positions of the dial for {len(sources)} copies")
         return self
 
     @classmethod

@@ -90,12 +90,10 @@ class Preparation:
 class Method(MethodSection):
     """A way to adapt a model. The defaults are those of a method that trains whole parameters in place."""
 
-    starts_from: ClassVar[Literal["base", "expanded"]] = "base"
-
     @property
     def dial(self) -> Literal["copies", "interpolation"]:
         """How what was learned is turned down: by what copies write, or by interpolation with the base (WiSE-FT)."""
-        return "copies" if self.starts_from == "expanded" else "interpolation"
+        return "copies" if self.makes_copies else "interpolation"
 
     learns_new_parameters: ClassVar[bool] = False
     """Whether what trains is no parameter of the model that training starts from."""
