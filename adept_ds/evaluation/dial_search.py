@@ -20,7 +20,7 @@ STEP = 0.25
 """From the best common position to the places where a copy is turned alone: the distance of the usual positions."""
 
 PROPOSALS = 3
-"""At most so many are evaluated, each half as far from the best position as the one before, which was none."""
+"""At most so many are evaluated: after one that is no better, one that is half as far from the best position."""
 
 _DIGITS = 3
 """Of a proposal: finer than anything that held-out text can tell apart."""
@@ -68,11 +68,10 @@ def search(
             found[single] = yield Trial(single, "single")
     proposal = _proposal(found, centre, axes, max_rise)
     for _ in range(PROPOSALS):
+        if proposal not in found:
+            found[proposal] = yield Trial(proposal, "proposed")
         best = choose(found, max_rise)
-        if proposal is None or proposal in found:
-            break
-        found[proposal] = yield Trial(proposal, "proposed")
-        if choose(found, max_rise) == proposal:
+        if best == proposal:
             break
         proposal = _rounded((here + there) / 2 for here, there in zip(best, proposal, strict=True))
     return choose(found, max_rise)
@@ -85,7 +84,7 @@ def choose(found: Found, max_rise: float) -> Alphas:
     return min(keeping, key=lambda alphas: (found[alphas].domain, alphas))
 
 
-def _proposal(found: Found, centre: Alphas, axes: Sequence[Sequence[Alphas]], max_rise: float) -> Alphas | None:
+def _proposal(found: Found, centre: Alphas, axes: Sequence[Sequence[Alphas]], max_rise: float) -> Alphas:
     """Where the quadratics through these evaluations expect the lowest domain loss that keeps the promise."""
 
     def through(values: Mapping[Alphas, float]) -> SeparableQuadratic:
@@ -96,7 +95,8 @@ def _proposal(found: Found, centre: Alphas, axes: Sequence[Sequence[Alphas]], ma
 
     limits = [{at: of.limits[source] for at, of in found.items()} for source in range(len(found[centre].limits))]
     place = lowest(through({at: of.domain for at, of in found.items()}), list(map(through, limits)), max_rise)
-    return None if place is None else _rounded(place)
+    assert place is not None, "the centre keeps the promise"
+    return _rounded(place)
 
 
 def _moved(alphas: Alphas, copy: int, place: float) -> Alphas:

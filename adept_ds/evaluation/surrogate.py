@@ -88,7 +88,11 @@ def lowest(objective: SeparableQuadratic, constraints: Sequence[SeparableQuadrat
         {"type": "ineq", "fun": lambda x, of=of: bound - of(x), "jac": lambda x, of=of: -of.gradient(x)}
         for of in constraints
     ]
-    best: Floats | None = None
+
+    def fits(x: Floats) -> bool:
+        return bool(np.isfinite(x).all()) and all(of(x) <= bound + _TOLERANCE for of in constraints)
+
+    best = objective.centre if fits(objective.centre) else None
     for start in starts:
         found = minimize(
             objective,
@@ -100,7 +104,6 @@ def lowest(objective: SeparableQuadratic, constraints: Sequence[SeparableQuadrat
             options={"maxiter": 200, "ftol": 1e-12},
         )
         x = np.clip(found.x, 0.0, 1.0)
-        fits = np.isfinite(x).all() and all(of(x) <= bound + _TOLERANCE for of in constraints)
-        if fits and (best is None or objective(x) < objective(best)):
+        if fits(x) and (best is None or objective(x) < objective(best)):
             best = x
     return best
