@@ -231,11 +231,12 @@ def _metrics_of(source: Path) -> Metrics:
 
 
 def _recommended(run: RunDirectory) -> list[float]:
-    """By the dial of a run, if what it turned is what was trained last."""
-    trained = run.trained / "config.json"
-    if not (run.dial.is_file() and trained.is_file() and run.dial.stat().st_mtime >= trained.stat().st_mtime):
+    """By the dial of a run, if it is about what is exported: a later one, as it was trained, it has not seen."""
+    if not (run.dial.is_file() and (run.export / EXPANSION_NAME).is_file()):
         return []
-    return list(DialRecord.load(run.dial).chosen)
+    chosen = DialRecord.load(run.dial).chosen
+    is_turned = Expansion.read(run.export).alphas is not None
+    return list(chosen) if is_turned or set(chosen) == {1.0} else []
 
 
 def _check_as_trained(model: AdaptedModel) -> None:

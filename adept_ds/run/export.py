@@ -52,8 +52,8 @@ def export_stage(run: Context, step: int | None = None, alphas: Sequence[float] 
 
 
 def export_trained(run: Context, step: int | None = None) -> None:
-    """Write `trained`, that the dial turns."""
-    _as_trained(run, "trained", run.run_dir.trained, step)
+    """Write `trained`, that the dial turns. What was chosen for another one goes."""
+    _as_trained(run, "trained", run.run_dir.trained, step, stale=run.run_dir.dial)
 
 
 def export_turned(run: Context, alphas: Sequence[float], step: int | None = None) -> None:
@@ -76,12 +76,14 @@ def export_turned(run: Context, alphas: Sequence[float], step: int | None = None
         run.unchanged("export")
 
 
-def _as_trained(run: Context, name: str, destination: Path, step: int | None) -> None:
+def _as_trained(run: Context, name: str, destination: Path, step: int | None, stale: Path | None = None) -> None:
     dtype, start = run.settings.config.export.dtype, start_directory(run)
     chosen = run.ranks.on_main(lambda: exported_step(run.settings.config, step))
     checkpoint, trained = run.run_dir.checkpoints / checkpoint_tag(chosen), 0
 
     def write() -> int:
+        if stale is not None:
+            stale.unlink(missing_ok=True)
         keep_aside(run, destination, "export")
         with run.progress.on_main("exporting") as bar:
             return _export(start, checkpoint, destination, dtype, bar, overwrite=True)
