@@ -53,6 +53,6 @@ class DialSection(Section):
 
     @property
     def fewest_documents(self) -> int:
-        """Of a source, in each half: if they all rise or fall alike, that is no less likely by chance (2^-n) than what
-        `confidence` leaves to it. A bootstrap over fewer documents claims more than they can say."""
+        """Of a general source, in each half: of fewer, that all rise or fall alike is likelier by chance (2^-n) than
+        `confidence` leaves to it, and a bootstrap claims more than they can say."""
         return math.ceil(math.log2(1 / (1 - self.confidence)))

@@ -20,7 +20,7 @@ STEP = 0.25
 """From the best common position to the places where a copy is turned alone: the distance of the usual positions."""
 
 PROPOSALS = 3
-"""At most so many are evaluated: after one that is no better, one that is half as far from the best position."""
+"""At most so many are evaluated: after one that breaks the promise, one that is half as far from the best position."""
 
 _DIGITS = 3
 """Of a proposal: finer than anything that held-out text can tell apart."""
@@ -70,9 +70,9 @@ def search(
     for _ in range(PROPOSALS):
         if proposal not in found:
             found[proposal] = yield Trial(proposal, "proposed")
-        best = choose(found, max_rise)
-        if best == proposal:
+        if max(found[proposal].limits) <= max_rise:  # better or not: less of it is no better
             break
+        best = choose(found, max_rise)
         proposal = _rounded((here + there) / 2 for here, there in zip(best, proposal, strict=True))
     return choose(found, max_rise)
 

@@ -9,7 +9,7 @@ that is there twice is in one half only, and the same text is in the same half o
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -69,7 +69,7 @@ class Pairs:
     def of(self, losses: DocumentLosses, half: Half) -> HalfLosses:
         """Of a model on one half."""
         rises = {name: self._source(name, losses, half) for name in self.held_out}
-        of_domain = [source for name, source in rises.items() if name.corpus == "domain"]
+        of_domain = [source for name, source in rises.items() if name.corpus == "domain" and len(source.tokens)]
         return HalfLosses(
             general={
                 name.source: loss_change([source], self.confidence)
@@ -86,23 +86,32 @@ class Pairs:
 
 
 def check_halves(held_out: HeldOut, fewest: int) -> None:
-    """Every source has so many documents in both halves.
+    """Every general source has so many documents in both halves, and the domain has any.
 
     Raises:
         InputError: naming the source and how many it has.
     """
-    for name, counts in _counts(held_out):
-        if min(counts.values()) < fewest:
-            found = " and ".join(f"{count} {half}" for half, count in counts.items())
+    counts = {name: _counts([documents]) for name, documents in held_out.items() if name.corpus == "general"}
+    for name, of in counts.items():
+        if min(of.values()) < fewest:
             raise InputError(
-                f"{name.key}: source '{name.source}' has {found} documents among those that are evaluated, where "
+                f"{name.key}: source '{name.source}' has {_told(of)} documents among those that are evaluated, where "
                 f"dial.confidence takes at least {fewest} of each: give more documents, or raise data.eval_sequences"
             )
+    domain = _counts([documents for name, documents in held_out.items() if name.corpus == "domain"])
+    if not min(domain.values()):
+        raise InputError(
+            f"data.domain_eval: {_told(domain)} documents are among those that are evaluated, where the dial needs "
+            "both: give more documents, or raise data.eval_sequences"
+        )
 
 
-def _counts(held_out: HeldOut) -> Iterator[tuple[SourceName, Mapping[Half, int]]]:
-    for name, documents in held_out.items():
-        yield name, {half: int(_that_count(documents, half).sum()) for half in HALVES}
+def _counts(sources: Sequence[DocumentRows]) -> dict[Half, int]:
+    return {half: sum(int(_that_count(documents, half).sum()) for documents in sources) for half in HALVES}
+
+
+def _told(counts: Mapping[Half, int]) -> str:
+    return " and ".join(f"{count} {half}" for half, count in counts.items())
 
 
 def _that_count(documents: DocumentRows, half: Half) -> np.ndarray:

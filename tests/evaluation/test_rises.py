@@ -121,13 +121,16 @@ def test_pairs_are_of_a_half_by_source_and_the_domain_is_one() -> None:
 
 
 def test_too_few_documents_in_a_half_are_refused_by_source() -> None:
-    texts = [f"text {number}" for number in range(40)]
+    """Of general text; of the domain, whose limits promise nothing, one of each is enough."""
+    texts = [f"text {number}" for number in range(60)]
     mine = [text for text in texts if in_half(documents([text]).ids, "test")[0]]
-    few = documents([*mine[:6], *(text for text in texts if text not in mine)][:12])
+    others = [text for text in texts if text not in mine]
+    exams, domain = SourceName("general", "exams"), SourceName("domain", "words")
+    few, one = documents([*mine[:6], *others[:6]]), documents([mine[0], others[0]])
+    check_halves({exams: few, domain: one}, 6)
     with pytest.raises(InputError, match=r"data.general_eval: source 'exams' has 6 validation and 6 test documents"):
-        check_halves({SourceName("general", "exams"): few}, 7)
-    check_halves({SourceName("general", "exams"): few}, 6)
-    nothing_predicted = documents([*mine[:6], *texts], [0] * 6 + [5] * 40)
-    nothing_predicted.tokens[nothing_predicted.ids & 1 == 1] = 0
-    with pytest.raises(InputError, match="0 test documents"):
-        check_halves({SourceName("domain", "x"): nothing_predicted}, 1)
+        check_halves({exams: few, domain: one}, 7)
+    nothing_predicted = documents([mine[0], *others[:8]], [0] + [5] * 8)
+    with pytest.raises(InputError, match=r"data.domain_eval: 8 validation and 0 test documents"):
+        check_halves({exams: few, domain: nothing_predicted}, 6)
+    check_halves({exams: few, domain: nothing_predicted, SourceName("domain", "more"): one}, 6)

@@ -49,7 +49,7 @@ class DialledRun(TrainedRun):
             "eval_sequences": 200,
         }
         sections["data"] = data | sections.get("data", {})
-        sections.setdefault("dial", {"max_general_rise": 0.05, "alphas": [0.5]})
+        sections.setdefault("dial", {"alphas": [0.5]})
         return super().config(**sections)
 
     def texts(self, name: str) -> list[str]:
@@ -138,8 +138,8 @@ def test_the_lowest_domain_loss_that_keeps_the_promise_is_chosen_and_exported(
     limits = {
         position.alphas: max(of.limit for of in position.validation.general.values()) for position in record.positions
     }
-    assert max(limits.values()) > 0.05, "what was trained forgets, or there was nothing to choose"
-    keeping = [position for position in record.positions if limits[position.alphas] <= 0.05]
+    assert limits[1.0, 1.0] > 0, "what was trained forgets, or there was nothing to choose"
+    keeping = [position for position in record.positions if limits[position.alphas] <= 0]
     assert record.position == min(keeping, key=lambda position: position.validation.domain.loss)
     assert 0 < sum(record.chosen) < 2
     assert Expansion.read(export).alphas == record.chosen
@@ -223,18 +223,19 @@ def test_killed_in_the_middle_of_the_dial_it_goes_on_where_it_was(dialled: Diall
 
 @pytest.mark.parametrize("zero", ["zero1", "zero3"])
 def test_two_ranks_find_the_same(dialled: DialledRun, tmp_path: Path, zero: str) -> None:
-    """Under ZeRO-3 of slices, and with whole models: the same positions, and losses to the rounding of a pass."""
+    """Under ZeRO-3 of slices, and with whole models: the same positions, with losses to the rounding of a pass."""
     run, wanted = dialled.copied(tmp_path), dialled.record
     for path in (run.files.dial, run.files.dial_losses, run.files.base_evaluation):
         path.unlink()
     settings = tmp_path / "ds.json"
     settings.write_text(json.dumps({"zero_optimization": {"stage": int(zero[-1])}}))
     found = json.loads(done(adept(2, "dial", run.config(deepspeed=str(settings)), "--json")))
-    assert tuple(found["chosen"]) == wanted.chosen
-    assert [tuple(position["alphas"]) for position in found["positions"]] == [at.alphas for at in wanted.positions]
+    assert found["chosen"] == pytest.approx(wanted.chosen, abs=0.0011), "proposals are rounded to thousandths"
+    assert Expansion.read(run.files.export).alphas == tuple(found["chosen"])
     for position, of in zip(found["positions"], wanted.positions, strict=True):
-        assert position["test"]["domain"]["loss"] == pytest.approx(of.test.domain.loss, rel=2e-6)
-    assert content(run.files.export) == content(dialled.files.export)
+        if of.tried_as != "proposed":
+            assert tuple(position["alphas"]) == of.alphas
+            assert position["test"]["domain"]["loss"] == pytest.approx(of.test.domain.loss, rel=2e-6)
 
 
 # --- afterwards ------------------------------------------------------------------------------------------------------
