@@ -20,7 +20,9 @@ def half(domain: float, **limits: float) -> HalfLosses:
     )
 
 
-def position(alphas: tuple[float, ...], domain: float, wiki: float, how: Any = "common", **test: float) -> DialPosition:
+def position(
+    alphas: tuple[float, ...], domain: float, wiki: float, how: Any = "common", test: dict[str, float] | None = None
+) -> DialPosition:
     validation = half(domain, wiki=wiki)
     return DialPosition(
         alphas=alphas,
@@ -76,7 +78,7 @@ def record(chosen: tuple[float, ...], *positions: DialPosition, max_rise: float 
     ids=str,
 )
 def test_the_promise_is_told_by_test_documents(max_rise: float, test: dict[str, float], wanted: str) -> None:
-    chosen = position((0.5, 0.5), 2.0, -0.1, **test)
+    chosen = position((0.5, 0.5), 2.0, -0.1, test=test)
     assert promise_of(record((0.5, 0.5), chosen, max_rise=max_rise)) == wanted
 
 
