@@ -31,7 +31,7 @@ from adept_ds.weights.expansion import Expansion
 from adept_ds.weights.export import export_checkpoint, tag_of
 from adept_ds.weights.fingerprints import fingerprint_of, hash_tensors
 from adept_ds.weights.hf_directory import stored_tensors
-from adept_ds.weights.turning import write_turned
+from adept_ds.weights.turning import check_count, write_turned
 
 
 def export_stage(run: Context, step: int | None = None, alphas: Sequence[float] | None = None) -> None:
@@ -42,6 +42,7 @@ def export_stage(run: Context, step: int | None = None, alphas: Sequence[float] 
             a position is chosen (see `run.dial`).
     """
     if alphas is not None:
+        run.ranks.on_main(lambda: _check_positions(run, alphas))
         export_trained(run, step)
         export_turned(run, alphas, step)
     elif run.settings.config.dial is not None:
@@ -74,6 +75,12 @@ def export_turned(run: Context, alphas: Sequence[float], step: int | None = None
         run.terminal.stage("export", f"at alpha {label_of(tuple(alphas))} in {run_dir.export}")
     else:
         run.unchanged("export")
+
+
+def _check_positions(run: Context, alphas: Sequence[float]) -> None:
+    """Raises `InputError`: there are not so many copies."""
+    expanded = run.run_dir.expanded
+    check_count(alphas, len(Expansion.read(expanded).copies) if start_directory(run) == expanded else None)
 
 
 def _as_trained(run: Context, name: str, destination: Path, step: int | None, stale: Path | None = None) -> None:

@@ -59,9 +59,9 @@ def write_turned(
         turned = {file: turned_copies(tensors, model.family, of_copy) for file, tensors in files.items()}
         record: Expansion | None = expansion.turned(alphas)
     else:
-        alpha, record = _single(alphas), None
-        origin = stored_tensors(_needed(base, adapted))
-        turned = {file: _interpolated(file, tensors, origin, alpha) for file, tensors in files.items()}
+        check_count(alphas, None)
+        record, origin = None, stored_tensors(_needed(base, adapted))
+        turned = {file: _interpolated(file, tensors, origin, float(alphas[0])) for file, tensors in files.items()}
     meter = Meter(sum(tensor.num_bytes for of in turned.values() for tensor in of.values()), progress)
     with new_output(destination, "export", overwrite=overwrite) as folder:
         for file, contents in turned.items():
@@ -90,14 +90,20 @@ def turned_copies(
 
 
 def positions_of_copies(alphas: Sequence[float], copies: int) -> tuple[float, ...]:
-    """One for each copy. Raises `InputError`: they are neither one nor as many."""
-    if len(alphas) == 1:
-        return (float(alphas[0]),) * copies
-    if len(alphas) != copies:
-        raise InputError(
-            f"--alpha: {len(alphas)} positions for {copies} copies; give one for all, or one for each, lowest first"
-        )
-    return tuple(map(float, alphas))
+    """One for each copy. Raises `InputError` as `check_count`."""
+    check_count(alphas, copies)
+    return tuple(map(float, alphas)) if len(alphas) == copies else (float(alphas[0]),) * copies
+
+
+def check_count(alphas: Sequence[float], copies: int | None) -> None:
+    """Raises `InputError`: they are neither one nor as many as there are copies; None: the model has none."""
+    if len(alphas) == 1 or len(alphas) == copies:
+        return
+    if copies is None:
+        raise InputError(f"--alpha: {len(alphas)} positions for a model without copies; give one")
+    raise InputError(
+        f"--alpha: {len(alphas)} positions for {copies} copies; give one for all, or one for each, lowest first"
+    )
 
 
 def _interpolated(
@@ -107,12 +113,6 @@ def _interpolated(
         if name not in origin:
             raise InputError(f"--base: '{file}' holds '{name}', which the base lacks; give the model that was adapted")
     return {name: turned_tensor(tensor, origin[name], alpha) for name, tensor in tensors.items()}
-
-
-def _single(alphas: Sequence[float]) -> float:
-    if len(alphas) != 1:
-        raise InputError(f"--alpha: {len(alphas)} positions for a model without copies; give one")
-    return float(alphas[0])
 
 
 def _needed(base: Path | None, adapted: Path) -> Path:
