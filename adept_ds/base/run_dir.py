@@ -97,7 +97,23 @@ class RunDirectory:
 
     @property
     def export(self) -> Path:
+        """The adapted model: as it was trained, or as far turned up as was chosen or asked for."""
         return self.root / "export"
+
+    @property
+    def trained(self) -> Path:
+        """The adapted model as it was trained, where `export` may be turned down."""
+        return self.root / "trained"
+
+    @property
+    def dial(self) -> Path:
+        """Positions of the dial, and which one was chosen."""
+        return self.root / "dial.json"
+
+    @property
+    def dial_losses(self) -> Path:
+        """Losses of held-out documents at these positions: so that another promise needs no other evaluation."""
+        return self.root / "dial_losses.safetensors"
 
     @property
     def evaluation(self) -> Path:

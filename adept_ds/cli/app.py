@@ -16,7 +16,7 @@ import typer
 
 from adept_ds.base.errors import EXIT_BAD_INPUT, EXIT_STOPPED, AdeptError, InputError, StopRequestedError
 from adept_ds.base.version import __version__
-from adept_ds.cli import compare, delta, diagnose, model_files, run
+from adept_ds.cli import compare, delta, diagnose, dial, model_files, run
 from adept_ds.cli.forms import either, on_config_only
 
 app = typer.Typer(
@@ -47,8 +47,13 @@ app.command("eval", epilog="Example:  adept eval config.yaml --json   ·   adept
 )
 app.command(
     "export",
-    epilog="Example:  adept export config.yaml   ·   adept export run/checkpoints/step_100 OUT --base run/expanded",
-)(either(run.export, model_files.export, directory="CHECKPOINT"))
+    epilog="Example:  adept export config.yaml   ·   adept export run/checkpoints/step_100 OUT --base run/expanded   "
+    "·   adept export ADAPTED OUT --alpha 0.5",
+)(either(run.export, model_files.export, directory="CHECKPOINT|ADAPTED"))
+app.command(
+    "dial",
+    epilog="Example:  adept dial runs/math --keep-general 0.0   ·   adept dial config.yaml dial.confidence=0.9 --json",
+)(dial.dial)
 app.command("report", epilog="Example:  adept report config.yaml   ·   adept report runs/math")(
     either(run.report, model_files.report, directory="RUN_DIR")
 )
@@ -74,7 +79,8 @@ delta_app.command(
     epilog="Example:  adept delta pack runs/math math   ·   adept delta pack ADAPTED law --only law --json",
 )(delta.pack)
 delta_app.command(
-    "apply", epilog="Example:  adept delta apply MODEL math OUT   ·   adept delta apply MODEL math law OUT --json"
+    "apply",
+    epilog="Example:  adept delta apply MODEL math OUT --alpha 0.5   ·   adept delta apply MODEL math law OUT --json",
 )(delta.apply)
 delta_app.command("strip", epilog="Example:  adept delta strip ADAPTED OUT --json")(delta.strip)
 

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from adept_ds.base.dial_record import label_of
+from adept_ds.cli.dial import AlphaOption, parse_alphas
 from adept_ds.cli.forms import JsonOption, OutArg, OverwriteOption
 from adept_ds.cli.session import quiet_session, show
 
@@ -38,17 +40,22 @@ def apply(
     base: Annotated[Path, typer.Argument(metavar="BASE", help="the model that was expanded")],
     packages: Annotated[list[Path], typer.Argument(metavar="PACKAGE...", help="of one layer, the first is lowest")],
     out: OutArg,
+    alpha: AlphaOption = None,
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Rebuild the adapted model bit for bit, or put several domains over one base."""
+    alphas = parse_alphas(alpha)
     with quiet_session(as_json) as terminal:
         from adept_ds.deltas.operations import apply_packages
 
         with terminal.progress("applying") as bar:
-            expansion = apply_packages(base, packages, out, bar, overwrite=overwrite)
+            expansion = apply_packages(base, packages, out, bar, alphas=alphas, overwrite=overwrite)
         where = "; ".join(f"{package.name} at {', '.join(map(str, package.copies))}" for package in expansion.packages)
         text = f"{expansion.source_layers} + {len(expansion.copies)} layers in {out}: {where}"
+        if expansion.alphas is not None:
+            by_whom = "as recommended; --alpha 1 gives them as they were trained" if alphas is None else "as asked for"
+            text += f", at alpha {label_of(expansion.alphas)} ({by_whom})"
         show(terminal, as_json, expansion.to_json(), lambda: terminal.say(text))
 
 

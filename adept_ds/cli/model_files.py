@@ -10,9 +10,11 @@ from typing import Annotated, Any
 
 import typer
 
+from adept_ds.base.dial_record import label_of
 from adept_ds.base.errors import InputError
 from adept_ds.base.outputs import check_output
 from adept_ds.base.terminal import Terminal
+from adept_ds.cli.dial import AlphaOption, parse_alphas
 from adept_ds.cli.evaluation_tables import print_evaluation
 from adept_ds.cli.forms import JsonOption, OutArg, OverwriteOption
 from adept_ds.cli.options import (
@@ -140,10 +142,23 @@ def evaluate(
 def export(
     checkpoint: Path,
     out: OutArg,
-    base: Annotated[Path | None, typer.Option(help="model it was trained from (with CHECKPOINT)")] = None,
+    base: Annotated[
+        Path | None,
+        typer.Option(help="model it was trained from (with CHECKPOINT, or ADAPTED without copies)"),
+    ] = None,
     dtype: Annotated[str, typer.Option(help="source, float32 or bfloat16 (with CHECKPOINT)")] = "source",
+    alpha: AlphaOption = None,
     overwrite: OverwriteOption = False,
 ) -> None:
+    alphas = parse_alphas(alpha)
+    if (checkpoint / "config.json").is_file():
+        _export_turned(checkpoint, out, alphas, base, dtype, overwrite=overwrite)
+        return
+    if alphas is not None:
+        raise InputError(
+            f"--alpha: '{checkpoint}' is no adapted model; export the checkpoint without it, and turn what comes out: "
+            f"adept export OUT TURNED --alpha {alpha}"
+        )
     if base is None:
         raise InputError("--base is missing; give what the checkpoint was trained from: run_dir/expanded, or the base")
     if dtype not in ("source", "float32", "bfloat16"):
@@ -156,6 +171,25 @@ def export(
         with terminal.progress("exporting") as bar:
             trained = export_learned(base, checkpoint, out, dtype, bar, overwrite=overwrite)
         terminal.say(f"{trained} trained tensors; model in {out}")
+
+
+def _export_turned(
+    adapted: Path, out: Path, alphas: list[float] | None, base: Path | None, dtype: str, *, overwrite: bool
+) -> None:
+    if alphas is None:
+        raise InputError(
+            f"--alpha is missing; '{adapted}' is an adapted model, not a checkpoint: say how far it is turned up"
+        )
+    if dtype != "source":
+        raise InputError(f"--dtype: {dtype} has no effect on an adapted model, which keeps its own; leave it out")
+    for name, directory in {"ADAPTED": adapted, **({"--base": base} if base else {})}.items():
+        check_model_dir(name, directory)
+    with quiet_session() as terminal:
+        from adept_ds.weights.turning import write_turned
+
+        with terminal.progress("turning") as bar:
+            positions = write_turned(adapted, out, alphas, base, bar, overwrite=overwrite)
+        terminal.say(f"at alpha {label_of(positions)}; model in {out}")
 
 
 def report(run_dir: Path) -> None:

@@ -13,6 +13,7 @@ import typer
 
 from adept_ds.base.errors import InputError
 from adept_ds.base.terminal import OutputCapture, Terminal
+from adept_ds.cli.dial import AlphaOption, parse_alphas
 from adept_ds.cli.evaluation_tables import print_evaluation
 from adept_ds.cli.forms import JsonOption
 from adept_ds.cli.options import (
@@ -47,7 +48,7 @@ def run(config: Config) -> None:
 
         run_all(session)
         if session.ranks.is_main:
-            print_summary(session.run_dir, session.terminal)
+            print_summary(session.run_dir, session.terminal, dialled=config.dial is not None)
 
 
 def probe(config: Config, method: MethodOption = None, out: ResultOption = None, as_json: JsonOption = False) -> None:
@@ -108,13 +109,16 @@ def evaluate(
 
 
 def export(
-    config: Config, step: Annotated[int | None, typer.Option(help="which checkpoint (with CONFIG; the newest)")] = None
+    config: Config,
+    step: Annotated[int | None, typer.Option(help="which checkpoint (with CONFIG; the newest)")] = None,
+    alpha: AlphaOption = None,
 ) -> None:
-    """Turn a training checkpoint into a Hugging Face directory."""
+    """Turn a training checkpoint into a Hugging Face directory; or an adapted model down, towards its base."""
+    alphas = parse_alphas(alpha)
     with run_session(*_resolved(config, "export", partial(check_ready, config, "export", step))) as session:
         from adept_ds.run.export import export_stage
 
-        export_stage(session, step)
+        export_stage(session, step, alphas)
 
 
 def report(config: Config) -> None:

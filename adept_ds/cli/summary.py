@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from rich.markup import escape
 from rich.table import Table
 
+from adept_ds.base.dial_record import DialRecord, label_of
 from adept_ds.base.run_dir import RunDirectory, checkpoint_steps
 from adept_ds.base.run_records import Evaluation, RunSummary
 from adept_ds.base.terminal import Terminal
@@ -39,8 +40,12 @@ def print_expansion(facts: dict[str, Any], terminal: Terminal) -> None:
     terminal.console.print(table)
 
 
-def print_summary(run_dir: RunDirectory, terminal: Terminal) -> None:
-    """The end of `adept run`: losses before and after, what was trained, how fast, and where everything lies."""
+def print_summary(run_dir: RunDirectory, terminal: Terminal, *, dialled: bool = False) -> None:
+    """The end of `adept run`: losses before and after, what was trained, how fast, and where everything lies.
+
+    Args:
+        dialled: the run chose a position of the dial; what it may say of general text comes last.
+    """
     if run_dir.evaluation.is_file():
         print_evaluation(Evaluation.load(run_dir.evaluation).to_json(), terminal)
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
@@ -49,6 +54,9 @@ def print_summary(run_dir: RunDirectory, terminal: Terminal) -> None:
     for name, value in rows.items():
         table.add_row(f"[bold]{name}[/]", value)
     terminal.console.print(table)
+    if dialled:
+        record = DialRecord.load(run_dir.dial)
+        terminal.say(f"alpha {label_of(record.chosen)}, chosen in {record.seconds:.0f} s; {record.promise}")
 
 
 def _copies_of(run_dir: RunDirectory) -> dict[str, str]:
@@ -141,12 +149,16 @@ def describe_plan(settings: ResolvedConfig) -> list[str]:
         which = expand.layers if expand.layers is not None else f"{expand.num_copies}, {expand.choose}"
         probe = f"layers {which} are given: no probe"
     copies = f"write {run_dir.expanded} (kept while its inputs are unchanged)"
-    made = copies if method.starts_from == "expanded" else f"method {method.name}: the model itself trains"
+    made = copies if method.makes_copies else f"method {method.name}: the model itself trains"
     start = f"resume after step {steps[-1]}" if steps else "train"
     tokens = config.train.steps * config.train.global_batch_size * config.data.seq_len
+    turned = ""
+    if config.dial is not None:
+        turned = f"at the best of {len(config.dial.positions)} positions of the dial"
+        turned += ", then with copies turned by themselves, " if config.dial.per_copy and method.makes_copies else ", "
     return [
         f"# 1. {probe}",
         f"# 2. {made}",
         f"# 3. {start} to step {config.train.steps} ({tokens:,} tokens in all)",
-        f"# 4. export to {run_dir.export}, evaluate, write {run_dir.report}",
+        f"# 4. {turned}export to {run_dir.export}, evaluate, write {run_dir.report}",
     ]

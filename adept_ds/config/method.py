@@ -27,7 +27,7 @@ class MethodSection(Section):
     """Of the method; each restricts it to its own."""
 
     starts_from: ClassVar[Literal["base", "expanded"]] = "base"
-    """Whether it trains the model in place, or copies of layers."""
+    """The model that training starts from: the user's own, or one with copies of its layers."""
     sections: ClassVar[frozenset[str]] = frozenset()
     """Which of `expand`, `importance` and `lr_policy` it looks at."""
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"lr_policy": {"map": "constant"}}
@@ -42,6 +42,11 @@ class MethodSection(Section):
 
     def check_model(self, model: ModelDirectory) -> None:
         """Raises `InputError`: it cannot work with this model. Reads headers alone."""
+
+    @property
+    def makes_copies(self) -> bool:
+        """Whether what it learns is in copies of layers."""
+        return self.starts_from == "expanded"
 
     @property
     def chooses_layers(self) -> bool:

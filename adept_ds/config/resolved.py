@@ -26,7 +26,7 @@ from adept_ds.config.schema import Config
 from adept_ds.models.directory import ModelDirectory
 from adept_ds.models.tokenizer_files import check_tokenizer
 
-Purpose = Literal["run", "probe", "expand", "train", "export", "eval"]
+Purpose = Literal["run", "probe", "expand", "train", "export", "eval", "dial"]
 """What a command does with a configuration, and so what of it has to be there."""
 
 
@@ -58,7 +58,7 @@ def resolve(config: Config, purpose: Purpose, num_ranks: int = 1) -> ResolvedCon
         InputError: one line naming the key, the value and the remedy.
     """
     model = ModelDirectory.resolve("model", config.model)
-    if purpose not in ("eval", "export") and config.method.chooses_layers:
+    if purpose not in ("eval", "export", "dial") and config.method.chooses_layers:
         check_num_copies(config, model)
     config.method.check_model(model)
     trains, reference = purpose in ("run", "train"), None
@@ -77,7 +77,7 @@ def resolve(config: Config, purpose: Purpose, num_ranks: int = 1) -> ResolvedCon
 
 def _seq_lens(config: Config, purpose: Purpose) -> dict[str, int]:
     """Tokens of the sequences that the model is given, by key."""
-    probes = purpose != "eval" and (purpose == "probe" or config.needs_probe or config.reads_general_text)
+    probes = purpose not in ("eval", "dial") and (purpose == "probe" or config.needs_probe or config.reads_general_text)
     lengths = {"data.seq_len": config.data.seq_len} if purpose != "probe" else {}
     return lengths | ({"probe.seq_len": config.probe.seq_len} if probes else {})
 
@@ -99,7 +99,8 @@ def corpora_read(config: Config, purpose: Purpose) -> dict[str, Sequence[Path | 
         "data.general_eval": data.general_eval,
         "data.domain_eval": data.domain_eval,
     }
-    optional = ({"data.replay": data.replay} | held_out) if trains else held_out if purpose == "eval" else {}
+    evaluates = purpose in ("eval", "dial")
+    optional = ({"data.replay": data.replay} | held_out) if trains else held_out if evaluates else {}
     return needed | {key: corpus for key, corpus in optional.items() if corpus}
 
 

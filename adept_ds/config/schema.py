@@ -13,6 +13,7 @@ from pydantic import AfterValidator, Field, SerializerFunctionWrapHandler, model
 
 from adept_ds.config.corpus_entries import corpus_sources
 from adept_ds.config.data_section import DataSection
+from adept_ds.config.dial_section import DialSection
 from adept_ds.config.eval_section import EvalSection
 from adept_ds.config.known_methods import DEFAULT_METHOD, AnyMethod, known_methods, with_presets
 from adept_ds.config.layer_sections import ExpandSection, ProbeSection
@@ -26,6 +27,8 @@ from adept_ds.config.train_sections import ExportSection, TrainSection
 _KEYS_OF_DELTAS = ("method", "stability")
 """Keys of `probe` that say how deltas are estimated and compared, left out where none are estimated. A method may be
 given nevertheless, in what several configurations have in common; a comparison that cannot be made is refused."""
+_DIAL_OF_COPIES = {"per_copy", "prefix_cache_mib"}
+"""Keys of `dial` that are about copies alone."""
 
 
 class Config(Section):
@@ -54,6 +57,9 @@ class Config(Section):
     train: TrainSection = TrainSection()
     export: ExportSection = ExportSection()
     eval: EvalSection = EvalSection()
+    dial: DialSection | None = Field(
+        None, description="how far what was learned is turned up, {} with defaults; absent: as far as it was trained"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -78,7 +84,9 @@ class Config(Section):
         tree: dict[str, Any] = serialize(self)
         if self.weighs_places:
             tree["probe"] = {key: value for key, value in tree["probe"].items() if key not in _KEYS_OF_DELTAS}
-        unused = without_effect(self.method) | (set() if self.preset else {"preset"})
+        if self.dial is not None and not self.method.makes_copies:
+            tree["dial"] = {key: value for key, value in tree["dial"].items() if key not in _DIAL_OF_COPIES}
+        unused = without_effect(self.method) | {key for key in ("preset", "dial") if getattr(self, key) is None}
         return {key: value for key, value in tree.items() if key not in unused}
 
     @property
@@ -126,6 +134,28 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _dial_has_what_it_chooses_by(self) -> Config:
+        if self.dial is None:
+            return self
+        for key in ("general_eval", "domain_eval"):
+            if not getattr(self.data, key):
+                raise ValueError(
+                    f"dial: chooses by losses on general and on domain text, but data.{key} is empty: list held-out "
+                    "files there, or remove the section dial"
+                )
+        if self.eval.dial:
+            raise ValueError(
+                f"eval.dial: {self.eval.dial} has no effect beside the section dial, which evaluates dial.alphas and "
+                "exports what it chooses: remove one of both (eval.dial=[])"
+            )
+        given = self.dial.model_fields_set & _DIAL_OF_COPIES
+        if given and not self.method.makes_copies:
+            raise ValueError(
+                f"dial.{min(given)}: has no effect with method: {self.method.name}, which makes no copies; remove it"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _refreshes_see_every_source(self) -> Config:
         count, sources = self.importance.sequences, len(self.probe.sources)
         if self.importance.source == "corpus" and sources > count:
@@ -140,7 +170,7 @@ class Config(Section):
         """Keys of `train` that are about copies."""
         for key in ("writer_lr_ratio", "copy_dropout"):
             value = getattr(self.train, key)
-            if self.method.starts_from != "expanded" and value != TrainSection.model_fields[key].default:
+            if not self.method.makes_copies and value != TrainSection.model_fields[key].default:
                 raise ValueError(
                     f"train.{key}: {value} is about copies of layers, and method: {self.method.name} makes none; "
                     "remove it, or choose a method with copies, such as adept"

@@ -15,6 +15,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from adept_ds.base.dial_record import DialRecord
 from adept_ds.base.errors import InputError
 from adept_ds.base.outputs import check_output, new_output
 from adept_ds.base.progress import Meter, ProgressCallback
@@ -38,6 +39,7 @@ from adept_ds.weights.expansion import AppliedPackage, Expansion, LayerCopy, pla
 from adept_ds.weights.fingerprints import config_digest, fingerprint_of, hash_tensors
 from adept_ds.weights.hf_directory import copy_companions, stored_tensors
 from adept_ds.weights.tensor_files import StoredTensor, in_library_order, write_tensors
+from adept_ds.weights.turning import positions_of_copies, turned_copies
 
 _TRAINING_FACTS = ("steps", "tokens", "seconds", "trainable_parameters")
 
@@ -69,6 +71,7 @@ def pack_copies(
     check_output(destination, "delta pack", inputs, overwrite=overwrite)
     directory = _model_in(source)
     model = AdaptedModel.load(directory, base)
+    _check_as_trained(model)
     applied = _chosen_package(model, only)
     name = _checked_name(name or (applied.name if applied else source.resolve().name))
     copies = [copy for copy in model.expansion.copies if applied is None or copy.index in applied.copies]
@@ -110,6 +113,7 @@ def apply_packages(
     destination: Path,
     progress: ProgressCallback | None = None,
     *,
+    alphas: Sequence[float] | None = None,
     overwrite: bool = False,
 ) -> Expansion:
     """Write `base` with the copies of all `packages` to `destination`.
@@ -117,6 +121,8 @@ def apply_packages(
     Where several packages copy one layer, their copies stand above it in the order of `packages`, the first lowest.
 
     Args:
+        alphas: how far copies are turned up: one for all, or one for each, lowest first. None: as each package
+            recommends, or as they were trained.
         overwrite: an earlier output in its place may be replaced (see `outputs.check_output`).
 
     Raises:
@@ -126,6 +132,8 @@ def apply_packages(
     check_output(destination, "delta apply", inputs, overwrite=overwrite)
     loaded = [Package.load(directory) for directory in packages]
     _check_distinct(loaded)
+    if alphas is not None:
+        positions_of_copies(alphas, sum(len(package.manifest.copies) for package in loaded))
     model, stored = ModelDirectory.read(base), stored_tensors(base)
     family = model.family
     for package in loaded:
@@ -150,11 +158,12 @@ def apply_packages(
         for copy in own
         for name in names_in(family, package.tensors, [copy.source])
     }
-    files = {
-        file: {name: trained.get(name, content) for name, content in of.items()} for file, of in plan.files.items()
-    }
+    positions = _positions(loaded, copies, alphas)
+    turned = turned_copies(trained, family, positions)
+    files = {file: {name: turned.get(name, content) for name, content in of.items()} for file, of in plan.files.items()}
     applied = tuple(map(_applied, loaded, copies))
     expansion = plan.expansion.model_copy(update={"packages": applied})
+    expansion = expansion.turned([positions[index] for index in expansion.copy_indices])
     plan = replace(plan, files=files, expansion=expansion)
     return write_plan(plan, base, destination, "delta apply", meter.rest(), overwrite=overwrite)
 
@@ -203,7 +212,8 @@ def _model_in(source: Path) -> Path:
         raise InputError(f"'{source}' is neither a run directory nor a model; give one that `adept` trained")
     if not (run.export / "config.json").is_file():
         raise InputError(f"'{source}' has no exported model yet; run `adept export {run.config}` first")
-    return run.export
+    turned = (run.export / EXPANSION_NAME).is_file() and Expansion.read(run.export).alphas is not None
+    return run.trained if turned and (run.trained / "config.json").is_file() else run.export
 
 
 def _metrics_of(source: Path) -> Metrics:
@@ -217,7 +227,38 @@ def _metrics_of(source: Path) -> Metrics:
             losses[model] = {corpus: of.loss for corpus, of in corpora.items()}
     facts = RunSummary.load(summary) if summary.is_file() else RunSummary()
     training = {key: getattr(facts, key) for key in _TRAINING_FACTS if getattr(facts, key) is not None}
-    return Metrics(losses=losses, training=training)
+    return Metrics(losses=losses, training=training, alphas=_recommended(run))
+
+
+def _recommended(run: RunDirectory) -> list[float]:
+    """By the dial of a run, if it is about what is exported: a later one, as it was trained, it has not seen."""
+    if not (run.dial.is_file() and (run.export / EXPANSION_NAME).is_file()):
+        return []
+    chosen = DialRecord.load(run.dial).chosen
+    is_turned = Expansion.read(run.export).alphas is not None
+    return list(chosen) if is_turned or set(chosen) == {1.0} else []
+
+
+def _check_as_trained(model: AdaptedModel) -> None:
+    """A package holds what was trained, so that it can be turned up as far as anybody likes."""
+    if model.expansion.alphas is not None:
+        found = ", ".join(f"{alpha:g}" for alpha in model.expansion.alphas)
+        raise InputError(
+            f"'{model.directory}' is turned down (alpha {found}), and a package holds copies as they were trained; "
+            "give its run, or what was trained (run_dir/trained, or `adept delta apply` with --alpha 1)"
+        )
+
+
+def _positions(
+    loaded: Sequence[Package], copies: Sequence[Sequence[LayerCopy]], alphas: Sequence[float] | None
+) -> dict[int, float]:
+    """How far each copy of the new model is turned up, by its index."""
+    own = {
+        copy.index: alpha
+        for package, of in zip(loaded, copies, strict=True)
+        for copy, alpha in zip(of, package.manifest.metrics.alphas or [1.0] * len(of), strict=True)
+    }
+    return own if alphas is None else dict(zip(sorted(own), positions_of_copies(alphas, len(own)), strict=True))
 
 
 def _recorded_metrics(applied: AppliedPackage) -> Metrics:

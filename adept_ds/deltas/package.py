@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, PositiveInt, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from adept_ds.base.digests import Digest, json_digest
 from adept_ds.base.errors import InputError
@@ -44,6 +44,13 @@ class Metrics(Record):
     """Held-out losses in nats per token: base and adapted -> general and domain."""
     training: dict[str, int | float] = Field(default_factory=dict)
     """Of the whole run: steps, tokens, seconds, trainable_parameters."""
+    alphas: list[Annotated[float, Field(ge=0, le=1)]] = Field(default_factory=list)
+    """How far to turn up each copy, lowest first, as the run's dial recommends; none without a dial."""
+
+    @model_serializer(mode="wrap")
+    def _no_word_of_a_dial_without_one(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        tree: dict[str, Any] = serialize(self)
+        return tree if self.alphas else {key: of for key, of in tree.items() if key != "alphas"}
 
 
 class PackageManifest(Record):
@@ -66,6 +73,8 @@ class PackageManifest(Record):
             raise ValueError(f"copies of layers {sources} of {self.base.layers}, where each layer has one at most")
         if list(self.copies) != plan_copies(sources):
             raise ValueError(f"copies of layers {sources} do not stand directly above their sources, lowest first")
+        if self.metrics.alphas and len(self.metrics.alphas) != len(sources):
+            raise ValueError(f"{len(self.metrics.alphas)} positions of the dial for {len(sources)} copies")
         return self
 
     @classmethod

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -33,6 +33,15 @@ def dial_of(kind: Kind, model: Any, adapted: ModelDirectory, base: ModelDirector
     silent = adapted.family.silent
     writers = list(filter(_writes_of_a_copy(adapted), names))
     return Dial(module, writers, lambda _, start, stop: torch.full((stop - start,), silent), trained)
+
+
+def alphas_by_parameter(dial: Dial, adapted: ModelDirectory, alphas: Sequence[float]) -> float | dict[str, float]:
+    """What the dial of copies is turned to, so that each copy, lowest first, is at a position of its own."""
+    if len(set(alphas)) == 1:
+        return alphas[0]
+    of_copy = dict(zip(Expansion.read(adapted.path).copy_indices, alphas, strict=True))
+    places = {name: adapted.family.split_name(name) for name in dial.names}
+    return {name: of_copy[place[0]] for name, place in places.items() if place is not None}
 
 
 def _writes_of_a_copy(adapted: ModelDirectory) -> Callable[[str], bool]:

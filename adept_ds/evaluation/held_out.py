@@ -13,6 +13,7 @@ from adept_ds.base.progress import ProgressCallback
 from adept_ds.base.run_records import Accuracy, CorpusLoss, SourceLoss
 from adept_ds.data.document_rows import DocumentRows, JoinedRows
 from adept_ds.evaluation.row_losses import Evaluator
+from adept_ds.models.frozen_prefix import FrozenPrefix
 
 
 class SourceName(NamedTuple):
@@ -40,11 +41,18 @@ DocumentLosses = Mapping[SourceName, np.ndarray]
 
 
 def document_losses(
-    evaluator: Evaluator, held_out: HeldOut, progress: ProgressCallback | None = None
+    evaluator: Evaluator,
+    held_out: HeldOut,
+    progress: ProgressCallback | None = None,
+    prefix: FrozenPrefix | None = None,
 ) -> DocumentLosses:
-    """Raises `NonFiniteLossError`, on every rank, that names the corpus."""
+    """Raises `NonFiniteLossError`, on every rank, that names the corpus.
+
+    Args:
+        prefix: of the layers that are the same in all models whose losses are asked for; for these documents alone.
+    """
     rows = JoinedRows(tuple(held_out.values()))
-    losses = rows.split(evaluator.losses(rows, progress))
+    losses = rows.split(evaluator.losses(rows, progress, prefix))
     found = {name: documents.by_document(of) for (name, documents), of in zip(held_out.items(), losses, strict=True)}
     for name, sums in found.items():
         if not math.isfinite(total := float(sums.sum())):

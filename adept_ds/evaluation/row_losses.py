@@ -8,6 +8,7 @@ come out even, a rank makes a pass over nothing, since under ZeRO-3 every rank t
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +17,7 @@ import torch
 from adept_ds.base.progress import ProgressCallback
 from adept_ds.data.document_rows import Rows
 from adept_ds.data.order import FILLER
+from adept_ds.models.frozen_prefix import FrozenPrefix
 from adept_ds.ranks.collectives import Ranks
 
 
@@ -30,8 +32,14 @@ class Evaluator:
     batch_tokens: int
     """Of a batch, with padding; but a batch has one row at least."""
 
-    def losses(self, rows: Rows, progress: ProgressCallback | None = None) -> np.ndarray:
-        """[rows] float64, nats: the same on every rank."""
+    def losses(
+        self, rows: Rows, progress: ProgressCallback | None = None, prefix: FrozenPrefix | None = None
+    ) -> np.ndarray:
+        """[rows] float64, nats: the same on every rank.
+
+        Args:
+            prefix: of the model's layers that never change; for these very rows.
+        """
         batches = token_batches(rows.lengths, self.batch_tokens)
         found = np.zeros(len(rows.lengths))
         passes = -(-len(batches) // self.ranks.world_size)
@@ -41,10 +49,15 @@ class Evaluator:
                     progress(number / passes, f"pass {number} of {passes}")
                 place = number * self.ranks.world_size + self.ranks.rank
                 batch = batches[place] if place < len(batches) else [FILLER]
-                losses = self.model(*rows.batch(batch).to(self.device))
+                with prefix.at(number) if prefix else nullcontext():
+                    losses = self.model(*rows.batch(batch).to(self.device))
                 if place < len(batches):
                     found[batch] = losses.double().cpu().numpy()
         return self.ranks.sum(torch.from_numpy(found)).numpy()
+
+    def largest_batch(self, rows: Rows) -> int:
+        """Tokens of a batch of these rows, with padding, at most."""
+        return max(self.batch_tokens, int(rows.lengths.max(initial=0)))
 
 
 def token_batches(lengths: np.ndarray, batch_tokens: int) -> list[list[int]]:

@@ -102,7 +102,7 @@ class Method(MethodSection):
     @property
     def dial(self) -> Literal["copies", "interpolation"]:
         """How what was learned is turned down: by what copies write, or by interpolation with the base (WiSE-FT)."""
-        return "copies" if self.starts_from == "expanded" else "interpolation"
+        return "copies" if self.makes_copies else "interpolation"
 
     learns_new_parameters: ClassVar[bool] = False
     """Whether what trains is no parameter of the model that training starts from."""

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 
+from adept_ds.report.dial_rows import position_rows
 from adept_ds.report.drawing import BLUE, COPY, GREEN, GREY, INK, PALE, WIDTH
 from adept_ds.report.run_files import MAX_DOTS, Json, RunFiles, finite, short
 
@@ -259,6 +260,34 @@ def _draw_movement(run: RunFiles, figure: Figure) -> None:
     axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2)
 
 
+def _draw_dial(run: RunFiles, figure: Figure) -> None:
+    """Domain loss against general loss on test documents; bars go up to the limit of the rise."""
+    rows = position_rows(run)
+    if not rows:
+        return
+    figure.set_size_inches(WIDTH, 4.0)
+    axes = figure.add_subplot()
+    together = sorted((row for row in rows if row.together), key=lambda row: float(row.label))
+    axes.plot([row.test.rise for row in together], [row.test.domain for row in together], color=PALE, linewidth=1.2)
+    for row in rows:
+        color = COPY if row.chosen else GREEN if row.keeps else GREY
+        bar = [[0.0], [max(0.0, row.test.limit - row.test.rise)]]
+        axes.errorbar([row.test.rise], [row.test.domain], xerr=bar, fmt="none", ecolor=color, elinewidth=0.9, capsize=2)
+        axes.scatter([row.test.rise], [row.test.domain], color=color, s=56 if row.chosen else 26, zorder=3)
+        if row.together or row.chosen:
+            style: Json = {"fontsize": 8, "weight": "bold" if row.chosen else "normal"}
+            place = (row.test.rise, row.test.domain)
+            axes.annotate(row.label, place, (5, 5), textcoords="offset points", **style)
+    bound = run.dial.get("max_general_rise")
+    if bound is not None and finite(bound):
+        axes.axvline(bound, color=INK, linestyle="--", linewidth=1)
+    axes.set(xlabel="general loss above the base's (nats; of several sources, that with the highest limit)")
+    axes.set_ylabel("domain loss (nats)")
+    labels = {COPY: "chosen", GREEN: "keeps the promise on validation documents", GREY: "breaks it"}
+    handles = [Patch(color=color, label=label) for color, label in labels.items()]
+    axes.legend(handles=handles, loc="lower right", bbox_to_anchor=(1, 1), ncols=3)
+
+
 LOSS = (("loss", "training loss (nats)", BLUE), ("lr", "learning rate", GREY))
 
 
@@ -275,6 +304,9 @@ FIGURES |= {"methods": _draw_methods, "stack": _draw_stack}
 
 
 FIGURES |= {"training": lambda run, figure: _draw_panels(run, figure, LOSS), "evals": _draw_evals}
+
+
+FIGURES |= {"dial": _draw_dial}
 
 
 FIGURES |= {"units": _draw_units, "movement": _draw_movement}

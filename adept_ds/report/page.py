@@ -14,6 +14,7 @@ from jinja2 import ChainableUndefined, Environment, FileSystemLoader
 
 from adept_ds.base.files import write_text
 from adept_ds.base.run_dir import RunDirectory
+from adept_ds.report.dial_rows import position_rows
 from adept_ds.report.drawing import svg
 from adept_ds.report.figures import FIGURES
 from adept_ds.report.held_out import answer_rows, dial_rows, loss_rows
@@ -34,5 +35,10 @@ def environment() -> Environment:
     # Chainable: a number that a file lacks leaves its place empty instead of costing the page.
     env = Environment(loader=loader, autoescape=True, undefined=ChainableUndefined, trim_blocks=True)
     env.filters["short"], env.tests["finite"] = short, finite
-    env.globals |= {"loss_rows": loss_rows, "dial_rows": dial_rows, "answer_rows": answer_rows}
+    env.globals |= {
+        "loss_rows": loss_rows,
+        "dial_rows": dial_rows,
+        "answer_rows": answer_rows,
+        "position_rows": position_rows,
+    }
     return env

@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -25,6 +25,7 @@ from adept_ds.base.records import first_mistake
 from adept_ds.base.run_dir import RunDirectory
 from adept_ds.report.presence import check_something_to_report
 from adept_ds.report.shapes import (
+    ChoiceShape,
     EvaluationShape,
     ExpansionShape,
     ImportanceShape,
@@ -97,6 +98,8 @@ class RunFiles:
     metrics: list[Json]
     refreshes: list[tuple[float, Json]]
     movement: Movement | None
+    dial: Json = field(default_factory=dict)
+    """Positions of the dial, and the chosen one."""
 
     @property
     def copies(self) -> dict[int, int]:
@@ -172,8 +175,9 @@ def read_run(directory: Path) -> RunFiles:
     found = _read_record(run.layer_methods, MethodsShape)
     spearman, methods = found.get("spearman") or {}, found.get("methods") or {}
     methods = {name: method | {"spearman": spearman.get(name)} for name, method in methods.items()}
+    dial = _read_record(run.dial, ChoiceShape)
     return RunFiles(
-        text, settings, importance, places, methods, expansion, evaluation, summary, metrics, refreshes, movement
+        text, settings, importance, places, methods, expansion, evaluation, summary, metrics, refreshes, movement, dial
     )
 
 

@@ -140,6 +140,39 @@ class EvaluationShape(Shape):
     dial: list[DialShape] | None = None
 
 
+class ChangeShape(Shape):
+    loss: float | None = None
+    rise: float | None = None
+    limit: float | None = None
+
+
+class HalfShape(Shape):
+    general: dict[str, ChangeShape] = {}
+    domain: ChangeShape = ChangeShape()
+
+
+class TriedShape(Shape):
+    alphas: list[float] = Field(min_length=1)
+    keeps: bool | None = None
+    tried_as: str | None = None
+    validation: HalfShape = HalfShape()
+    test: HalfShape = HalfShape()
+
+
+class ChoiceShape(Shape):
+    """dial.json"""
+
+    kind: str | None = None
+    sources: list[Layer] = []
+    max_general_rise: float | None = None
+    confidence: float | None = None
+    positions: list[TriedShape] = []
+    chosen: list[float] | None = None
+    reason: str | None = None
+    promise: str | None = None
+    seconds: float | None = None
+
+
 class SummaryShape(Shape):
     """summary.json"""
 

@@ -40,6 +40,7 @@ from adept_ds.run.context import Context
 from adept_ds.run.copy_facts import effect_of, gradients_of, losses_of, overlaps_of, writes_of
 from adept_ds.run.identity import reading_settings
 from adept_ds.run.non_finite import naming_what_is_not_finite
+from adept_ds.run.prerequisites import trained_model
 from adept_ds.training.evaluation import EvalSet
 from adept_ds.units.registry import UnitRegistry, build_registry
 from adept_ds.units.unit_sums import GradientBatches
@@ -71,7 +72,7 @@ def diagnose_stage(run: Context, sequences: int | None = None) -> Diagnosis:
         name = run.settings.config.method.name
         run.terminal.stage("diagnose", f"method {name} makes no copies: only how its units moved is looked at")
     else:
-        adapted = run.ranks.on_main(lambda: ModelDirectory.read(run.run_dir.export))
+        adapted = run.ranks.on_main(lambda: ModelDirectory.read(trained_model(run.settings.config)))
         with naming_what_is_not_finite(run, adapted):
             passes = _sweep(run, adapted, expansion, sequences)
             gradients = _gradients(run, adapted, expansion, sequences)
@@ -118,7 +119,7 @@ def _from_files(run: Context, expansion: Expansion | None) -> _FromFiles:
 
 def _digest_of_inputs(run: Context, sequences: int | None) -> str:
     config, run_dir = run.settings.config, run.run_dir
-    adapted = run.identity.model(ModelDirectory.read(run_dir.export)) if _makes_copies(run) else None
+    adapted = run.identity.model(ModelDirectory.read(trained_model(config))) if _makes_copies(run) else None
     corpora = {"data.general_eval": config.data.general_eval, "data.domain_eval": config.data.domain_eval}
     files = [run_dir.evaluation, run_dir.document_losses, run_dir.unit_importance, run_dir.unit_movement]
     files += [run_dir.layer_importance]
@@ -149,11 +150,11 @@ def _unchanged(run_dir: RunDirectory, made_of: str) -> Diagnosis | None:
 
 
 def _makes_copies(run: Context) -> bool:
-    return method_of(run.settings.config).starts_from == "expanded"
+    return method_of(run.settings.config).makes_copies
 
 
 def _expansion(run: Context) -> Expansion | None:
-    return Expansion.read(run.run_dir.export) if _makes_copies(run) else None
+    return Expansion.read(trained_model(run.settings.config)) if _makes_copies(run) else None
 
 
 def _sample(held_out: EvalSet, sequences: int | None) -> Sample:

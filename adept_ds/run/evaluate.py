@@ -50,17 +50,30 @@ def eval_stage(run: Context) -> dict[str, Any]:
 
 def _losses(run: Context, adapted: ModelDirectory) -> Evaluation:
     files = run.run_dir
-    base_stage = Stage(
-        "eval_base",
-        files.base_evaluation,
-        lambda: {"model": run.identity.model(run.settings.model), **_texts(run)},
-        also=(files.base_document_losses,),
-    )
+    evaluate_base(run)
     stage = Stage("eval", files.evaluation, lambda: _inputs(run, adapted), also=(files.document_losses,))
-    run.ledger.once(base_stage, lambda: _evaluate_base(run))
     if not run.ledger.once(stage, lambda: _evaluate_adapted(run, adapted)):
         run.unchanged("eval")
     return run.ranks.on_main(lambda: Evaluation.load(files.evaluation))
+
+
+def evaluate_base(run: Context) -> None:
+    """Unless it was, on these texts."""
+    files = run.run_dir
+    stage = Stage(
+        "eval_base",
+        files.base_evaluation,
+        lambda: {"model": run.identity.model(run.settings.model), **held_out_texts(run)},
+        also=(files.base_document_losses,),
+    )
+    run.ledger.once(stage, lambda: _evaluate_base(run))
+
+
+def base_losses(run: Context) -> DocumentLosses:
+    """Of the base, by document, on every rank; evaluated, unless they are known."""
+    evaluate_base(run)
+    held_out = run.corpora.held_out_documents
+    return run.ranks.on_main(lambda: _read_losses(run.run_dir.base_document_losses, held_out, "base"))
 
 
 @dataclass(frozen=True)
@@ -131,10 +144,10 @@ def _inputs(run: Context, adapted: ModelDirectory) -> dict[str, Any]:
     config = run.settings.config
     models = [run.identity.model(model) for model in (run.settings.model, adapted)]
     dial = [method_of(config).dial, config.eval.dial] if config.eval.dial else []
-    return {"models": models, "dial": dial, **_texts(run)}
+    return {"models": models, "dial": dial, **held_out_texts(run)}
 
 
-def _texts(run: Context) -> dict[str, Any]:
+def held_out_texts(run: Context) -> dict[str, Any]:
     """What models are evaluated on, and how."""
     data = run.settings.config.data
     corpora = {"data.general_eval": data.general_eval, "data.domain_eval": data.domain_eval}

@@ -1,13 +1,19 @@
-"""The adapted model as a Hugging Face directory (export/)."""
+"""The adapted model as a Hugging Face directory.
+
+Stages of the ledger:
+    trained    trained/: as it was trained, where it may be turned down
+    export     export/: as it was trained, or at a position of the dial, which is made of trained/
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from adept_ds.base.dial_record import label_of
 from adept_ds.base.errors import InputError
 from adept_ds.base.outputs import check_output
 from adept_ds.base.progress import ProgressCallback
@@ -25,36 +31,88 @@ from adept_ds.weights.expansion import Expansion
 from adept_ds.weights.export import export_checkpoint, tag_of
 from adept_ds.weights.fingerprints import fingerprint_of, hash_tensors
 from adept_ds.weights.hf_directory import stored_tensors
+from adept_ds.weights.turning import check_count, write_turned
 
 
-def export_stage(run: Context, step: int | None = None) -> None:
-    """Write the adapted model, from the newest checkpoint or from `step`."""
-    run_dir, dtype = run.run_dir, run.settings.config.export.dtype
-    chosen = run.ranks.on_main(lambda: exported_step(run.settings.config, step))
-    checkpoint, trained, start = run_dir.checkpoints / checkpoint_tag(chosen), 0, start_directory(run)
+def export_stage(run: Context, step: int | None = None, alphas: Sequence[float] | None = None) -> None:
+    """Write the adapted model, from the newest checkpoint or from `step`.
 
-    def fingerprint() -> str:
-        expands = start == run_dir.expanded
-        return Expansion.read(start).fingerprint if expands else run.identity.weights(run.settings.model)
+    Args:
+        alphas: at this position of the dial; None: as it was trained. With a section `dial` that is `trained`, until
+            a position is chosen (see `run.dial`).
+    """
+    if alphas is not None:
+        run.ranks.on_main(lambda: _check_positions(run, alphas))
+        export_trained(run, step)
+        export_turned(run, alphas, step)
+    elif run.settings.config.dial is not None:
+        export_trained(run, step)
+        run.terminal.stage("export", "not turned yet: `adept dial CONFIG` chooses a position, and exports that")
+    else:
+        _as_trained(run, "export", run.run_dir.export, step)
+
+
+def export_trained(run: Context, step: int | None = None) -> None:
+    """Write `trained`, that the dial turns. What was chosen for another one goes."""
+    _as_trained(run, "trained", run.run_dir.trained, step, stale=run.run_dir.dial)
+
+
+def export_turned(run: Context, alphas: Sequence[float], step: int | None = None) -> None:
+    """Write `export`: what is in `trained`, at a position of the dial."""
+    run_dir, base = run.run_dir, run.settings.model.path
+    makes_copies = run.settings.config.method.makes_copies
 
     def inputs() -> dict[str, Any]:
-        manifest = check_whole(checkpoint)
-        check_same_start(manifest, fingerprint(), checkpoint)
-        return {"checkpoint": manifest.to_json(), "dtype": dtype}
+        checkpoint = run_dir.checkpoints / checkpoint_tag(exported_step(run.settings.config, step))
+        return _made_of(run, checkpoint) | {"alphas": list(alphas)}
+
+    def write() -> None:
+        keep_aside(run, run_dir.export, "export")
+        with run.progress.on_main("turning") as bar:
+            write_turned(run_dir.trained, run_dir.export, alphas, None if makes_copies else base, bar, overwrite=True)
+
+    if run.ledger.once(Stage("export", run_dir.export, inputs), lambda: run.ranks.on_main(write)):
+        run.terminal.stage("export", f"at alpha {label_of(tuple(alphas))} in {run_dir.export}")
+    else:
+        run.unchanged("export")
+
+
+def _check_positions(run: Context, alphas: Sequence[float]) -> None:
+    """Raises `InputError`: there are not so many copies."""
+    expanded = run.run_dir.expanded
+    check_count(alphas, len(Expansion.read(expanded).copies) if start_directory(run) == expanded else None)
+
+
+def _as_trained(run: Context, name: str, destination: Path, step: int | None, stale: Path | None = None) -> None:
+    dtype, start = run.settings.config.export.dtype, start_directory(run)
+    chosen = run.ranks.on_main(lambda: exported_step(run.settings.config, step))
+    checkpoint, trained = run.run_dir.checkpoints / checkpoint_tag(chosen), 0
 
     def write() -> int:
-        keep_aside(run, run_dir.export, "export")
+        if stale is not None:
+            stale.unlink(missing_ok=True)
+        keep_aside(run, destination, "export")
         with run.progress.on_main("exporting") as bar:
-            return _export(start, checkpoint, run_dir.export, dtype, bar, overwrite=True)
+            return _export(start, checkpoint, destination, dtype, bar, overwrite=True)
 
     def make() -> None:
         nonlocal trained
         trained = run.ranks.on_main(write)
 
-    if run.ledger.once(Stage("export", run_dir.export, inputs), make):
-        run.terminal.stage("export", f"{trained} trained tensors of step {chosen} in {run_dir.export}")
+    if run.ledger.once(Stage(name, destination, lambda: _made_of(run, checkpoint)), make):
+        run.terminal.stage("export", f"{trained} trained tensors of step {chosen} in {destination}")
     else:
         run.unchanged("export")
+
+
+def _made_of(run: Context, checkpoint: Path) -> dict[str, Any]:
+    """What decides what is exported as it was trained. Raises `InputError`: the checkpoint is none of this run."""
+    start = start_directory(run)
+    expands = start == run.run_dir.expanded
+    fingerprint = Expansion.read(start).fingerprint if expands else run.identity.weights(run.settings.model)
+    manifest = check_whole(checkpoint)
+    check_same_start(manifest, fingerprint, checkpoint)
+    return {"checkpoint": manifest.to_json(), "dtype": run.settings.config.export.dtype}
 
 
 def export_learned(

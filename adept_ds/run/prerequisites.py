@@ -5,6 +5,8 @@ Imports neither torch nor DeepSpeed.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from adept_ds.base.errors import InputError
 from adept_ds.base.run_dir import EXPANSION_NAME, RunDirectory, checkpoint_steps
 from adept_ds.config.decaying import OPTION
@@ -25,17 +27,18 @@ def check_ready(config: Config, purpose: Purpose, step: int | None = None) -> No
         InputError: they are not; the message names the command that makes them.
     """
     run = RunDirectory(config.run_dir)
-    expands = method_of(config).starts_from == "expanded"
+    expands = method_of(config).makes_copies
     if purpose == "expand":
         check_expands(config)
     if purpose == "expand" or (purpose == "train" and not expands):
         check_probed(config)
     if purpose == "train" and expands and not run.expansion.is_file():
         raise InputError(f"train: '{run.expansion}' does not exist; run `adept expand CONFIG` first")
-    if purpose == "export":
+    if purpose in ("export", "dial"):
         exported_step(config, step)
     if purpose == "eval" and not (run.export / "config.json").is_file():
-        raise InputError(f"eval: '{run.export}' holds no model; run `adept export CONFIG` first")
+        makes = "export" if config.dial is None else "dial"
+        raise InputError(f"eval: '{run.export}' holds no model; run `adept {makes} CONFIG` first")
 
 
 def check_diagnosable(config: Config) -> None:
@@ -43,13 +46,20 @@ def check_diagnosable(config: Config) -> None:
     run = RunDirectory(config.run_dir)
     if not run.unit_movement.is_file():
         raise InputError(f"diagnose: '{run.unit_movement}' does not exist; run `adept run CONFIG` first")
-    if method_of(config).starts_from == "expanded" and not (run.export / EXPANSION_NAME).is_file():
-        raise InputError(f"diagnose: '{run.export}' holds no adapted model; run `adept export CONFIG` first")
+    model = trained_model(config)
+    if method_of(config).makes_copies and not (model / EXPANSION_NAME).is_file():
+        raise InputError(f"diagnose: '{model}' holds no adapted model; run `adept export CONFIG` first")
+
+
+def trained_model(config: Config) -> Path:
+    """The adapted model as it was trained, whatever the dial makes of it."""
+    run = RunDirectory(config.run_dir)
+    return run.export if config.dial is None else run.trained
 
 
 def check_expands(config: Config) -> None:
     """Raises `InputError`: the method makes no copies."""
-    if method_of(config).starts_from != "expanded":
+    if not method_of(config).makes_copies:
         raise InputError(
             f"method: {config.method.name} trains the model in place and expands nothing; run `adept train CONFIG`"
         )

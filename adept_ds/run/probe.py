@@ -75,7 +75,7 @@ def _probe(run: Context) -> Probe:
     sample = run.corpora.general.sample(config.probe.sequences, config.probe.seed)
 
     def cost(layers: Sequence[int]) -> float:
-        size, copied = model_size(run.settings.model), method_of(config).starts_from == "expanded"
+        size, copied = model_size(run.settings.model), method_of(config).makes_copies
         passed, head, seq_len = size.layer_passed, size.head_passed, config.data.seq_len
         return planned_step_flops(passed, layers, size.hidden_size, head, seq_len, copied=copied).total
 

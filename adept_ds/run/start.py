@@ -27,7 +27,7 @@ def find_start(run: Context) -> FoundStart:
         InputError: what it is made from, or the probe that chooses layers, is not there.
     """
     base = run.settings.model
-    if method_of(run.settings.config).starts_from == "expanded":
+    if method_of(run.settings.config).makes_copies:
         expansion = current_expansion(run)
         model = run.ranks.on_main(lambda: ModelDirectory.read(run.run_dir.expanded))
         start = Start(model, tuple(expansion.copy_indices), base, tuple(expansion.source_indices))
@@ -44,5 +44,5 @@ def _layers_in_place(run: Context) -> tuple[int, ...]:
 
 def start_directory(run: Context) -> Path:
     """Where it lies."""
-    expands = method_of(run.settings.config).starts_from == "expanded"
+    expands = method_of(run.settings.config).makes_copies
     return run.run_dir.expanded if expands else run.settings.model.path

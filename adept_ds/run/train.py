@@ -104,7 +104,7 @@ def check_can_go_on(run: Context) -> None:
             return
         config, fingerprint, layers = run.settings.config, newest.fingerprint, None
         known = None if config.needs_probe or not config.method.chooses_layers else selected_layers(run)
-        if method_of(config).starts_from == "expanded":
+        if method_of(config).makes_copies:
             check_same_model(run, known)  # the expansion's fingerprint: when it is there
         else:
             fingerprint, layers = run.identity.weights(run.settings.model), known
@@ -249,7 +249,7 @@ def _train(
         "precision": str(run.precision).removeprefix("torch."),
         "adept_ds": __version__,
     }
-    if method.starts_from == "expanded":
+    if method.makes_copies:
         facts |= {"writer_lr_ratio": config.train.writer_lr_ratio, "copy_dropout": config.train.copy_dropout}
     ranks.on_main(lambda: _begin_summary(run_dir, facts, None if first_step else preparation_seconds))
     try:
@@ -270,7 +270,7 @@ def _lr_ratios(config: Config, start: Start, shapes: Mapping[str, Any]) -> dict[
 
 def _copy_dropout(engine: Engine, config: Config, start: Start) -> CopyDropout:
     train, layers = config.train, start.model.family.layer_modules(engine.module)
-    copies = start.layers if config.method.starts_from == "expanded" else ()
+    copies = start.layers if config.method.makes_copies else ()
     return CopyDropout(engine, {copy: layers[copy] for copy in copies}, train.copy_dropout, train.seed)
 
 

@@ -72,6 +72,19 @@ class Expansion(Record):
     """In the order in which they were applied: of two copies of one layer, the first one's is the lower."""
     base_fingerprint: str | None = None
     """Of the base's tensors, under the names that they have there."""
+    alphas: tuple[float, ...] | None = None
+    """How far each copy is turned up; None: as it was trained."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Without positions where nothing was turned."""
+        tree = super().to_json()
+        return tree if self.alphas is not None else {key: of for key, of in tree.items() if key != "alphas"}
+
+    def turned(self, alphas: Sequence[float]) -> Expansion:
+        """With each copy turned to a position, 0 to 1, from where it stands."""
+        before = self.alphas or (1.0,) * len(self.copies)
+        after = tuple(old * new for old, new in zip(before, alphas, strict=True))
+        return self.model_copy(update={"alphas": None if all(alpha == 1 for alpha in after) else after})
 
     @classmethod
     def read(cls, directory: Path) -> Expansion:

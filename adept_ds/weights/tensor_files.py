@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import itertools
 import json
 import os
 import struct
@@ -17,6 +18,9 @@ from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
 from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
 
 from adept_ds.base.errors import InputError
 from adept_ds.models.safetensors_header import TensorEntry, read_entries
@@ -52,12 +56,12 @@ class StoredTensor:
     """As the format calls it: 'F32', 'BF16'."""
     shape: tuple[int, ...]
 
-    def chunks(self) -> Iterator[memoryview]:
-        """Its bytes; a chunk is valid until the next one."""
-        buffer = memoryview(bytearray(min(_CHUNK, self.num_bytes)))
+    def chunks(self, size: int = _CHUNK) -> Iterator[memoryview]:
+        """Its bytes, so many at a time; a chunk is valid until the next one."""
+        buffer = memoryview(bytearray(min(size, self.num_bytes)))
         with self.file.open("rb", buffering=0) as file:
             file.seek(self.start)
-            for start in range(0, self.num_bytes, _CHUNK):
+            for start in range(0, self.num_bytes, size):
                 chunk = buffer[: self.num_bytes - start]
                 if file.readinto(chunk) != len(chunk):
                     raise self._too_short()
@@ -133,8 +137,97 @@ class ConstantTensor:
         return struct.pack(_FLOAT_FORMATS[self.dtype], self.value)
 
 
-TensorContent = StoredTensor | ConstantTensor
+@dataclass(frozen=True)
+class TurnedTensor:
+    """Between two tensors: origin + alpha (trained - origin), in fp32, rounded once to the dtype of `trained`.
+
+    As `zero.dialled.Dial` sets weights, without a model. Made by `turned_tensor`.
+    """
+
+    trained: StoredTensor
+    origin: StoredTensor | float
+    """Of the same shape, in any of the dtypes; or its one value."""
+    alpha: float
+
+    @property
+    def num_bytes(self) -> int:
+        return self.trained.num_bytes
+
+    @property
+    def dtype(self) -> str:
+        return self.trained.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.trained.shape
+
+    def chunks(self) -> Iterator[memoryview]:
+        for trained, origin in zip(_values(self.trained), self._origin(), strict=False):
+            yield memoryview(_encoded(origin + np.float32(self.alpha) * (trained - origin), self.dtype))
+
+    def copy_to(self, target: FileIO) -> Iterator[int]:
+        yield from map(target.write, self.chunks())
+
+    def _origin(self) -> Iterator[NDArray[np.float32] | np.float32]:
+        if isinstance(self.origin, StoredTensor):
+            return _values(self.origin)
+        return itertools.repeat(np.float32(self.origin))
+
+
+TensorContent = StoredTensor | ConstantTensor | TurnedTensor
 """What a tensor of a new file consists of."""
+
+
+def turned_tensor(trained: StoredTensor, origin: StoredTensor | float, alpha: float) -> TensorContent:
+    """A tensor as far from its origin as `alpha` says: at 1 `trained` itself, at 0 the origin, bit for bit.
+
+    Numbers that are none of a model's weights, such as integers, stay as they are.
+
+    Raises:
+        InputError: both are not of one shape, or floating-point numbers of a kind that cannot be computed with.
+    """
+    if isinstance(origin, StoredTensor) and origin.shape != trained.shape:
+        raise InputError(
+            f"'{trained.file}' holds a tensor of shape {trained.shape}, its base {origin.shape}; give its own base"
+        )
+    if alpha == 1 or not trained.dtype.startswith(("F", "BF")):
+        return trained
+    if alpha == 0 and not isinstance(origin, StoredTensor):
+        return ConstantTensor(trained, origin)
+    if alpha == 0 and isinstance(origin, StoredTensor) and origin.dtype == trained.dtype:
+        return origin
+    for tensor in (trained, origin):
+        if isinstance(tensor, StoredTensor) and tensor.dtype not in _FLOAT_FORMATS:
+            raise InputError(
+                f"'{tensor.file}' holds weights in {tensor.dtype}, which cannot be turned down; convert the model to "
+                f"one of {', '.join(_FLOAT_FORMATS)}"
+            )
+    return TurnedTensor(trained, origin, alpha)
+
+
+_TURNED_ELEMENTS = _CHUNK // 8
+"""Computed with at once: as many of both tensors, whatever their dtypes."""
+
+
+_ITEM_BYTES = {dtype: struct.calcsize(form) for dtype, form in _FLOAT_FORMATS.items()} | {"BF16": 2}
+
+
+def _values(tensor: StoredTensor) -> Iterator[NDArray[np.float32]]:
+    """Its elements in fp32, so many at a time."""
+    for chunk in tensor.chunks(_TURNED_ELEMENTS * _ITEM_BYTES[tensor.dtype]):
+        if tensor.dtype == "BF16":  # the upper half of a float32
+            yield (np.frombuffer(chunk, "<u2").astype(np.uint32) << 16).view(np.float32)
+        else:
+            yield np.frombuffer(chunk, _FLOAT_FORMATS[tensor.dtype]).astype(np.float32)
+
+
+def _encoded(values: NDArray[np.float32], dtype: str) -> bytes:
+    """Rounded to nearest, ties to even, as torch rounds."""
+    if dtype != "BF16":
+        return values.astype(_FLOAT_FORMATS[dtype]).tobytes()
+    bits = values.view(np.uint32)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    return np.where(np.isnan(values), 0x7FC0, rounded).astype("<u2").tobytes()
 
 
 C = TypeVar("C", bound=TensorContent)

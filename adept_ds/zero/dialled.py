@@ -11,7 +11,7 @@ Written against DeepSpeed 0.19.8 (runtime/zero/partition_parameters.py): under Z
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -40,11 +40,21 @@ class Dial:
         self._parameters = {name: parameters[name] for name in names}
         self._origin, self._trained = origin, trained
 
-    def turn(self, alpha: float) -> None:
-        """Set all weights; every rank has to call it. `alpha` is from 0 to 1."""
+    @property
+    def names(self) -> list[str]:
+        """Of the parameters that it moves."""
+        return list(self._parameters)
+
+    def turn(self, alpha: float | Mapping[str, float]) -> None:
+        """Set all weights; every rank has to call it.
+
+        Args:
+            alpha: from 0 to 1, the same for all parameters, or for each by its name.
+        """
         for name, parameter in self._parameters.items():
+            here = alpha[name] if isinstance(alpha, Mapping) else alpha
             for elements, start in held_elements(parameter):
-                elements.copy_(self._values(name, start, start + elements.numel(), alpha))
+                elements.copy_(self._values(name, start, start + elements.numel(), here))
 
     def _values(self, name: str, start: int, stop: int, alpha: float) -> torch.Tensor:
         """[stop - start] fp32."""

@@ -28,7 +28,8 @@ TAKES = {
         *("CONFIG|MODEL", "[KEY=VALUE]...", "--tasks", "--lm-eval", "--json"),
         *("--text", "--seq-len", "--work-dir"),
     ],
-    "export": ["CONFIG|CHECKPOINT", "[OUT | KEY=VALUE]...", "--step", "--base", "--dtype", "--overwrite"],
+    "export": ["CONFIG|CHECKPOINT", "[OUT | KEY=VALUE]...", "--step", "--base", "--dtype", "--alpha", "--overwrite"],
+    "dial": ["CONFIG|RUN", "[KEY=VALUE]...", "--keep-general", "--json"],
     "report": ["CONFIG|RUN_DIR", "[KEY=VALUE]..."],
     "diagnose": ["CONFIG|RUN", "[KEY=VALUE]...", "--sequences", "--json"],
     "compare": [
@@ -39,7 +40,7 @@ TAKES = {
     "version": [],
     "delta": [],
     "delta pack": ["RUN|ADAPTED", "OUT", "--name", "--only", "--base", "--overwrite", "--json"],
-    "delta apply": ["BASE", "PACKAGE...", "OUT", "--overwrite", "--json"],
+    "delta apply": ["BASE", "PACKAGE...", "OUT", "--alpha", "--overwrite", "--json"],
     "delta strip": ["ADAPTED", "OUT", "--overwrite", "--json"],
 }
 """Of each command, what its help must show."""

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from adept_ds.comparison import bootstrap
+from adept_ds.base import resampling
 from adept_ds.comparison.bootstrap import Stratum, interval, resampled_losses, resampled_mean
 
 Array = NDArray[np.float64]
@@ -60,7 +60,7 @@ def test_two_models_are_compared_on_the_same_draws() -> None:
 def test_draws_do_not_depend_on_how_much_is_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     parts = strata(2)
     whole = resampled_losses(parts, samples=300)
-    monkeypatch.setattr(bootstrap, "_CHUNK_BYTES", 8 * 9 * 7)
+    monkeypatch.setattr(resampling, "_CHUNK_BYTES", 8 * 9 * 7)
     assert resampled_losses(parts, samples=300) == pytest.approx(whole, rel=1e-12)  # matrix products round
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from harness.dial_worker import MAX_TOKENS, POSITIONS, SEQ_LEN, SOURCES
+from harness.dial_worker import EACH, MAX_TOKENS, POSITIONS, SEQ_LEN, SOURCES
 from harness.launching import launch
 from harness.models import save_byte_tokenizer, save_tiny_model
 from harness.packing import write_texts
@@ -24,6 +24,7 @@ from harness.plain_evaluation import document_sums
 from safetensors.torch import load_file, save_file
 
 from adept_ds.weights.expansion import expand_checkpoint
+from adept_ds.weights.turning import write_turned
 
 MODELS = ("llama", "gemma2", "qwen3_moe", "gpt2")
 """A tied head; norms that write to the residual stream, silent at -1; experts that files hold apart; biases."""
@@ -80,6 +81,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             adapted = shutil.copytree(origin, folder / model / kind)
             move(adapted, layers)
             halfway(origin, adapted, folder / model / f"half_{kind}", only)
+        write_turned(folder / model / "copies", folder / model / "each", EACH)
     return folder
 
 
@@ -137,3 +139,28 @@ def test_at_its_ends_the_dial_gives_base_and_adapted_model_bit_for_bit(
         assert np.array_equal(of[1.0][source], of["adapted"][source])
         assert np.array_equal(of[0.0][source], of["base"][source])
         assert not np.array_equal(of[0.25][source], of[0.5][source])
+
+
+COPIES = [(ranks, cell) for ranks, cell in EVERY if "/copies/" in cell]
+
+
+@pytest.mark.parametrize(("ranks", "cell"), COPIES)
+def test_copies_at_positions_of_their_own_are_the_model_that_is_written_so(
+    found: dict[int, dict[str, Any]], folder: Path, ranks: int, cell: str
+) -> None:
+    """Which `tests/weights/test_turning.py` compares with torch, tensor by tensor."""
+    assert_same(found[ranks][cell]["each"], expected(folder / cell.split("/")[0] / "each", folder / "tokenizer"))
+
+
+@pytest.mark.parametrize(("ranks", "cell"), COPIES)
+def test_what_lies_below_the_lowest_copy_is_computed_once_and_losses_are_the_same_bit_for_bit(
+    found: dict[int, dict[str, Any]], ranks: int, cell: str
+) -> None:
+    """At two positions; where all passes are kept, and where the last is not. Layer 0 is below, of copies 1 and 4."""
+    of = found[ranks][cell]
+    for left_out in (0, 1):
+        for source in SOURCES:
+            assert np.array_equal(of[f"first/{left_out}"][source], of[0.5][source])
+            assert np.array_equal(of[f"each_again/{left_out}"][source], of["each"][source])
+        calls, passes = of[f"calls/{left_out}"]
+        assert calls == (0 if cell.startswith("gpt2") else passes + left_out)

@@ -15,11 +15,12 @@ import numpy as np
 import torch
 from harness.packing import tokenised
 
-from adept_ds.data.document_rows import DocumentRows
-from adept_ds.evaluation.dials import Kind, dial_of
+from adept_ds.data.document_rows import DocumentRows, JoinedRows
+from adept_ds.evaluation.dials import Kind, alphas_by_parameter, dial_of
 from adept_ds.evaluation.held_out import SourceName, document_losses
-from adept_ds.evaluation.row_losses import Evaluator
+from adept_ds.evaluation.row_losses import Evaluator, token_batches
 from adept_ds.models.directory import ModelDirectory
+from adept_ds.models.frozen_prefix import FrozenPrefix
 from adept_ds.ranks.collectives import Ranks
 from adept_ds.ranks.groups import join
 from adept_ds.ranks.launchers import rank_from_environment
@@ -31,6 +32,8 @@ SEQ_LEN, MAX_TOKENS, BATCH_TOKENS = 24, 150, 40
 SOURCES = (SourceName("general", "one"), SourceName("general", "two"), SourceName("domain", "one"))
 POSITIONS = (0.5, 0.0, 0.25, 1.0)
 """In this order: each has to be right whatever was set before."""
+EACH = (1.0, 0.25)
+"""Of two copies."""
 ZERO: dict[str, dict[str, Any]] = {
     "zero2": {"stage": 2},
     "zero3": {"stage": 3},  # small parameters stay gathered
@@ -67,9 +70,39 @@ def evaluated(settings: EngineSettings, folder: Path, model: str, kind: Kind) ->
             for alpha in POSITIONS:
                 dial.turn(alpha)
                 found[alpha] = dict(document_losses(evaluator, documents))
+            if kind == "copies":
+                found |= by_copies(evaluator, adapted, dial, documents)
+                dial.turn(1.0)
             restored = [elements for p in module.parameters() for elements, _ in held_elements(p)]
             found["bits"] = all(map(torch.equal, trained, restored))
         release(engine)
+    return found
+
+
+def by_copies(evaluator: Evaluator, adapted: ModelDirectory, dial: Any, documents: Any) -> dict[str | float, Any]:
+    """Each copy at a position of its own; and with what lies below the lowest copy computed once, for some passes or
+    for all. `calls`: how often the attention of the lowest layer was."""
+    module: Any = getattr(evaluator.model, "module", evaluator.model)
+    layers: Any = adapted.family.layer_modules(module)
+    rows = JoinedRows(tuple(documents.values()))
+    passes = -(-len(token_batches(rows.lengths, BATCH_TOKENS)) // evaluator.ranks.world_size)
+    found: dict[str | float, Any] = {}
+    dial.turn(alphas_by_parameter(dial, adapted, EACH))
+    found["each"] = dict(document_losses(evaluator, documents))
+    for kept in (passes - 1, passes):
+        prefix, calls = FrozenPrefix(layers, 1, kept), 0
+
+        def count(*_: Any) -> None:
+            nonlocal calls
+            calls += 1
+
+        for alphas, name in (((0.5, 0.5), "first"), (EACH, "each_again")):
+            dial.turn(alphas_by_parameter(dial, adapted, alphas))
+            hook = layers[0].self_attn.register_forward_hook(count) if hasattr(layers[0], "self_attn") else None
+            found[f"{name}/{passes - kept}"] = dict(document_losses(evaluator, documents, prefix=prefix))
+            if hook is not None:
+                hook.remove()
+        found[f"calls/{passes - kept}"] = (calls, passes)
     return found
 
 
