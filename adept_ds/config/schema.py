@@ -11,6 +11,7 @@ from typing import Any
 
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
+from adept_ds.config.anchor_section import AnchorSection
 from adept_ds.config.data_section import DataSection
 from adept_ds.config.eval_section import EvalSection
 from adept_ds.config.known_methods import DEFAULT_METHOD, AnyMethod, known_methods, with_presets
@@ -43,6 +44,7 @@ class Config(Section):
     train: TrainSection = TrainSection()
     export: ExportSection = ExportSection()
     eval: EvalSection = EvalSection()
+    anchor: AnchorSection | None = Field(None, description="keeps outputs on general text; see docs/anchors.md")
 
     @model_validator(mode="before")
     @classmethod
@@ -52,7 +54,8 @@ class Config(Section):
     @model_validator(mode="after")
     def _every_section_has_an_effect(self) -> Config:
         for section in without_effect(self.method):
-            given = getattr(self, section).model_fields_set - set(self.method.presets.get(section, ()))
+            keys = getattr(self, section)
+            given = keys.model_fields_set - set(self.method.presets.get(section, ())) if keys else ()
             if given:
                 raise ValueError(
                     f"{section}.{min(given)}: has no effect with method: {self.method.name}; remove it, or choose a "
@@ -65,7 +68,8 @@ class Config(Section):
     def _what_has_an_effect(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """As in `LrPolicySection`."""
         tree: dict[str, Any] = serialize(self)
-        return {key: value for key, value in tree.items() if key not in without_effect(self.method)}
+        unused = without_effect(self.method) | (set() if self.anchor else {"anchor"})
+        return {key: value for key, value in tree.items() if key not in unused}
 
     @property
     def needs_probe(self) -> bool:
@@ -79,13 +83,22 @@ class Config(Section):
 
     @property
     def reads_general_text(self) -> bool:
-        """Whether training estimates something on `probe.corpus`."""
-        return self.method.needs_general_text or (self.refreshes and self.importance.source == "corpus")
+        """Whether training estimates something on `probe.corpus`, or is anchored to it."""
+        estimates = self.method.needs_general_text or (self.refreshes and self.importance.source == "corpus")
+        return estimates or (self.anchor is not None and self.anchor.reads_probe_corpus)
 
     @property
     def replayed(self) -> int:
         """Sequences of each training batch that come from `data.replay`."""
         return round(self.data.replay_share * self.train.global_batch_size) if self.data.replay else 0
+
+    @property
+    def anchored(self) -> int:
+        """Anchor sequences of each step, over all ranks: `anchor.share` of the domain's, to the nearest whole number
+        (a half to the even one), and one at least."""
+        if self.anchor is None:
+            return 0
+        return max(1, round(self.anchor.share * (self.train.global_batch_size - self.replayed)))
 
     @model_validator(mode="after")
     def _replay_has_text(self) -> Config:
@@ -107,6 +120,11 @@ class Config(Section):
             raise ValueError(
                 f"importance.sequences: {count} leaves none for some of the {sources} sources of probe.corpus: "
                 f"raise it to at least {sources}"
+            )
+        if self.anchor and self.anchor.reads_probe_corpus and sources > self.anchor.sequences:
+            raise ValueError(
+                f"anchor.sequences: {self.anchor.sequences} leaves none for some of the {sources} sources of "
+                f"probe.corpus: raise it to at least {sources}"
             )
         return self
 

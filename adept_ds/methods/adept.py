@@ -23,7 +23,7 @@ class Adept(Method):
     name: Literal["adept"] = "adept"
 
     starts_from = "expanded"
-    sections = frozenset({"expand", "importance", "lr_policy"})
+    sections = frozenset({"expand", "importance", "lr_policy", "anchor"})
     presets: ClassVar = {}
 
     def prepare(self, preparation: Preparation) -> list[float] | None:

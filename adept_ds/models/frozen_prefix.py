@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -40,17 +40,18 @@ class FrozenPrefix:
                 self._entering[batch] = hidden.detach().cpu()
             return forward(hidden if saved is None else saved.to(hidden.device), *args, **kwargs)
 
-        replaced = {self._lowest: enter} | ({} if saved is None else dict.fromkeys(self._below, _pass_through))
-        with _forwards(replaced):
+        replaced = {self._lowest: enter} | ({} if saved is None else dict.fromkeys(self._below, pass_through))
+        with replaced_forwards(replaced):
             yield
 
 
-def _pass_through(hidden: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+def pass_through(hidden: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+    """The `forward` of a layer that the residual stream passes around."""
     return hidden
 
 
 @contextmanager
-def _forwards(replaced: dict[torch.nn.Module, Any]) -> Iterator[None]:
+def replaced_forwards(replaced: Mapping[torch.nn.Module, Any]) -> Iterator[None]:
     """Give module instances another `forward` for a while; DeepSpeed's hooks stay around their calls."""
     before = {module: module.__dict__.get("forward") for module in replaced}
     for module, forward in replaced.items():

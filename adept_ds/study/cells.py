@@ -32,6 +32,7 @@ _HOW: dict[str, Any] = {
     "dist_timeout_minutes": True,
     "data": {"workers"},
     "train": {"checkpoint_every", "keep_checkpoints", "keep_gathered_gib", "activation_checkpointing"},
+    "anchor": {"cache_mib"},
 }
 """Keys that say how a run is done, but not what comes out."""
 
@@ -159,6 +160,8 @@ def inputs_of(config: Config, identity: Identity) -> dict[str, Any]:
             tree["probe"]["stability"] = identity.corpus("probe.stability.corpus", probe.stability.corpus)
     else:
         tree["probe"] = {"seed": probe.seed}  # expand.choose: random goes by it
+    if config.anchor:
+        tree["anchor"]["corpus"] = identity.corpus("anchor.corpus", config.anchor.corpus)
     tree["eval"]["tasks"] = [_tree_digest(identity, folder) for folder in config.eval.tasks]
     return tree
 
