@@ -55,8 +55,9 @@ def make_anchor(run: Context, engine: Engine, start: Start) -> Anchor | None:
 def _text(run: Context, section: AnchorSection) -> AnchorText:
     config, ranks = run.settings.config, run.ranks
     if section.text == "sampled":
-        file, again = run.run_dir.anchor_text, "move it away, and the base writes it again"
-        blocks = Blocks.of_rows(ranks.on_each(lambda: load_file(file)[_TOKENS].numpy(), again))
+        file = run.run_dir.anchor_text
+        remedy = f"move '{file}' away, and the base writes it again"
+        blocks = Blocks.of_rows(ranks.on_each(lambda: load_file(file)[_TOKENS].numpy(), remedy))
         indices = tuple(range(len(blocks)))
     else:
         sample = run.corpora.anchor.sample(section.sequences, config.probe.seed)

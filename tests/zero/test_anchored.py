@@ -36,7 +36,8 @@ def test_how_passes_are_done_changes_no_bit(found: dict[str, Any], kind: str, ho
 @pytest.mark.parametrize("kind", ["kl", "neutral"])
 def test_what_the_base_computes_is_computed_once(found: dict[str, Any], kind: str) -> None:
     """Three sequences a step, one by one on two ranks, which see five of them, and nothing, once at first: six passes
-    at most. An anchored pass begins above the lowest layer. (Seven sequences are probed, in batches of five and two.)"""
+    at most. An anchored pass begins above the lowest layer. Seven sequences are probed, in batches of five and two.
+    """
     assert DOMAIN_PASSES < found[f"{kind} kept"]["runs"] <= DOMAIN_PASSES + 6
     assert found[f"{kind} kept"]["runs"] < found[f"{kind} kept in part"]["runs"]
     assert found[f"{kind} not kept"]["runs"] == DOMAIN_PASSES + STEPS * 2 + 3 + 1
