@@ -48,6 +48,7 @@ def _without_record(coordinator: Any) -> Any:
         other = copy.copy(coordinator)
         if not other.is_invalid_trace():
             other._invalidate_trace()
+        other._clear_trace_structures()  # new ones, also where both are empty
         return other
     except AttributeError as error:
         raise LayoutError(layout_complaint(str(error))) from error
