@@ -88,6 +88,11 @@ class RunDirectory:
         return self.root / "tensorboard"
 
     @property
+    def anchor_text(self) -> Path:
+        """Tokens of the text that the base wrote for `anchor.text: sampled`."""
+        return self.root / "anchor_text.safetensors"
+
+    @property
     def checkpoints(self) -> Path:
         return self.root / "checkpoints"
 

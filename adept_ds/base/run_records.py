@@ -165,6 +165,12 @@ class MetricsLine(LogLine):
     tokens_per_second: float = 0.0
     mfu: float = 0.0
     refresh_seconds: float | None = None
+    anchor: float | None = None
+    """Mean per predicted token of its anchor sequences."""
+    anchor_tokens: NonNegativeInt = 0
+    """Of this step."""
+    anchor_seconds: float = 0.0
+    """Of `seconds`."""
 
     @property
     def is_step(self) -> bool:

@@ -15,6 +15,7 @@ from adept_ds.config.corpus_files import find_files
 from adept_ds.config.schema import Config
 from adept_ds.config.train_sections import TrainSection
 from adept_ds.models.directory import ModelDirectory
+from adept_ds.models.tokenizer_files import TokenizerFiles
 
 
 def check_num_copies(config: Config, model: ModelDirectory) -> None:
@@ -94,6 +95,35 @@ def accumulation_steps(train: TrainSection, num_ranks: int) -> int:
             f"of ranks ({num_ranks}); use {nearest}"
         )
     return size // (micro * num_ranks)
+
+
+def anchor_shape(config: Config, num_ranks: int) -> tuple[int, int]:
+    """Micro-batches per rank and optimizer step that anchor sequences make, and the rows of each.
+
+    As few micro-batches as `train.micro_batch_size` allows, of as few rows as hold them: what is left over are rows
+    that count nothing, so that all ranks make the same passes.
+    """
+    share = -(-config.anchored // num_ranks)
+    if not share:
+        return 0, 0
+    micro_batches = -(-share // config.train.micro_batch_size)
+    return micro_batches, -(-share // micro_batches)
+
+
+def check_anchor(config: Config, model: ModelDirectory) -> None:
+    """Text can be sampled from the model, if that is asked for."""
+    if config.anchor and config.anchor.text == "sampled" and first_token(model) is None:
+        raise InputError(
+            f"anchor.text: sampled, but the tokenizer of '{config.model}' has no token that a text begins or ends "
+            "with, which the first would follow; use text: corpus"
+        )
+
+
+def first_token(model: ModelDirectory) -> int | None:
+    """What a text that the model writes by itself begins behind: the token that begins texts, or that ends them."""
+    files = TokenizerFiles.read(model.path)
+    begins = files.token_id("bos_token")
+    return files.token_id("eos_token") if begins is None else begins
 
 
 def check_files(key: str, corpus: Sequence[Path | CorpusFiles]) -> None:

@@ -47,7 +47,8 @@ class ProbeSection(Section):
     )
     seed: Seed = Field(
         0,
-        description="of all text that is sampled to estimate importance, here and in refreshes, and of choose: random",
+        description="of all text that is sampled to estimate importance, here and in refreshes, and to be anchored to; "
+        "and of choose: random",
     )
     stability: (
         Annotated[

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 EVERY_KEY = "every key"
 """Context of a dump that shall be a section even where a word would do."""
 
-_SECTIONS_OF_SOME = ("expand", "importance", "lr_policy")
+_SECTIONS_OF_SOME = ("expand", "importance", "lr_policy", "anchor")
 """Sections that only some methods look at."""
 
 
@@ -29,7 +29,7 @@ class MethodSection(Section):
     starts_from: ClassVar[Literal["base", "expanded"]] = "base"
     """The model that training starts from: the user's own, or one with copies of its layers."""
     sections: ClassVar[frozenset[str]] = frozenset()
-    """Which of `expand`, `importance` and `lr_policy` it looks at."""
+    """Which of `expand`, `importance`, `lr_policy` and `anchor` it looks at."""
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"lr_policy": {"map": "constant"}}
     """Values that it gives to keys of other sections, by section; no others may be given there."""
     needs_general_text: ClassVar[bool] = False

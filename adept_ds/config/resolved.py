@@ -14,6 +14,8 @@ from typing import Any, Literal
 from adept_ds.base.run_dir import RunDirectory
 from adept_ds.config.checks import (
     accumulation_steps,
+    anchor_shape,
+    check_anchor,
     check_files,
     check_num_copies,
     check_replay,
@@ -43,7 +45,7 @@ class ResolvedConfig:
     deepspeed: dict[str, Any] | None
     """The user's DeepSpeed configuration; None where no engine is built."""
     accumulation_steps: int | None
-    """Micro-batches per rank and optimizer step; None where nothing is trained."""
+    """Micro-batches per rank and optimizer step, the anchor's included; None where nothing is trained."""
 
     @property
     def zero_stage(self) -> int:
@@ -69,9 +71,10 @@ def resolve(config: Config, purpose: Purpose, num_ranks: int = 1) -> ResolvedCon
     if purpose not in ("expand", "export"):
         check_tokenizer(model, config.data.bos, _seq_lens(config, purpose))
     deepspeed = None if purpose in ("expand", "export") else check_deepspeed_file(config.deepspeed)
-    accumulation = accumulation_steps(config.train, num_ranks) if trains else None
+    accumulation = accumulation_steps(config.train, num_ranks) + anchor_shape(config, num_ranks)[0] if trains else None
     if trains:
         check_replay(config, num_ranks)
+        check_anchor(config, model)
     return ResolvedConfig(config, RunDirectory(config.run_dir), model, reference, deepspeed, accumulation)
 
 
@@ -99,8 +102,9 @@ def corpora_read(config: Config, purpose: Purpose) -> dict[str, Sequence[Path | 
         "data.general_eval": data.general_eval,
         "data.domain_eval": data.domain_eval,
     }
+    mixed_in = {"data.replay": data.replay, "anchor.corpus": config.anchor.corpus if config.anchor else []}
     evaluates = purpose in ("eval", "dial")
-    optional = ({"data.replay": data.replay} | held_out) if trains else held_out if evaluates else {}
+    optional = (mixed_in | held_out) if trains else held_out if evaluates else {}
     return needed | {key: corpus for key, corpus in optional.items() if corpus}
 
 

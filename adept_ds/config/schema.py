@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
+from adept_ds.config.anchor_section import AnchorSection
 from adept_ds.config.corpus_entries import corpus_sources
 from adept_ds.config.data_section import DataSection
 from adept_ds.config.dial_section import DialSection
@@ -60,6 +61,7 @@ class Config(Section):
     dial: DialSection | None = Field(
         None, description="how far what was learned is turned up, {} with defaults; absent: as far as it was trained"
     )
+    anchor: AnchorSection | None = Field(None, description="keeps outputs on general text; see docs/anchors.md")
 
     @model_validator(mode="before")
     @classmethod
@@ -69,7 +71,8 @@ class Config(Section):
     @model_validator(mode="after")
     def _every_section_has_an_effect(self) -> Config:
         for section in without_effect(self.method):
-            given = getattr(self, section).model_fields_set - set(self.method.presets.get(section, ()))
+            keys = getattr(self, section)
+            given = keys.model_fields_set - set(self.method.presets.get(section, ())) if keys else ()
             if given:
                 raise ValueError(
                     f"{section}.{min(given)}: has no effect with method: {self.method.name}; remove it, or choose a "
@@ -86,7 +89,8 @@ class Config(Section):
             tree["probe"] = {key: value for key, value in tree["probe"].items() if key not in _KEYS_OF_DELTAS}
         if self.dial is not None and not self.method.makes_copies:
             tree["dial"] = {key: value for key, value in tree["dial"].items() if key not in _DIAL_OF_COPIES}
-        unused = without_effect(self.method) | {key for key in ("preset", "dial") if getattr(self, key) is None}
+        absent = {key for key in ("preset", "dial", "anchor") if getattr(self, key) is None}
+        unused = without_effect(self.method) | absent
         return {key: value for key, value in tree.items() if key not in unused}
 
     @property
@@ -112,13 +116,22 @@ class Config(Section):
 
     @property
     def reads_general_text(self) -> bool:
-        """Whether training estimates something on `probe.corpus`."""
-        return self.method.needs_general_text or (self.refreshes and self.importance.source == "corpus")
+        """Whether training estimates something on `probe.corpus`, or is anchored to it."""
+        estimates = self.method.needs_general_text or (self.refreshes and self.importance.source == "corpus")
+        return estimates or (self.anchor is not None and self.anchor.reads_probe_corpus)
 
     @property
     def replayed(self) -> int:
         """Sequences of each training batch that come from `data.replay`."""
         return round(self.data.replay_share * self.train.global_batch_size) if self.data.replay else 0
+
+    @property
+    def anchored(self) -> int:
+        """Anchor sequences of each step, over all ranks: `anchor.share` of the domain's, to the nearest whole number
+        (a half to the even one), and one at least."""
+        if self.anchor is None:
+            return 0
+        return max(1, round(self.anchor.share * (self.train.global_batch_size - self.replayed)))
 
     @model_validator(mode="after")
     def _replay_has_text(self) -> Config:
@@ -163,6 +176,11 @@ class Config(Section):
                 f"importance.sequences: {count} leaves none for some of the {sources} sources of probe.corpus: "
                 f"raise it to at least {sources}"
             )
+        if self.anchor and self.anchor.reads_probe_corpus and sources > self.anchor.sequences:
+            raise ValueError(
+                f"anchor.sequences: {self.anchor.sequences} leaves none for some of the {sources} sources of "
+                f"probe.corpus: raise it to at least {sources}"
+            )
         return self
 
     @model_validator(mode="after")
@@ -184,6 +202,11 @@ class Config(Section):
             raise ValueError(
                 f"train.copy_dropout: {self.train.copy_dropout} hides copies from importance.source: online, which "
                 "takes importances from training steps; set importance.source: corpus, or remove train.copy_dropout"
+            )
+        if self.train.copy_dropout and self.anchor:
+            raise ValueError(
+                f"train.copy_dropout: {self.train.copy_dropout} goes around copies whose outputs the section anchor is "
+                "to hold; remove one of both"
             )
         return self
 

@@ -84,6 +84,12 @@ class Blocks:
         return cls((PackedTokens(file.tokens, layout),), packing.seq_len, bos_id)
 
     @classmethod
+    def of_rows(cls, rows: np.ndarray) -> Blocks:
+        """A block of each row, whose first token is predicted from nothing. [blocks, seq_len] int32"""
+        seq_len = rows.shape[1]
+        return cls((PackedTokens(rows.reshape(-1), Concatenated(rows.size, seq_len, keep_tail=False)),), seq_len)
+
+    @classmethod
     def joined(cls, parts: Sequence[Blocks]) -> Blocks:
         """Those of all, in order; nothing is copied."""
         return cls(tuple(source for part in parts for source in part.sources), parts[0].seq_len, parts[0].bos_id)

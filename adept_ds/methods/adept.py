@@ -26,7 +26,7 @@ class Adept(Method):
     name: Literal["adept"] = "adept"
 
     starts_from = "expanded"
-    sections = frozenset({"expand", "importance", "lr_policy"})
+    sections = frozenset({"expand", "importance", "lr_policy", "anchor"})
     presets: ClassVar = {}
 
     def check(self, config: Config) -> None:

@@ -18,5 +18,5 @@ class LlamaPro(Method):
     name: Literal["llama_pro"] = "llama_pro"
 
     starts_from = "expanded"
-    sections = frozenset({"expand"})
+    sections = frozenset({"expand", "anchor"})
     presets: ClassVar = {"expand": {"choose": "uniform"}, "lr_policy": {"map": "constant"}}

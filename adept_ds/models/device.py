@@ -5,7 +5,9 @@ from __future__ import annotations
 import gc
 import resource
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -61,6 +63,38 @@ def synchronize() -> None:
     """Wait for all that was started on the device."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+
+
+def host_copy(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy in the host's memory that nobody waits for: its content is there for what the device does later."""
+    if tensor.device.type == "cpu":
+        return tensor.clone()
+    return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
+
+
+class Stopwatch:
+    """Seconds that the device works, from when the watch is made until it is stopped; neither waits for the device."""
+
+    def __init__(self) -> None:
+        self._start = self._stop = self._now()
+
+    def stop(self) -> None:
+        self._stop = self._now()
+
+    def seconds(self) -> float:
+        """Of a stopped watch. Waits until the device has come so far."""
+        if isinstance(self._start, float):
+            return float(self._stop - self._start)
+        self._stop.synchronize()
+        return float(self._start.elapsed_time(self._stop)) / 1000
+
+    @staticmethod
+    def _now() -> Any:
+        if not torch.cuda.is_available():
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
 
 def free_unused() -> None:

@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Collection, Container, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -106,6 +106,24 @@ def step_flops(
             backward_inputs += 2.0 * weights + 2 * attention
         backward_weights += 2.0 * trainable
     return StepFlops(forward, backward_inputs, backward_weights)
+
+
+def count_anchor_flops(
+    model: torch.nn.Module, family: Family, seq_len: int, copies: Sequence[int], kind: Literal["kl", "neutral"]
+) -> float:
+    """Operations per anchor token, what the base computes being known (see `AnchorPasses.anchored`).
+
+    Layers from the lowest copy up, forward and backward; kl: all of them, the head of both models, and its gradient;
+    neutral: up to the highest copy, and no head.
+    """
+    config: Any = model.config
+    attention = 4.0 * seq_len * config.hidden_size / 2
+    total = 6.0 * config.hidden_size * config.vocab_size if kind == "kl" else 0.0
+    layers = family.layer_modules(model)
+    for number in range(copies[0], len(layers) if kind == "kl" else copies[-1] + 1):
+        weights = 2.0 * sum(_passed_weights(parameter, config, family) for parameter in layers[number].parameters())
+        total += 2 * weights + 3 * attention + (weights if number in copies else 0.0)
+    return total
 
 
 def _trains_below_layers(model: torch.nn.Module, family: Family) -> bool:

@@ -49,7 +49,7 @@ class _HeadLoss(torch.autograd.Function):
         step = max(1, _CHUNK_ELEMENTS // weight.shape[0])
         for start in range(0, rows * tokens, step):
             chunk = slice(start, start + step)
-            logits, saturation = _logits(flat_hidden[chunk], weight, bias, divisor, cap)
+            logits, saturation = head_logits(flat_hidden[chunk], weight, bias, divisor, cap)
             target = flat_labels[chunk]
             log_normaliser = torch.logsumexp(logits, dim=-1)
             counted = target != IGNORED_LABEL
@@ -122,7 +122,7 @@ class _Gradients:
             self.bias.add_(logits.sum(0))
 
 
-def _logits(
+def head_logits(
     hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, divisor: float, cap: float | None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """[tokens, vocab] float32, and with a cap, tanh(logits / cap) before it."""

@@ -294,6 +294,9 @@ LOSS = (("loss", "training loss (nats)", BLUE), ("lr", "learning rate", GREY))
 SPEED = (("tokens_per_second", "tokens per second", GREEN), ("grad_norm", "gradient norm", COPY))
 
 
+ANCHOR = (("anchor", "anchor, per general token", COPY), ("anchor_seconds", "seconds of a step", GREY))
+
+
 FIGURES: dict[str, Callable[[RunFiles, Figure], None]] = {"layers": _draw_layers, "choice": _draw_choice}
 
 
@@ -313,3 +316,6 @@ FIGURES |= {"units": _draw_units, "movement": _draw_movement}
 
 
 FIGURES |= {"speed": lambda run, figure: _draw_panels(run, figure, SPEED)}
+
+
+FIGURES |= {"anchor": lambda run, figure: _draw_panels(run, figure, ANCHOR)}

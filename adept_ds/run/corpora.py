@@ -42,6 +42,8 @@ class Corpora:
             "domain": len(self.domain.blocks) if isinstance(self.domain, Mixture) else "(streamed)"
         }
         counts |= {"replay": len(self.replay.blocks)} if self.replay else {}
+        anchor = self.settings.config.anchor
+        counts |= {"anchor": len(self.anchor.blocks)} if anchor and anchor.text == "corpus" else {}
         counts |= {f"{eval_set.name} held out": len(eval_set.indices) for eval_set in self.held_out}
         _ = self.held_out_questions  # what is wrong with them shows before training
         if self.settings.config.weighs_places:
@@ -64,6 +66,15 @@ class Corpora:
     @property
     def training_data(self) -> TrainingData:
         return TrainingData(self.domain, self.replay, self.settings.config.replayed)
+
+    @cached_property
+    def anchor(self) -> Mixture:
+        """General text that training is anchored to: of the anchor's own corpus, or that of the probe."""
+        config = self.settings.config
+        assert config.anchor is not None
+        own = config.anchor.corpus
+        key, entries = ("anchor.corpus", own) if own else ("probe.corpus", config.probe.corpus)
+        return self._mixture(key, entries, config.data.seq_len, keep_tail=True)
 
     @cached_property
     def general(self) -> Mixture:

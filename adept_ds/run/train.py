@@ -28,6 +28,7 @@ from adept_ds.models.families import silent_factors
 from adept_ds.models.flops import count_step_flops, measure_matmul_rate
 from adept_ds.models.frozen_prefix import FrozenPrefix
 from adept_ds.models.loading import Trains
+from adept_ds.run.anchor import anchor_text_stage, make_anchor
 from adept_ds.run.context import Context
 from adept_ds.run.expand import check_same_model, selected_layers
 from adept_ds.run.identity import Identity, reading_settings
@@ -62,6 +63,10 @@ _NOT_PART_OF_TRAINING = {
 """Keys of the train section that change how a run is done, but not what comes out."""
 
 
+_NOT_PART_OF_ANCHOR = {"cache_mib", "corpus"}
+"""Of the anchor section; what is in its corpus is."""
+
+
 def train_stage(run: Context) -> None:
     """Train, from the newest checkpoint if there is one."""
     config, run_dir = run.settings.config, run.run_dir
@@ -78,6 +83,7 @@ def train_stage(run: Context) -> None:
     if first_step:
         run.terminal.stage("train", f"resuming after step {first_step}")
     begun = time.perf_counter()
+    anchor_text_stage(run)
     prepared = None if first_step else _prepare(run, found.start)
     _train(run, found.start, manifest_at, first_step, prepared, time.perf_counter() - begun)
 
@@ -153,11 +159,16 @@ def training_settings(config: Config, identity: Identity, layers: Sequence[int] 
         sections["importance"] = importance.model_dump(mode="json", exclude={"prefix_cache_mib"})
     if "lr_policy" in method.sections:
         sections["lr_policy"] = config.lr_policy.model_dump(mode="json")
+    anchor = config.anchor
+    sections["anchor"] = anchor.model_dump(mode="json", exclude=_NOT_PART_OF_ANCHOR) if anchor else {"kind": None}
     settings = {f"{section}.{key}": value for section, values in sections.items() for key, value in values.items()}
     settings["data.seq_len"] = data.seq_len
     settings["data.domain"] = identity.corpus("data.domain", data.domain)
     settings["data.replay"] = identity.corpus("data.replay", data.replay)
     settings["data.replay_share"] = data.replay_share if data.replay else None
+    if anchor:
+        settings["anchor.corpus"] = identity.corpus("anchor.corpus", anchor.corpus)
+        settings["probe.seed"] = config.probe.seed
     if config.reads_general_text:
         settings["probe.corpus"] = identity.corpus("probe.corpus", config.probe.corpus)
         settings["probe.seq_len"] = config.probe.seq_len
@@ -237,6 +248,7 @@ def _train(
         matmul_rate=measure_matmul_rate(engine.device, run.precision),
         terminal=run.terminal,
         stop=run.progress.stop,
+        anchor=make_anchor(run, engine, start),
     )
     facts = {
         "method": method.name,
@@ -283,6 +295,8 @@ def _bytes_per_element(model: ModelDirectory) -> float:
 def _training_engine(run: Context, model: ModelDirectory, trains: Trains) -> Engine:
     train, accumulation = run.settings.config.train, run.settings.accumulation_steps
     assert accumulation is not None
+    # DeepSpeed wants the product of the others; with an anchor that is more than train.global_batch_size.
+    sequences = train.micro_batch_size * accumulation * run.ranks.world_size
 
     def optimizer(parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
         return UnitAdamW(parameters, lr=train.lr, betas=train.betas, eps=train.eps, weight_decay=train.weight_decay)
@@ -292,7 +306,7 @@ def _training_engine(run: Context, model: ModelDirectory, trains: Trains) -> Eng
         model,
         trains,
         optimizer,
-        StepShape(train.global_batch_size, train.micro_batch_size, accumulation, train.clip_grad_norm),
+        StepShape(sequences, train.micro_batch_size, accumulation, train.clip_grad_norm),
         seed=train.seed,
         recompute_activations=train.activation_checkpointing,
     )
@@ -356,8 +370,19 @@ def _totals(run_dir: RunDirectory, preparation_seconds: float) -> dict[str, Any]
         "step_seconds": statistics.median(line.seconds for line in steps),
         "tokens_per_second": statistics.median(line.tokens_per_second for line in steps),
         "mfu": statistics.median(line.mfu for line in steps),
+        **_anchor_totals(steps),
         # What the method costs beside its steps.
         "overhead_seconds": preparation_seconds + sum(line.refresh_seconds or 0.0 for line in refreshed),
         "refreshes": len(refreshes),
         "refresh_seconds": statistics.median(refreshes) if refreshes else None,
+    }
+
+
+def _anchor_totals(steps: Sequence[MetricsLine]) -> dict[str, Any]:
+    """What the anchor took of them; nothing without one."""
+    if steps[-1].anchor is None:
+        return {}
+    return {
+        "anchor_tokens": sum(line.anchor_tokens for line in steps),
+        "anchor_seconds": sum(line.anchor_seconds for line in steps),
     }

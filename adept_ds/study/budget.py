@@ -1,5 +1,8 @@
 """What every cell may spend: as many tokens as any other, or as much time.
 
+Tokens are those of training batches. What a method reads beside them, to be anchored or to estimate importances, counts
+as time alone: a step's seconds have the anchor's in them.
+
 Equal time counts all that a method needs beside its steps. With s seconds a step, r a refresh, one every e steps, and f
 for what comes before the first step (probing, preparation), a cell of n steps takes
 

@@ -33,6 +33,7 @@ _HOW: dict[str, Any] = {
     "preset": True,
     "data": {"workers"},
     "train": {"checkpoint_every", "keep_checkpoints", "keep_gathered_gib", "activation_checkpointing"},
+    "anchor": {"cache_mib"},
 }
 """Keys that say how a run is done, but not what comes out; of a preset, its values do."""
 
@@ -162,6 +163,8 @@ def inputs_of(config: Config, identity: Identity) -> dict[str, Any]:
             tree["probe"]["stability"] = identity.corpus("probe.stability.corpus", probe.stability.corpus)
     else:
         tree["probe"] = {"seed": probe.seed}  # expand.choose: random goes by it
+    if config.anchor:
+        tree["anchor"]["corpus"] = identity.corpus("anchor.corpus", config.anchor.corpus)
     tree["eval"]["tasks"] = [_tree_digest(identity, folder) for folder in config.eval.tasks]
     return tree
 

@@ -81,6 +81,7 @@ def _general_texts(config: Config) -> dict[str, Sequence[Path | CorpusFiles]]:
         "data.replay": config.data.replay,
         "probe.corpus": config.probe.corpus,
         "probe.stability.corpus": other or [],
+        "anchor.corpus": config.anchor.corpus if config.anchor else [],
     }
     return {key: corpus for key, corpus in found.items() if corpus}
 

@@ -40,6 +40,7 @@ def accumulate_gradient(
     train: TrainSection,
     ranks: Ranks,
     online: OnlineImportance | None = None,
+    further: Sequence[Callable[[], None]] = (),
 ) -> tuple[float, float]:
     """The gradient of the mean token loss over the global batch `entries`; weights change when the engine steps next.
 
@@ -47,10 +48,13 @@ def accumulate_gradient(
 
     Args:
         online: sees the gradient of the replayed rows alone; they must then fill whole micro-batches of every rank.
+        further: micro-batches of the same step, behind those of `entries`. Each makes a backward pass, which adds to
+            the gradient; the engine counts them among its accumulation steps.
     """
     batches = micro_batches(entries, train, ranks.rank, ranks.world_size)
     replayed = sum(rows[-1].replayed for rows in batches)
-    # The engine averages rows over micro-batches and ranks; all tokens of the batch shall count alike.
+    num_micro_batches = len(batches) + len(further)
+    # The engine averages over ranks; all tokens of the batch shall count alike.
     tokens = data.predicted_tokens(entries)
     tokens_per_row = tokens / len(entries)
     add_replayed: Callable[[], None] | None = None
@@ -58,14 +62,18 @@ def accumulate_gradient(
     for number, rows in enumerate(batches, start=1):
         losses = engine(*data.batch(rows).to(engine.device))
         row_losses.append(losses.detach())
-        backward = partial(engine.backward, (losses / tokens_per_row).mean())
+        backward = partial(engine.backward, (losses / tokens_per_row).mean() / len(batches), scale_wrt_gas=False)
         if online and number == replayed:
             share = data.predicted_tokens([entry for entry in entries if entry.replayed]) / tokens
             add_replayed = end_segment(engine, backward, partial(online.observe, share))
         else:
             backward()
-        if number < len(batches):
+        if number < num_micro_batches:
             engine.step()  # counts the micro-batch
+    for number, add_gradient in enumerate(further, start=len(batches) + 1):
+        add_gradient()
+        if number < num_micro_batches:
+            engine.step()
     if add_replayed:
         add_replayed()
     domain_loss = replay_loss = 0.0

@@ -22,6 +22,7 @@ from adept_ds.models.device import free_memory_bytes, peak_memory_bytes
 from adept_ds.models.flops import StepFlops
 from adept_ds.ranks.collectives import Ranks
 from adept_ds.ranks.stopping import StopRequest
+from adept_ds.training.anchor import Anchor
 from adept_ds.training.checkpoint import CheckpointManifest, load_checkpoint, save_checkpoint
 from adept_ds.training.copy_dropout import CopyDropout
 from adept_ds.training.evaluation import EvalSet, evaluate
@@ -58,6 +59,7 @@ class Trainer:
     """Operations per second of one rank's device."""
     terminal: Terminal
     stop: StopRequest
+    anchor: Anchor | None = None
     _tokens: int = 0
     """Trained on so far, interruptions included."""
 
@@ -136,13 +138,17 @@ class Trainer:
         lr = train.lr * lr_factor(step, train)
         set_learning_rate(self.engine, lr)
         entries = self.data.global_batch(step, train)
+        further = self.anchor.backward_passes(step) if self.anchor else []
         with self.copy_dropout.of_step(step) as bypassed:
-            domain, replay = accumulate_gradient(self.engine, self.data, entries, train, self.ranks, self.rule.online)
-        domain, replay, stops = self.ranks.sum([domain, replay, float(self.stop.requested)]).tolist()
-        if not math.isfinite(domain + replay):
+            domain, replay = accumulate_gradient(
+                self.engine, self.data, entries, train, self.ranks, self.rule.online, further
+            )
+        anchor, anchor_seconds = self.anchor.take() if self.anchor else (0.0, 0.0)
+        domain, replay, anchor, stops = self.ranks.sum([domain, replay, anchor, float(self.stop.requested)]).tolist()
+        if not math.isfinite(domain + replay + anchor):
             raise NonFiniteLossError(
-                f"train.lr: with {train.lr:g} the loss of step {step + 1} is {domain + replay}, before any weight "
-                "changed; lower it in another run_dir, and look at the texts if that does not help"
+                f"train.lr: with {train.lr:g} the loss of step {step + 1} is {domain + replay + anchor}, before any "
+                "weight changed; lower it in another run_dir, and look at the texts if that does not help"
             )
         terms = self.rule.before_update()
         self.engine.step()
@@ -150,6 +156,8 @@ class Trainer:
         seconds = time.perf_counter() - start
         replayed = [entry for entry in entries if entry.replayed]
         tokens, predicted = self.data.num_tokens(entries), self.data.predicted_tokens(entries)
+        operations = self.flops_without(bypassed).total * tokens
+        operations += self.anchor.operations(step) if self.anchor else 0.0
         self._tokens += tokens
         record = {
             "step": step + 1,
@@ -159,7 +167,7 @@ class Trainer:
             "tokens": self._tokens,
             "seconds": seconds,
             "tokens_per_second": tokens / seconds,
-            "mfu": self.flops_without(bypassed).total * tokens / seconds / (self.matmul_rate * self.ranks.world_size),
+            "mfu": operations / seconds / (self.matmul_rate * self.ranks.world_size),
             "peak_memory_bytes": peak_memory_bytes(),
             **terms,
         }
@@ -168,6 +176,8 @@ class Trainer:
             record |= {"domain_loss": domain / (predicted - replay_tokens), "replay_loss": replay / replay_tokens}
         if train.copy_dropout:
             record |= {"bypassed": sorted(bypassed)}
+        if self.anchor:
+            record |= self.anchor.record(step, anchor, anchor_seconds)
         if train.precision == "fp16":
             record |= {"loss_scale": loss_scale(self.engine)}
         return record, stops > 0

@@ -37,6 +37,7 @@ class StepShape:
     """How much one optimizer step takes in."""
 
     global_batch_size: int
+    """Sequences of all micro-batches of all ranks."""
     micro_batch_size: int
     accumulation_steps: int
     clip_grad_norm: float = 0.0

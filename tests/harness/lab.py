@@ -16,7 +16,7 @@ from harness.workspace import Workspace
 
 from adept_ds.base.errors import UnitMismatchError
 from adept_ds.base.files import write_json
-from adept_ds.config.checks import accumulation_steps
+from adept_ds.config.checks import accumulation_steps, anchor_shape
 from adept_ds.config.deepspeed import check_deepspeed_file
 from adept_ds.config.loading import parse_config
 from adept_ds.config.schema import Config
@@ -85,10 +85,9 @@ def training_engine(
         options["make_optimizer"] = lambda parameters: optimizer(
             parameters, lr=train.lr, betas=train.betas, eps=train.eps, weight_decay=train.weight_decay
         )
-        accumulation = accumulation_steps(train, ranks.world_size)
-        options["shape"] = StepShape(
-            train.global_batch_size, train.micro_batch_size, accumulation, train.clip_grad_norm
-        )
+        accumulation = accumulation_steps(train, ranks.world_size) + anchor_shape(config, ranks.world_size)[0]
+        sequences = train.micro_batch_size * accumulation * ranks.world_size
+        options["shape"] = StepShape(sequences, train.micro_batch_size, accumulation, train.clip_grad_norm)
     engine = build_training_engine(settings, model, layers_train(model.family, layers), **options)
     shapes = parameter_shapes(engine.module)
     registry = build_registry(model.family, shapes, layers, config.importance.granularity, engine.module.config)

@@ -7,10 +7,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from adept_ds.base.errors import InputError
 from adept_ds.models import device
-from adept_ds.models.device import free_in_cgroups, free_memory_bytes, resolve_precision
+from adept_ds.models.device import Stopwatch, free_in_cgroups, free_memory_bytes, host_copy, resolve_precision
 
 
 def _group(folder: Path, limit: str, used: int) -> None:
@@ -59,3 +60,45 @@ def test_fp16_is_refused_where_deepspeed_does_not_train_in_it(monkeypatch: pytes
         resolve_precision("fp16")
     monkeypatch.setattr(accelerator, "is_fp16_supported", lambda _: True)
     assert str(resolve_precision("fp16")) == "torch.float16"
+
+
+def test_a_host_copy_keeps_what_the_tensor_held() -> None:
+    tensor = torch.arange(6.0).view(2, 3)
+    copied = host_copy(tensor)
+    tensor.zero_()
+    assert copied.tolist() == [[0, 1, 2], [3, 4, 5]]
+    assert copied.device.type == "cpu"
+
+
+def test_a_stopwatch_on_the_host_counts_seconds() -> None:
+    watch = Stopwatch()
+    watch.stop()
+    first = watch.seconds()
+    assert first >= 0
+    assert watch.seconds() == first, "it has been stopped"
+
+
+def test_a_stopwatch_on_a_device_waits_only_when_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            calls.append("record")
+
+        def synchronize(self) -> None:
+            calls.append("synchronize")
+
+        def elapsed_time(self, end: Event) -> float:
+            assert end is not self
+            return 1500.0  # milliseconds
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    watch = Stopwatch()
+    watch.stop()
+    assert calls == ["record", "record"]
+    assert watch.seconds() == 1.5
+    assert calls == ["record", "record", "synchronize"]

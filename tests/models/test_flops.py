@@ -12,7 +12,7 @@ from harness.models import TINY, save_tiny_model
 
 from adept_ds.models.directory import ModelDirectory
 from adept_ds.models.family_table import FAMILIES
-from adept_ds.models.flops import count_step_flops, planned_step_flops
+from adept_ds.models.flops import count_anchor_flops, count_step_flops, planned_step_flops
 from adept_ds.probing.model_size import model_size
 from adept_ds.weights.expansion import expand_checkpoint
 
@@ -41,6 +41,20 @@ def test_the_operation_count_is_that_of_a_hand_count(tmp_path: Path) -> None:
     assert around.forward == (layers - 1) * (layer + scores) + head
     assert around.backward_inputs == layer + 2 * scores + head
     assert around.backward_weights == layer
+
+
+def test_operations_of_an_anchor_are_those_of_a_hand_count(tmp_path: Path) -> None:
+    """Copies are layers 1 and 3 of five."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(save_tiny_model(tmp_path / "model"))
+    layer = 2 * (20 * 10 * (2 + 1 + 1 + 2) + 3 * 20 * 37 + 2 * 20)
+    scores, head, passes = 4 * 16 * 20 / 2, 2 * 20 * 262, {"kl": 4, "neutral": 3}  # layers 1 to 4, and 1 to 3
+    for kind, layers in passes.items():
+        forward, backward = layers * (layer + scores), layers * (layer + 2 * scores)
+        heads = 3 * head if kind == "kl" else 0
+        found = count_anchor_flops(model, FAMILIES["llama"], 16, [1, 3], kind)  # type: ignore[arg-type]
+        assert found == forward + backward + 2 * layer + heads
 
 
 def adapted_queries(model: Any) -> None:
