@@ -40,7 +40,12 @@ def promise_of(record: DialRecord) -> str:
     test = record.position.test
     worst, found = test.worst, test.general[test.worst]
     few = "no worse than the base" if record.max_general_rise == 0 else f"at most {_nats(record)} worse than the base"
-    kept = few if test.keeps(record.max_general_rise) else f"not shown to be {few} on test documents"
+    if test.keeps(record.max_general_rise):
+        kept = few
+    elif all(source.rise <= record.max_general_rise for source in test.general.values()):
+        kept = f"not shown to be {few} on test documents"
+    else:
+        kept = "worse than promised on test documents"
     figures = f"rise {found.rise:+.3f}, {_percent(record)} limit {found.limit:+.3f}"
     source = f" of {len(test.general)} sources, in '{worst}' most" if len(test.general) > 1 else ""
     return f"general text: {kept} ({figures}{source})"

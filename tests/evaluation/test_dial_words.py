@@ -69,6 +69,7 @@ def record(chosen: tuple[float, ...], *positions: DialPosition, max_rise: float 
             {"wiki": 0.004},
             "general text: not shown to be no worse than the base on test documents (rise -0.016, 95% limit +0.004)",
         ),
+        (0.0, {"wiki": 0.05}, "general text: worse than promised on test documents (rise +0.030, 95% limit +0.050)"),
         (
             0.0,
             {"wiki": -0.03, "exams": -0.01},
