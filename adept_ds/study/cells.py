@@ -37,6 +37,12 @@ _HOW: dict[str, Any] = {
 }
 """Keys that say how a run is done, but not what comes out; of a preset, its values do."""
 
+_NEUTRAL: dict[str, dict[str, Any]] = {
+    "train": {"writer_lr_ratio": 1.0, "copy_dropout": 0.0},
+    "expand": {"tie_break": "none"},
+}
+"""Keys that do nothing with these values: what ran before they were there is found again."""
+
 
 class CellRecord(Record):
     """cell.json: written when a cell's directory is begun."""
@@ -148,6 +154,9 @@ def inputs_of(config: Config, identity: Identity) -> dict[str, Any]:
     """All that decides what comes out of a run, files by content, as JSON."""
     tree = config.model_dump(mode="json", exclude=_HOW)
     model = ModelDirectory.resolve("model", config.model)
+    for section in _NEUTRAL.keys() & tree.keys():
+        given, neutral = tree[section], _NEUTRAL[section].items()
+        tree[section] = {key: value for key, value in given.items() if (key, value) not in neutral}
     tree["adept_ds"] = __version__
     tree["model"] = identity.model(model)
     tree["deepspeed"] = check_deepspeed_file(config.deepspeed)

@@ -123,6 +123,20 @@ def test_cells_are_the_same_wherever_the_study_lies(study: TinyStudy, tmp_path: 
     assert names(before.search) == names(after.search)
 
 
+def test_a_key_that_does_nothing_makes_no_other_cell(study: TinyStudy) -> None:
+    """So that cells which ran before there was such a key are found again; with an effect they are others."""
+    before = plan_of(study)
+    for cell in before.search:
+        assert not {"writer_lr_ratio", "copy_dropout"} & cell.inputs["train"].keys()
+        assert "tie_break" not in cell.inputs.get("expand", {})
+    adept = {"method": "adept", "set": {"train.copy_dropout": 0.5, "train.writer_lr_ratio": 4.0}}
+    after = plan_of(study, methods=["full", adept])
+    changed = {cell.inputs["train"].get("copy_dropout") for cell in after.search if cell.variant.label == "adept"}
+    assert changed == {0.5}
+    same = names(before.search) & names(after.search)
+    assert {name.partition("_")[0] for name in same} == {"full"}
+
+
 def test_a_preset_in_the_base_is_its_values_for_every_method(study: TinyStudy) -> None:
     """Written out or by its word: the same cells, also of methods that look at none of its sections."""
     base, paper = study.tree()["base"], PRESETS["paper"]
