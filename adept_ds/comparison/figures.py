@@ -53,7 +53,7 @@ def looks(arms: Sequence[ArmRecord]) -> dict[str, Look]:
 
 
 def draw_fronts(findings: Findings, figure: Figure) -> None:
-    """Every operating point on test documents: thin lines are dials of one rate, the thick one is the front."""
+    """Every operating point on test documents: lines are dials of one rate, filled marks the front."""
     arms = findings.comparison.arms
     figure.set_size_inches(WIDTH, 5.4)
     axes = figure.add_subplot()
@@ -77,11 +77,12 @@ def draw_fronts(findings: Findings, figure: Figure) -> None:
 def _draw_arm(axes: Any, arm: ArmRecord, look: Look) -> None:
     for lr in arm.learning_rates:
         dial = [point for point in arm.points if point.lr in (lr, None)]
-        axes.plot(*_places(dial), color=look.color, linewidth=0.8, alpha=0.45, zorder=2)
+        axes.plot(*_places(dial), color=look.color, linewidth=1.1, linestyle=look.line, alpha=0.55, zorder=2)
     rest = [point for point in arm.points if point.lr is not None]
-    axes.scatter(*_places(rest), color=look.color, marker=look.marker, s=9, alpha=0.6, linewidths=0, zorder=3)
-    front = sorted((point for point in arm.points if point.on_front), key=lambda point: point.test_general_rise)
-    axes.plot(*_places(front), color=look.color, linewidth=2.4, linestyle=look.line, zorder=4)
+    marks: dict[str, Any] = {"marker": look.marker, "s": 30, "zorder": 4}
+    axes.scatter(*_places(rest), edgecolors=look.color, facecolors="white", linewidths=0.9, **marks)
+    front = [point for point in rest if point.on_front]
+    axes.scatter(*_places(front), color=look.color, linewidths=0, **marks)
     plain = arm.chosen[PLAIN.name]
     if plain is not None:
         place = [plain.largest_rise], [plain.domain_loss]
@@ -106,8 +107,8 @@ def _mark_bounds(axes: Any) -> None:
 
 
 def _front_end(arm: ArmRecord, right: float, look: Look) -> End:
-    """The point of the front that forgets most, of those that are seen."""
-    front = [point for point in arm.points if point.on_front]
+    """The point of the front that forgets most, of those that are seen; the base only where there is no other."""
+    front = [point for point in arm.points if point.on_front and point.lr is not None] or arm.points[:1]
     seen = [point for point in front if point.test_general_rise <= right] or front
     last = max(seen, key=lambda point: point.test_general_rise)
     return End(arm.name, look.color, last.test_general_rise, last.test_domain_loss)

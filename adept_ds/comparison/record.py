@@ -33,6 +33,8 @@ class StudyDescription(Record):
     """That make this comparison again."""
     notes: list[str] = Field(default_factory=list)
     """Sentences that a reader must know, such as cells that are missing."""
+    facts: list[str] = Field(default_factory=list)
+    """Sentences about how the study was made."""
 
 
 class SourceRecord(Record):

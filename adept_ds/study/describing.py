@@ -38,7 +38,8 @@ def describe(plan: Plan, progress: Progress, overlaps: Sequence[str], scale: flo
         reference=study.reference if study.reference in _arms(progress) else None,
         texts=texts,
         commands=[shlex.join(["adept", "compare", *arguments])],
-        notes=[*_notes(plan), *overlaps, *_unfinished(study.reference, progress)],
+        notes=[*_unfinished(study.reference, progress), *overlaps],
+        facts=_facts(plan),
     )
 
 
@@ -55,18 +56,19 @@ def _length(plan: Plan, variant: Variant) -> str:
     return f"{plan.steps(variant):,} steps of {tokens_per_step(plan.example(variant)):,} tokens"
 
 
-def _notes(plan: Plan) -> list[str]:
+def _facts(plan: Plan) -> list[str]:
     study = plan.study
     validation, test = study.domain.validation, study.domain.test
-    notes = [f"Of the domain's documents {validation:.0%} are for validation and {test:.0%} for test, by hash."]
+    facts = [f"Of the domain's documents {validation:.0%} are for validation and {test:.0%} for test, by hash."]
     if plan.checked.tells_time:
-        notes += [
+        facts += [
             f"{name}: {rate.step_seconds:.3f} s a step, {rate.refresh_seconds:.2f} s a refresh, "
             f"{rate.before_training:.1f} s before the first step; measured alone, before the study."
             for name, rate in plan.rates.items()
         ]
-        notes += [f"{variant.name}: {_length(plan, variant)}." for variant in plan.checked.variants]
-    return [*notes, f"adept-ds {__version__}, {study.ranks} rank{'s' if study.ranks > 1 else ''}."]
+        lengths = [f"{variant.name}: {_length(plan, variant)}." for variant in plan.checked.variants]
+        facts += lengths if study.budget.tokens is None else []
+    return [*facts, f"adept-ds {__version__}, {study.ranks} rank{'s' if study.ranks > 1 else ''}."]
 
 
 def _unfinished(reference: str | None, progress: Progress) -> list[str]:

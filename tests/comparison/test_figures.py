@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from harness.made_up_study import METHODS, description, make_study
 from matplotlib.colors import to_hex
@@ -54,14 +55,25 @@ def test_labels_are_apart_and_as_near_as_can_be(values: list[float], expected: l
     assert spread(values, 1.0) == pytest.approx(expected, abs=1e-3)
 
 
-def test_fronts_lead_from_the_base_and_are_labelled_with_every_method(findings: Findings) -> None:
+def test_dials_lead_from_the_base_and_are_labelled_with_every_method(findings: Findings) -> None:
     (axes,) = drawn(draw_fronts, findings).axes
     assert set(METHODS) | {"base"} <= set(texts(axes))
-    thick = [line for line in axes.lines if line.get_linewidth() > 2]
-    assert [to_hex(line.get_color()).upper() for line in thick] == list(PALETTE[: len(METHODS)])
-    for line, arm in zip(thick, findings.comparison.arms, strict=True):
-        expected = {(point.test_general_rise, point.test_domain_loss) for point in arm.points if point.on_front}
-        assert set(zip(*line.get_data(), strict=True)) == expected
+    arms = findings.comparison.arms
+    dials = [line for line in axes.lines if len(line.get_xdata()) > 2]
+    assert len(dials) == sum(len(arm.learning_rates) for arm in arms)
+    base = arms[0].points[0]
+    assert all((line.get_xdata()[0], line.get_ydata()[0]) == (0, base.test_domain_loss) for line in dials)
+
+
+def test_filled_marks_are_the_front(findings: Findings) -> None:
+    (axes,) = drawn(draw_fronts, findings).axes
+    marks = [dots for dots in axes.collections if list(dots.get_sizes()) == [30]]
+    filled = [dots for dots in marks if to_hex(dots.get_facecolor()[0]) != "#ffffff"]
+    assert [to_hex(dots.get_facecolor()[0]).upper() for dots in filled] == list(PALETTE[: len(METHODS)])
+    for dots, arm in zip(filled, findings.comparison.arms, strict=True):
+        front = [point for point in arm.points if point.on_front and point.lr is not None]
+        expected = [(point.test_general_rise, point.test_domain_loss) for point in front]
+        assert np.sort(np.asarray(dots.get_offsets()), axis=0) == pytest.approx(np.sort(expected, axis=0))
 
 
 def test_hollow_marks_are_those_that_break_the_bound_on_test_documents(findings: Findings) -> None:

@@ -73,7 +73,7 @@ def page_with(folder: Path, more: str) -> Structure:
         written = write_small(folder, label, 1e-4, 0, losses, dict.fromkeys(sources, (3,)))
         trials.append(Trial(label=around(label), setting=around("s"), lr=1e-4, seed=0, run_dir=written.run_dir))
     facts = {"title": around("t"), "model": around("m"), "budget": around("b"), "commands": [around("c")],
-             "texts": {around("use"): around("text")}, "notes": [around("n")]}  # fmt: skip
+             "texts": {around("use"): around("text")}, "notes": [around("n")], "facts": [around("f")]}  # fmt: skip
     write_comparison(folder, description(**facts), trials)
     return Structure((folder / "compare.html").read_bytes().decode())
 

@@ -57,9 +57,9 @@ def test_the_page_states_rates_and_lengths(timed: TinyStudy) -> None:
     description = json.loads((timed.study_dir / "compare.json").read_text())["description"]
     assert "3 seconds each" in description["budget"]
     for name in ("full", "adept"):
-        assert any(note.startswith(f"{name}: ") and "s a step" in note for note in description["notes"])
+        assert any(note.startswith(f"{name}: ") and "s a step" in note for note in description["facts"])
         steps = RunSummary.load(timed.cells()[f"{name}_lr0.001_seed0"] / "summary.json").steps
-        assert any(note == f"{name}: {steps:,} steps of 128 tokens." for note in description["notes"])
+        assert any(note == f"{name}: {steps:,} steps of 128 tokens." for note in description["facts"])
 
 
 def test_rates_are_measured_once(timed: TinyStudy) -> None:
