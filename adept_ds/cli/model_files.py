@@ -178,7 +178,7 @@ def _export_turned(
 ) -> None:
     if alphas is None:
         raise InputError(
-            f"--alpha is missing; '{adapted}' is an adapted model, not a checkpoint: say how far it is turned up"
+            f"--alpha is missing; '{adapted}' is a model, no checkpoint: say how far it is turned up"
         )
     if dtype != "source":
         raise InputError(f"--dtype: {dtype} has no effect on an adapted model, which keeps its own; leave it out")

@@ -93,7 +93,7 @@ def _check_copy_dropout(config: Config, start: Start) -> None:
     if config.train.copy_dropout and len(start.layers) == 1:
         raise InputError(
             f"train.copy_dropout: {config.train.copy_dropout} has no effect with a single copy, since no step goes "
-            "around all of them; remove it, or have more layers copied"
+            "around all of them; set it to 0, or have more layers copied"
         )
 
 

@@ -279,6 +279,7 @@ FORMATS = {
                 "reason": "the knee",
                 "rules": {"knee": 1},
                 "within_noise": [0],
+                "tie_break": None,
             },
             "stability": {
                 "against": "halves",
@@ -289,13 +290,24 @@ FORMATS = {
             },
             "measures": "delta loss",
         },
-        optional=frozenset({"sequences", "sources", "selection", "stability", "measures", "layers.0.standard_error"}),
+        optional=frozenset(
+            {
+                "sequences",
+                "sources",
+                "selection",
+                "selection.tie_break",
+                "stability",
+                "measures",
+                "layers.0.standard_error",
+            }
+        ),
         nullable=frozenset(
             {
                 "layers.0.loss",
                 "layers.0.standard_error",
                 "selection",
                 "selection.rule",
+                "selection.tie_break",
                 "stability",
                 "stability.kendall_tau",
             }

@@ -299,10 +299,11 @@ CHEAP = [
         "{bad}/empty.jsonl",
         words=["--text", "is empty", "give"],
     ),
-    case("export without base", "export", "{ws}/model", "{run}/out", words=["--base is missing", "give"]),
+    case("export without base", "export", "{ws}", "{run}/out", words=["--base is missing", "give"]),
+    case("export of a model", "export", "{ws}/model", "{run}/out", words=["--alpha is missing", "no checkpoint"]),
     case(
         "export to an unknown type",
-        *("export", "{ws}/model", "{run}/out", "--base", "{ws}/model", "--dtype", "int8"),
+        *("export", "{ws}", "{run}/out", "--base", "{ws}/model", "--dtype", "int8"),
         words=["--dtype", "'int8'", "bfloat16"],
     ),
     case("an unknown method", "probe", "{config}", "--method", "guess", words=["--method", "'guess'", "mask"]),

@@ -45,9 +45,9 @@ def watched(training, step):
 
 taken = 0
 
-def planted(engine, data, entries, train, ranks, online=None):
+def planted(engine, data, entries, train, ranks, online=None, further=()):
     global taken
-    losses, taken = whole_gradient(engine, data, entries, train, ranks, online), taken + 1
+    losses, taken = whole_gradient(engine, data, entries, train, ranks, online, further), taken + 1
     is_last = ranks.rank == ranks.world_size - 1
     return (broken, losses[1]) if taken == 5 and place == "loss" and is_last else losses
 
