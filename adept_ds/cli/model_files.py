@@ -177,9 +177,7 @@ def _export_turned(
     adapted: Path, out: Path, alphas: list[float] | None, base: Path | None, dtype: str, *, overwrite: bool
 ) -> None:
     if alphas is None:
-        raise InputError(
-            f"--alpha is missing; '{adapted}' is a model, no checkpoint: say how far it is turned up"
-        )
+        raise InputError(f"--alpha is missing; '{adapted}' is a model, no checkpoint: say how far it is turned up")
     if dtype != "source":
         raise InputError(f"--dtype: {dtype} has no effect on an adapted model, which keeps its own; leave it out")
     for name, directory in {"ADAPTED": adapted, **({"--base": base} if base else {})}.items():
