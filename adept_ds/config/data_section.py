@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
-from adept_ds.config.corpus_entries import CorpusEntry, Format, HeldOutEntry, twice_named
+from adept_ds.config.corpus_entries import CorpusEntry, Format, HeldOutEntry, corpus_sources, twice_named
 from adept_ds.config.question_template import DEFAULT_TEMPLATE, VARIABLES, check_template
 from adept_ds.config.section import Count, Section, Tokens
 
@@ -72,3 +72,25 @@ class DataSection(Section):
         """As in `LrPolicySection`."""
         tree: dict[str, Any] = serialize(self)
         return {key: value for key, value in tree.items() if key != "replay_share" or self.replay}
+
+    def check_domain_sample(self, taker: str, otherwise: str, key: str, sequences: int) -> None:
+        """A sample of so many sequences of the domain can be had, of each source one at least.
+
+        Args:
+            taker: the key and value for which it is taken.
+            otherwise: what else to choose.
+            key: that says how many sequences.
+
+        Raises:
+            ValueError: it cannot.
+        """
+        if self.streaming:
+            raise ValueError(
+                f"data.streaming: {taker} takes a sample of the whole domain corpus; remove it, or choose {otherwise}"
+            )
+        sources = len(corpus_sources(self.domain))
+        if sources > sequences:
+            raise ValueError(
+                f"{key}: {sequences} leaves none for some of the {sources} sources of data.domain, which {taker} "
+                f"samples: raise it to at least {sources}"
+            )

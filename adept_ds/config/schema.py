@@ -12,7 +12,6 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from adept_ds.config.anchor_section import AnchorSection
-from adept_ds.config.corpus_entries import corpus_sources
 from adept_ds.config.data_section import DataSection
 from adept_ds.config.dial_section import DialSection
 from adept_ds.config.eval_section import EvalSection
@@ -228,15 +227,7 @@ class Config(Section):
                 f"probe.stability: {said} is about deltas of layers, which expand.choose: gain does not estimate; "
                 "remove it, or choose layers by delta"
             )
-        if self.data.streaming:
-            raise ValueError(
-                "data.streaming: expand.choose: gain takes a sample of the whole domain corpus; remove it, or choose "
-                "layers otherwise"
-            )
-        count, sources = self.probe.sequences, len(corpus_sources(self.data.domain))
-        if sources > count:
-            raise ValueError(
-                f"probe.sequences: {count} leaves none for some of the {sources} sources of data.domain, on which "
-                f"expand.choose: gain weighs places: raise it to at least {sources}"
-            )
+        self.data.check_domain_sample(
+            "expand.choose: gain", "layers otherwise", "probe.sequences", self.probe.sequences
+        )
         return self

@@ -11,7 +11,6 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from adept_ds.config.corpus_entries import corpus_sources
 from adept_ds.methods.shape import Method, Preparation, Training
 
 if TYPE_CHECKING:
@@ -37,17 +36,9 @@ class Adept(Method):
                 f"importance.source: {config.importance.source} sees general text alone, and lr_policy.map: ratio goes "
                 "by the domain's too; remove it, or choose another map"
             )
-        if config.data.streaming:
-            raise ValueError(
-                "data.streaming: lr_policy.map: ratio takes a sample of the whole domain corpus; remove it, or choose "
-                "another map"
-            )
-        count, sources = config.importance.sequences, len(corpus_sources(config.data.domain))
-        if sources > count:
-            raise ValueError(
-                f"importance.sequences: {count} leaves none for some of the {sources} sources of data.domain, which "
-                f"lr_policy.map: ratio samples: raise it to at least {sources}"
-            )
+        config.data.check_domain_sample(
+            "lr_policy.map: ratio", "another map", "importance.sequences", config.importance.sequences
+        )
 
     def prepare(self, preparation: Preparation) -> Importances | None:
         """Importance of each copy's *source* layer: in a fresh copy the silent factors hide everything behind them.

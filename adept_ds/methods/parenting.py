@@ -54,11 +54,9 @@ class Parenting(WholeModel):
                 f"importance.source: {config.importance.source} sees general text alone, and method: parenting needs "
                 "the domain's too; remove it"
             )
-        if config.data.streaming:
-            raise ValueError(
-                "data.streaming: method: parenting takes a sample of the whole domain corpus; remove it, or choose "
-                "another method"
-            )
+        config.data.check_domain_sample(
+            "method: parenting", "another method", "importance.sequences", config.importance.sequences
+        )
 
     def rule(self, training: Training) -> TrainingRule:
         from adept_ds.training.role_rule import RoleRule

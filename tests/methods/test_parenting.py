@@ -81,6 +81,11 @@ def test_it_may_begin_with_plain_training(workspace: Workspace, tmp_path_factory
             {"importance": {"source": "online"}, "data": {"replay": ["a"]}}, ["importance.source"], id="online"
         ),
         pytest.param({"data": {"streaming": True}}, ["data.streaming: "], id="streamed"),
+        pytest.param(
+            {"data": {"domain": [{"files": ["a"]}, {"files": ["b"]}]}, "importance": {"sequences": 1}},
+            ["importance.sequences: 1", "2 sources of data.domain"],
+            id="a source without a sequence",
+        ),
         pytest.param({"lr_policy": {"map": "linear"}}, ["lr_policy.map: 'linear'"], id="other rates"),
         pytest.param({"method": {"name": "parenting", "idle_rate": -1}}, ["method.idle_rate: -1"], id="backwards"),
     ],
