@@ -14,10 +14,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from adept_ds.base.resampling import SAMPLES, SEED, Stratum, resampled_losses
+from adept_ds.base.resampling import SEED
 from adept_ds.comparison.trials import Floats
-
-__all__ = ["LEVEL", "SAMPLES", "SEED", "Interval", "Stratum", "interval", "resampled_losses", "resampled_mean"]
 
 LEVEL = 0.95
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 from pydantic import Field
 
 from adept_ds.base.records import Record
+from adept_ds.base.resampling import SAMPLES, SEED
 from adept_ds.base.run_records import Scores
 from adept_ds.comparison.arms import BOUNDS
-from adept_ds.comparison.bootstrap import LEVEL, SAMPLES, SEED
+from adept_ds.comparison.bootstrap import LEVEL
 from adept_ds.comparison.fronts import GENERAL_RISE
 from adept_ds.comparison.verdicts import Difference, Gap
 

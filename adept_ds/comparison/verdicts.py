@@ -13,9 +13,10 @@ from typing import NamedTuple
 import numpy as np
 
 from adept_ds.base.records import Record
+from adept_ds.base.resampling import Stratum, resampled_losses
 from adept_ds.comparison import wording
 from adept_ds.comparison.arms import AT_BASE, Arm, Criterion, Point
-from adept_ds.comparison.bootstrap import Interval, Stratum, interval, resampled_losses, resampled_mean
+from adept_ds.comparison.bootstrap import Interval, interval, resampled_mean
 from adept_ds.comparison.measurements import Measurements
 from adept_ds.comparison.trials import Floats
 

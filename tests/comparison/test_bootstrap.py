@@ -9,7 +9,8 @@ import pytest
 from numpy.typing import NDArray
 
 from adept_ds.base import resampling
-from adept_ds.comparison.bootstrap import Stratum, interval, resampled_losses, resampled_mean
+from adept_ds.base.resampling import Stratum, resampled_losses
+from adept_ds.comparison.bootstrap import interval, resampled_mean
 
 Array = NDArray[np.float64]
 
