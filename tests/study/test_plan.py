@@ -245,7 +245,8 @@ def ready_studies() -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def deep_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_model(tmp_path_factory.mktemp("deep") / "model", num_hidden_layers=8)
+    """As deep as the model that the studies are sized for."""
+    return save_tiny_model(tmp_path_factory.mktemp("deep") / "model", num_hidden_layers=30)
 
 
 @pytest.mark.parametrize("path", ready_studies(), ids=lambda path: path.stem)
@@ -259,8 +260,8 @@ def test_every_ready_study_can_begin(
     (study.root / "ds_configs").symlink_to(ROOT / "ds_configs")
     for seed, name in enumerate(sorted(set(_files(tree)))):
         write_corpus(study.root / name, seed, 40)
-    tree["base"] |= {"data": {"seq_len": 32}, "expand": {"k": 2}}
-    tree["base"]["probe"] |= {"seq_len": 32}
+    tree["base"] |= {"data": {"seq_len": 32}}
+    tree["base"]["probe"] = tree["base"].get("probe", {}) | {"seq_len": 32}
     (study.root / "study.yaml").write_text(yaml.safe_dump(tree))
     monkeypatch.chdir(study.root)
     checked = check_study(load_study(Path("study.yaml")), path)
