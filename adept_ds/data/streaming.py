@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import itertools
 import shutil
-import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
@@ -23,6 +22,7 @@ from pathlib import Path
 import numpy as np
 from pydantic import NonNegativeInt, PositiveInt, ValidationError
 
+from adept_ds.base.background import in_background
 from adept_ds.base.errors import InputError
 from adept_ds.base.files import new_directory, write_text
 from adept_ds.base.records import Record
@@ -170,7 +170,7 @@ class WindowMaker:
             self._write(window.number, window.first, window.begins)
         self._remove_all_but(range(window.number - 1, window.number + 2))
         if window.number + 1 == len(self._windows):
-            self._coming = _in_background(self._make_next)
+            self._coming = in_background(self._make_next)
         return window
 
     def path(self, window: Window) -> Path:
@@ -222,20 +222,6 @@ class WindowMaker:
                 break
             windows.append(window)
         return windows
-
-
-def _in_background(action: Callable[[], Window]) -> Future[Window]:
-    """By a thread that the end of the process does not wait for."""
-    outcome = Future[Window]()
-
-    def run() -> None:
-        try:
-            outcome.set_result(action())
-        except BaseException as error:
-            outcome.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()
-    return outcome
 
 
 @dataclass(frozen=True)

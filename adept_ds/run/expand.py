@@ -18,7 +18,8 @@ from adept_ds.probing.selection import layers_without_probe
 from adept_ds.run.context import Context
 from adept_ds.run.prerequisites import check_expands, check_probed, check_ready
 from adept_ds.run.replacing import keep_aside
-from adept_ds.training.checkpoint import newest_manifest
+from adept_ds.training.checkpoint import check_whole
+from adept_ds.training.checkpoint_choice import choose
 from adept_ds.weights.base_files import BaseFiles
 from adept_ds.weights.expansion import Expansion, expand_checkpoint
 from adept_ds.weights.fingerprints import config_digest
@@ -114,7 +115,7 @@ def _made_of(run: Context) -> dict[str, Any]:
 def _refuse_if_trained(run: Context, different: Sequence[str]) -> None:
     """Raises `InputError`, with the way to go on, if checkpoints need the expanded model that is there."""
     checkpoints, expansion = run.run_dir.checkpoints, Expansion.read(run.run_dir.expanded)
-    newest = newest_manifest(checkpoints)
+    newest = choose(checkpoints, checkpoint_steps(checkpoints), check_whole).manifest
     if newest is None or newest.fingerprint != expansion.fingerprint:
         return
     if _LAYERS in different:

@@ -11,10 +11,11 @@ from functools import partial
 from typing import Any
 
 import torch
+from rich.markup import escape
 
 from adept_ds.base.errors import InputError, NonFiniteLossError
 from adept_ds.base.files import remove_abandoned, write_json
-from adept_ds.base.run_dir import RunDirectory, checkpoint_steps, checkpoint_tag
+from adept_ds.base.run_dir import RunDirectory, checkpoint_steps
 from adept_ds.base.run_records import MetricsLine, RunSummary, read_log
 from adept_ds.base.version import __version__
 from adept_ds.config.loading import dump_config
@@ -40,8 +41,9 @@ from adept_ds.training.checkpoint import (
     check_same_ranks,
     check_same_training,
     check_whole,
-    newest_manifest,
+    verify,
 )
+from adept_ds.training.checkpoint_choice import choose, set_aside
 from adept_ds.training.copy_dropout import CopyDropout
 from adept_ds.training.movement import UnitMovement
 from adept_ds.training.trainer import Trainer
@@ -75,7 +77,7 @@ def train_stage(run: Context) -> None:
     settings = run.ranks.on_main(lambda: training_settings(config, run.identity, found.start.layers))
     manifest_at = partial(training_manifest, run, found.fingerprint, settings)
     run.ranks.on_main(lambda: remove_abandoned(run_dir.checkpoints))
-    first_step = run.ranks.on_main(lambda: _first_step(run, manifest_at))
+    first_step = _first_step(run, manifest_at)
     if first_step == config.train.steps:
         run.ranks.on_main(lambda: _complete_summary(run_dir))
         run.terminal.stage("train", "[dim]finished before, not run again[/]")
@@ -105,7 +107,8 @@ def check_can_go_on(run: Context) -> None:
     """
 
     def check() -> None:
-        newest = newest_manifest(run.run_dir.checkpoints)
+        checkpoints = run.run_dir.checkpoints
+        newest = choose(checkpoints, checkpoint_steps(checkpoints), check_whole).manifest
         if newest is None:
             return
         config, fingerprint, layers = run.settings.config, newest.fingerprint, None
@@ -115,7 +118,7 @@ def check_can_go_on(run: Context) -> None:
         else:
             fingerprint, layers = run.identity.weights(run.settings.model), known
         settings = training_settings(config, run.identity, layers)
-        _first_step(run, partial(training_manifest, run, fingerprint, settings))
+        _check_fits(run, training_manifest(run, fingerprint, settings, newest.step))
 
     run.ranks.on_main(check)
 
@@ -126,21 +129,42 @@ def training_manifest(run: Context, fingerprint: str, settings: dict[str, Any], 
         step=step,
         world_size=run.ranks.world_size,
         zero_stage=run.settings.zero_stage,
+        offload=run.settings.offload,
+        precision=str(run.precision).removeprefix("torch."),
+        adept_ds=__version__,
         fingerprint=fingerprint,
         settings=settings,
     )
 
 
 def _first_step(run: Context, manifest_at: Callable[[int], CheckpointManifest]) -> int:
-    """After how many steps training goes on. Raises `InputError` if it cannot go on like this."""
+    """After how many steps training goes on: those of the newest checkpoint that is whole. On every rank.
+
+    What is loaded is read beforehand, to the last bit; not if nothing is left to train.
+
+    Raises:
+        InputError: it cannot go on like this, or no checkpoint is whole.
+    """
     checkpoints = run.run_dir.checkpoints
-    newest = max(checkpoint_steps(checkpoints), default=0)
-    if newest:
-        check_same_training(checkpoints, manifest_at(newest))
-        if newest < run.settings.config.train.steps:
-            check_same_ranks(checkpoints, manifest_at(newest))
-            check_whole(checkpoints / checkpoint_tag(newest))
-    return newest
+    steps = run.ranks.on_main(lambda: checkpoint_steps(checkpoints))
+    choice = run.ranks.on_main(lambda: choose(checkpoints, steps, check_whole))
+    if choice.step < run.settings.config.train.steps:
+        choice = choose(checkpoints, steps, partial(verify, ranks=run.ranks))
+
+    def settle() -> int:
+        if choice.manifest is not None:
+            _check_fits(run, manifest_at(choice.step))
+        set_aside(checkpoints, choice, lambda line: run.terminal.stage("train", escape(line)))
+        return choice.step
+
+    return run.ranks.on_main(settle)
+
+
+def _check_fits(run: Context, expected: CheckpointManifest) -> None:
+    """Raises `InputError`: the checkpoint of this step is of another training, or of ranks that cannot go on."""
+    check_same_training(run.run_dir.checkpoints, expected)
+    if expected.step < run.settings.config.train.steps:
+        check_same_ranks(run.run_dir.checkpoints, expected)
 
 
 def training_settings(config: Config, identity: Identity, layers: Sequence[int] | None = None) -> dict[str, Any]:

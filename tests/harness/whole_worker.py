@@ -25,7 +25,8 @@ from adept_ds.models.loading import everything_trains
 from adept_ds.ranks.collectives import Ranks
 from adept_ds.ranks.groups import join
 from adept_ds.ranks.launchers import rank_from_environment
-from adept_ds.training.checkpoint import CheckpointManifest, load_checkpoint, save_checkpoint
+from adept_ds.training.checkpoint import CheckpointManifest, load_checkpoint
+from adept_ds.training.checkpoint_writer import CheckpointWriter, Retention
 from adept_ds.training.movement import UnitMovement
 from adept_ds.units.adamw import UnitAdamW
 from adept_ds.units.registry import UnitRegistry, build_registry
@@ -103,7 +104,7 @@ def accumulate(engine: Engine, step: int, ranks: Ranks) -> float:
 def save(engine: Engine, directory: Path, step: int, ranks: Ranks) -> CheckpointManifest:
     stage, size = zero_stage(engine), ranks.world_size
     manifest = CheckpointManifest(step=step, world_size=size, zero_stage=stage, fingerprint="", settings={})
-    save_checkpoint(engine, directory, manifest, ranks, 1, {}, lambda _: None)
+    CheckpointWriter(engine, directory, ranks, Retention(1)).save(manifest, {}, lambda _: None)
     return manifest
 
 
