@@ -6,13 +6,16 @@ import os
 import stat
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-from pydantic import AfterValidator, NonNegativeInt
+from pydantic import AfterValidator, NonNegativeInt, model_validator
 
-from adept_ds.base.digests import Digest, sha256_of
+from adept_ds.base.digests import Digest, json_digest, sha256_of
 from adept_ds.base.errors import DamagedError, InputError
 from adept_ds.base.records import Record
+
+if TYPE_CHECKING:
+    from typing import Self
 
 DigestOf = Callable[[Path], str]
 
@@ -44,6 +47,26 @@ class FileProof(Record):
     def of(cls, path: Path) -> FileProof:
         """Reads it."""
         return cls(size=path.stat().st_size, sha256=sha256_of(path))
+
+
+class Sealed(Record):
+    """A record that shows whether it was changed after it was written; older ones of its kind do not."""
+
+    check: Digest | None = None
+    """Of all the rest."""
+
+    def sealed(self) -> Self:
+        """As it is to be written."""
+        return self.model_copy(update={"check": self._digest()})
+
+    def _digest(self) -> str:
+        return json_digest(self.model_copy(update={"check": None}).to_json())
+
+    @model_validator(mode="after")
+    def _as_it_was_written(self) -> Self:
+        if self.check not in (None, self._digest()):
+            raise ValueError("it was changed after it was written")
+        return self
 
 
 def check_file(directory: Path, name: str, proof: FileProof, digest_of: DigestOf = sha256_of) -> None:

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from adept_ds.base.digests import FileDigests
+from adept_ds.base.errors import DamagedError
+from adept_ds.base.outputs import check_as_written
 from adept_ds.base.progress import Meter
 from adept_ds.config.corpus_entries import CorpusFiles, corpus_sources
 from adept_ds.config.corpus_files import find_files
@@ -60,6 +62,20 @@ class Identity:
         return self.digests.remembered(
             "tensors", [*files, index] if index.is_file() else files, lambda: self._hash_weights(directory)
         )
+
+    def check_as_written(self, directory: Path, remedy: str = "") -> None:
+        """What a command wrote there is as it was.
+
+        Raises:
+            DamagedError: naming the first file that is not, and `remedy`.
+        """
+        files = directory.iterdir() if directory.is_dir() else ()
+        with self.progress.on_main(f"reading {directory.name}") as bar:
+            meter = Meter(sum(file.stat().st_size for file in files if file.is_file()), bar)
+            try:
+                check_as_written(directory, lambda file: self.digests.file(file, lambda n: meter.advance(n, file.name)))
+            except DamagedError as error:
+                raise DamagedError(error.reason, remedy) from None
 
     def _hash_weights(self, directory: Path) -> str:
         tensors = stored_tensors(directory)

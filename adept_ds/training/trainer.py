@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from rich.markup import escape
+
 from adept_ds.base.errors import InputError, NonFiniteLossError, StopRequestedError
 from adept_ds.base.run_dir import RunDirectory, checkpoint_tag
 from adept_ds.base.terminal import Terminal
@@ -80,7 +82,7 @@ class Trainer:
             InputError: the loss is no number any more; the step that it belongs to was not taken.
         """
         train = self.config.train
-        log = RunLog(self.run_dir, first_step, config_text, active=self.ranks.is_main)
+        log = RunLog(self.run_dir, first_step, config_text, active=self.ranks.is_main, say=self._say)
         with self.terminal.progress("training") as bar, self._checkpoints():
             if first_step:
                 self._resume(first_step)
@@ -116,6 +118,9 @@ class Trainer:
             raise
         finally:
             self._writer.discard()
+
+    def _say(self, line: str) -> None:
+        self.terminal.stage("train", escape(line))
 
     def _start(self, log: RunLog) -> None:
         """Multipliers and losses before the first step."""
