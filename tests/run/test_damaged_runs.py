@@ -63,7 +63,7 @@ def cut_last_line(file: Path) -> None:
 # --- made again -----------------------------------------------------------------------------------------------------
 
 
-SPOILED: dict[str, tuple[Callable[[RunDirectory], Path], Callable[[Path], None], str]] = {
+SPOILED: dict[str, tuple[Callable[[RunDirectory], Path], Callable[[Path], object], str]] = {
     "tokens": (tokens, flip_bit, "tokens.bin' is not as it was written (its SHA-256 is another): tokenised again"),
     "scores": (lambda files: files.layer_scores(), flip_bit, "(its SHA-256 is another): made again"),
     "expanded model": (lambda files: files.expanded / "model.safetensors", flip_bit, "made again"),
@@ -161,9 +161,7 @@ def test_nothing_is_exported_from_a_damaged_checkpoint_or_model(copy: TrainedRun
         lambda: export_learned(files.expanded, files.checkpoints / "step_4", out),
         lambda: export_learned(files.expanded, files.checkpoints, out),
     ):
-        with pytest.raises(
-            DamagedError, match=r"optim_states\.pt' is not as it was written .*put this checkpoint aside"
-        ):
+        with pytest.raises(DamagedError, match=r"optim_states\.pt' is not as it was .*put this checkpoint aside"):
             export()
     flip_bit(optimizer_states(files, 4))
     flip_bit(files.expanded / "model.safetensors")

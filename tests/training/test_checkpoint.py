@@ -182,7 +182,8 @@ def test_a_pickle_that_came_later_is_not_opened_with_the_others(checkpoint: Path
 
 def test_a_checkpoint_of_an_older_program_is_known_by_sizes(checkpoint: Path) -> None:
     sizes: Any = {name: len(content) for name, content in CONTENT.items()}
-    for files in (sizes, {}):
+    without: Any = {}
+    for files in (sizes, without):
         MANIFEST.model_copy(update={"files": files}).save(manifest_of(checkpoint))
         assert verify(checkpoint, Ranks()).files == files
     MANIFEST.model_copy(update={"files": sizes | {"states.pt": 5}}).save(manifest_of(checkpoint))

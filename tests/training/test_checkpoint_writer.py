@@ -254,7 +254,7 @@ def test_a_copy_on_the_host_shares_nothing_with_what_it_was_made_of() -> None:
             self.scale = [2.0]
 
     tensor, scaler = torch.ones(4), Scaler()
-    value = {"a": tensor, "nested": [(tensor, tensor[1:])], "scaler": scaler, "again": scaler}
+    value: dict[str, Any] = {"a": tensor, "nested": [(tensor, tensor[1:])], "scaler": scaler, "again": scaler}
     copied = on_host(value)
     tensor += 1
     scaler.scale[0] = 3.0
