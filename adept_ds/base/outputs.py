@@ -17,7 +17,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from adept_ds.base.digests import Digest, sha256_of
-from adept_ds.base.errors import InputError
+from adept_ds.base.errors import DamagedError, InputError
 from adept_ds.base.files import is_filled, lock_of, new_directory, sync_tree, temporary_name
 from adept_ds.base.proofs import DigestOf, FileProof, InnerName, check_file
 from adept_ds.base.records import Record
@@ -95,19 +95,23 @@ def is_untouched(directory: Path, command: Command) -> bool:
     return True
 
 
-def check_as_written(directory: Path, digest_of: DigestOf = sha256_of) -> None:
+def check_as_written(directory: Path, digest_of: DigestOf = sha256_of, remedy: str = "") -> None:
     """Every file that a command wrote there has the bytes that it had; where nothing says which, it may be as it is.
 
     Args:
         digest_of: by default a file is read.
 
     Raises:
-        DamagedError: naming the first that has not.
+        DamagedError: naming the first that has not, and `remedy`.
     """
-    if (directory / MARK_NAME).is_file():
+    if not (directory / MARK_NAME).is_file():
+        return
+    try:
         mark = OutputMark.load(directory / MARK_NAME)
         for name, digest in mark.sha256.items():
             check_file(directory, name, FileProof(size=mark.files[name][0], sha256=digest), digest_of)
+    except DamagedError as error:
+        raise DamagedError(error.reason, remedy) from None
 
 
 @contextmanager

@@ -20,14 +20,9 @@ if TYPE_CHECKING:
 DigestOf = Callable[[Path], str]
 
 
-def leaves_its_directory(name: str) -> bool:
-    """Whether a relative path could name something outside the directory that it is in, on any system."""
-    path = PurePosixPath(name)
-    return path.is_absolute() or ".." in path.parts or not path.parts or "\\" in name or "\0" in name
-
-
 def _inside(name: str) -> str:
-    if leaves_its_directory(name):
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or not path.parts or "\0" in name:
         raise ValueError(f"{name[:100]!r} is no name of a file in this directory")
     return name
 

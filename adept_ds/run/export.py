@@ -136,10 +136,7 @@ def export_learned(
     """
     check_output(destination, "export", {"CHECKPOINT": checkpoint, "--base": start}, overwrite=overwrite)
     directory = tag_of(checkpoint)
-    try:
-        check_as_written(start)
-    except DamagedError as error:
-        raise DamagedError(f"--base: {error.reason}", Expansion.remedy()) from None
+    check_as_written(start, remedy=Expansion.remedy())
     if manifest_of(directory).is_file():
         manifest = CheckpointManifest.load(manifest_of(directory))
         if manifest.fingerprint != _fingerprint(start):

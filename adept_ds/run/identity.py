@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from adept_ds.base.digests import FileDigests
-from adept_ds.base.errors import DamagedError
 from adept_ds.base.outputs import check_as_written
 from adept_ds.base.progress import Meter
 from adept_ds.config.corpus_entries import CorpusFiles, corpus_sources
@@ -72,10 +71,11 @@ class Identity:
         files = directory.iterdir() if directory.is_dir() else ()
         with self.progress.on_main(f"reading {directory.name}") as bar:
             meter = Meter(sum(file.stat().st_size for file in files if file.is_file()), bar)
-            try:
-                check_as_written(directory, lambda file: self.digests.file(file, lambda n: meter.advance(n, file.name)))
-            except DamagedError as error:
-                raise DamagedError(error.reason, remedy) from None
+
+            def digest_of(file: Path) -> str:
+                return self.digests.file(file, lambda num_bytes: meter.advance(num_bytes, file.name))
+
+            check_as_written(directory, digest_of, remedy)
 
     def _hash_weights(self, directory: Path) -> str:
         tensors = stored_tensors(directory)

@@ -131,7 +131,7 @@ class CheckpointWriter:
             for step in self._retention.goes(checkpoint_steps(self._directory)):
                 old = self._directory / checkpoint_tag(step)
                 manifest_of(old).unlink()  # first: half of it is no checkpoint
-                shutil.rmtree(old)
+                shutil.rmtree(old, ignore_errors=True)  # a network file system may hold on to a file
 
 
 def refuse_if_whole(place: Path) -> None:

@@ -40,6 +40,8 @@ from adept_ds.zero.gradients import add_to_gradient, set_loss_scale
 STEPS, SAVED_AFTER = 4, 2
 ROWS, TOKENS, ACCUMULATION = 8, 20, 2
 LR, PULL = 3e-3, 0.15
+LISTENING = "listening"
+"""Of the outcomes, beside the cells: of each rank, where it listens at the end, and at which port ranks have met."""
 OPTIONS: dict[str, Any] = {"betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1, "clip_grad_norm": 0.7}
 
 ZERO: dict[str, dict[str, Any]] = {
@@ -148,14 +150,28 @@ def train(ranks: Ranks, folder: Path, name: str, zero: str, variant: str) -> dic
     return found
 
 
+def listening() -> list[tuple[str, int]]:
+    """Addresses and ports that this process listens at, as the kernel has them ('0100007F' is 127.0.0.1)."""
+    own = {str(file.readlink()) for file in Path("/proc/self/fd").iterdir() if file.is_symlink()}
+    found = []
+    for table in (Path("/proc/net/tcp"), Path("/proc/net/tcp6")):
+        for line in table.read_text().splitlines()[1:]:
+            address, state, inode = (line.split()[column] for column in (1, 3, 9))
+            if state == "0A" and f"socket:[{inode}]" in own:
+                host, port = address.split(":")
+                found.append((host, int(port, 16)))
+    return found
+
+
 def main() -> None:
     folder, output, cells = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]
     ranks = join(rank_from_environment(os.environ))
     # DeepSpeed takes fp16 on a CPU for unsupported where it would be slow.
     with mock.patch.object(CPU_Accelerator, "is_fp16_supported", lambda _: True):
         outcomes = {cell: train(ranks, folder, *cell.split("/")) for cell in cells}
+    ports = ranks.gather((int(os.environ["MASTER_PORT"]), listening()))
     if ranks.is_main:
-        torch.save(outcomes, output)
+        torch.save(outcomes | {LISTENING: ports}, output)
 
 
 if __name__ == "__main__":

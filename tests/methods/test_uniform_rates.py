@@ -158,14 +158,10 @@ def test_deepspeeds_own_tools_read_its_checkpoints(outcome: Outcome, tmp_path: P
     """They find what trained to the last bit, with the moments of its optimizer; what is frozen is in no checkpoint."""
     checkpoints, trained = outcome.run.directory / "checkpoints", outcome.run.weights()
     convert_zero_checkpoint_to_state_dict(checkpoints, tmp_path / "whole")
-    options: dict[str, Any] = {
-        "num_extract_workers": 1,
-        "num_merge_workers": 1,
-        "keep_temp_folder": False,
-        "strict": True,
-    }
-    options |= {"input_folder": str(checkpoints / "step_3"), "output_folder": str(tmp_path / "universal")}
-    ds_to_universal.main(argparse.Namespace(inject_missing_state=False, **options))
+    in_this_process = {"num_extract_workers": 1, "num_merge_workers": 1}
+    places = {"input_folder": str(checkpoints / "step_3"), "output_folder": str(tmp_path / "universal")}
+    defaults = {"keep_temp_folder": False, "strict": True, "inject_missing_state": False}
+    ds_to_universal.main(argparse.Namespace(**in_this_process, **places, **defaults))
     whole, parts = torch.load(tmp_path / "whole" / "pytorch_model.bin"), tmp_path / "universal" / "zero"
     tied = {"lm_head.weight"}
     assert outcome.plain.weights.keys() <= whole.keys() <= outcome.plain.weights.keys() | tied

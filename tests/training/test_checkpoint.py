@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,32 @@ def test_one_flipped_bit_of_any_file_is_found_and_the_file_named(checkpoint: Pat
             verify(checkpoint, Ranks())
 
 
+class OneOfTwo(Ranks):
+    """The other one has nothing to complain of, unless it is told to."""
+
+    complaint: DamagedError | None = None
+
+    def on_main(self, action: Callable[[], Any]) -> Any:
+        return action()
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value, self.complaint] if self.rank == 0 else [self.complaint, value]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_each_file_is_read_by_one_rank_and_all_end_alike(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, rank: int
+) -> None:
+    read: list[Path] = []
+    monkeypatch.setattr("adept_ds.training.checkpoint.check_file", lambda place, name, file: read.append(place / name))
+    ranks = OneOfTwo(rank, 2)
+    verify(checkpoint, ranks)
+    assert read == [checkpoint / list(CONTENT)[rank]]
+    object.__setattr__(ranks, "complaint", DamagedError("what the other one found"))
+    with pytest.raises(DamagedError, match="what the other one found"):
+        verify(checkpoint, ranks)
+
+
 def test_one_flipped_bit_of_the_manifest_is_found_or_says_the_same(checkpoint: Path) -> None:
     path = manifest_of(checkpoint)
     before, content = CheckpointManifest.load(path), path.read_bytes()
@@ -164,7 +191,7 @@ def test_a_file_that_is_a_link_is_none_of_the_checkpoints(checkpoint: Path, tmp_
         check_whole(checkpoint)
 
 
-@pytest.mark.parametrize("name", ["/etc/passwd", "../step_19/states.pt", "more/../../x", "a\\b", "", "a\0b"])
+@pytest.mark.parametrize("name", ["/etc/passwd", "../step_19/states.pt", "more/../../x", "", ".", "a\0b"])
 def test_no_path_in_a_manifest_leaves_its_directory(checkpoint: Path, name: str) -> None:
     tree = read_json(manifest_of(checkpoint))
     tree["files"][name] = tree["files"].pop("states.pt")
