@@ -26,7 +26,7 @@ from adept_ds.training.sampled_text import Writer
 from adept_ds.zero.build import build_forward_engine
 from adept_ds.zero.engine import Engine, release
 
-_TOKENS = "tokens"
+_TOKENS, _TOKEN = "tokens", np.int32
 
 
 def anchor_text_stage(run: Context) -> None:
@@ -72,7 +72,7 @@ def read_anchor_text(file: Path, ranks: Ranks) -> Blocks:
 
     def read() -> np.ndarray:
         tokens: np.ndarray = load_file(file)[_TOKENS].numpy()
-        if tokens.ndim != 2 or not tokens.size or tokens.dtype != np.int64 or tokens.min() < 0:
+        if tokens.ndim != 2 or not tokens.size or tokens.dtype != _TOKEN or tokens.min() < 0:
             raise ValueError(f"{_TOKENS}: {tokens.dtype}{tokens.shape}, or a negative number")
         return tokens
 

@@ -41,7 +41,8 @@ STEPS, SAVED_AFTER = 4, 2
 ROWS, TOKENS, ACCUMULATION = 8, 20, 2
 LR, PULL = 3e-3, 0.15
 LISTENING = "listening"
-"""Of the outcomes, beside the cells: of each rank, where it listens at the end, and at which port ranks have met."""
+"""Of the outcomes, beside the cells: of each rank at which port ranks have met, how many process groups it is in at the
+end, and where it listens."""
 OPTIONS: dict[str, Any] = {"betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1, "clip_grad_norm": 0.7}
 
 ZERO: dict[str, dict[str, Any]] = {
@@ -169,7 +170,8 @@ def main() -> None:
     # DeepSpeed takes fp16 on a CPU for unsupported where it would be slow.
     with mock.patch.object(CPU_Accelerator, "is_fp16_supported", lambda _: True):
         outcomes = {cell: train(ranks, folder, *cell.split("/")) for cell in cells}
-    ports = ranks.gather((int(os.environ["MASTER_PORT"]), listening()))
+    groups = len(torch.distributed.distributed_c10d._world.pg_map)
+    ports = ranks.gather((int(os.environ["MASTER_PORT"]), groups, listening()))
     if ranks.is_main:
         torch.save(outcomes | {LISTENING: ports}, output)
 
