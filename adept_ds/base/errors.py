@@ -31,6 +31,10 @@ class InputError(AdeptError, ValueError):
         super().__init__(line if len(line) <= MOST_CHARACTERS else f"{line[:_BEGINNING]} ... {line[-_END:]}")
 
 
+class UnreachedError(InputError):
+    """Rank 0 is not where it should be: on its own host rank 1 says so."""
+
+
 class NonFiniteLossError(InputError):
     """A loss is NaN or infinite. Raised on every rank; who knows which model it is of looks for the reason."""
 

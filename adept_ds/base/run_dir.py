@@ -23,6 +23,11 @@ class RunDirectory:
         return self.root / "config.yaml"
 
     @property
+    def lock(self) -> Path:
+        """Of whoever writes here; lock.json beside it says who that is."""
+        return self.root / "lock"
+
+    @property
     def ledger(self) -> Path:
         """Which stage was made from which inputs."""
         return self.root / "stages.json"

@@ -69,7 +69,7 @@ class Holder(Record):
 
     @property
     def is_seen_running(self) -> bool:
-        """False also where its processes cannot be seen from here, or it has ended and nobody has asked for its code."""
+        """False also where it cannot be seen from here, or has ended and nobody has asked for its code yet."""
         return announced_launcher({LAUNCHER: self.process}) is not None and is_running(self.pid)
 
     def __str__(self) -> str:

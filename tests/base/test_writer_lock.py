@@ -77,7 +77,9 @@ def test_a_second_writer_is_refused_in_a_line_that_says_who_where_since_when_and
     with pytest.raises(InputError) as refusal:
         take(tmp_path)
     message = str(refusal.value)
-    assert message.startswith(f"run_dir: '{tmp_path}' is being written by process {holder.pid} on {os.uname().nodename}")
+    assert message.startswith(
+        f"run_dir: '{tmp_path}' is being written by process {holder.pid} on {os.uname().nodename}"
+    )
     assert f" since {time.strftime('%Y-%m-%d')}" in message
     assert "`adept run math.yaml`, Slurm job 77" in message
     assert f"`kill -TERM {holder.pid}` there, and it keeps a checkpoint" in message
