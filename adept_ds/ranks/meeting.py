@@ -132,7 +132,7 @@ def _connected(launched: LaunchedRank, waiting: _Waiting, place: str) -> Store |
     """None: it ended meanwhile. In a thread, since torch waits in C++, and for ever where something else listens."""
     import torch.distributed as dist
 
-    found = list[Store]()
+    found: list[Store] = []
 
     def connect() -> None:
         with suppress(dist.DistError):

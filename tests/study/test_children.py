@@ -3,21 +3,13 @@
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from harness.waiting import until
 from harness.workspace import Workspace
 
 from adept_ds.study.children import RunProcesses, last_words
-
-
-def until(condition: Callable[[], bool], timeout: float = 90.0) -> None:
-    end = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.05)
 
 
 def ended(run: RunProcesses) -> int:
