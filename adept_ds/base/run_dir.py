@@ -43,6 +43,11 @@ class RunDirectory:
         return self.root / "cache" / "digests.json"
 
     @property
+    def unfinished(self) -> Path:
+        """What stages that take long have done so far."""
+        return self.root / "cache" / "unfinished"
+
+    @property
     def layer_importance(self) -> Path:
         return self.root / "layer_importance.json"
 

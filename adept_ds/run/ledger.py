@@ -17,6 +17,7 @@ from pydantic_core import from_json
 from adept_ds.base.errors import InputError
 from adept_ds.base.files import write_json
 from adept_ds.ranks.collectives import Ranks
+from adept_ds.ranks.unfinished import Unfinished
 
 
 @dataclass(frozen=True)
@@ -31,14 +32,22 @@ class Stage:
     """What is made beside the output, and belongs to it."""
 
 
+Keep = Callable[[str, Any], Unfinished]
+"""From the name of a stage and what it is made of to where its works are kept until it is done."""
+
+
 class Ledger:
     """The record of a run's stages (stages.json)."""
 
-    def __init__(self, file: Path, ranks: Ranks) -> None:
-        self._file, self._ranks = file, ranks
+    def __init__(self, file: Path, ranks: Ranks, keep: Keep = lambda name, made_of: Unfinished()) -> None:
+        self._file, self._ranks, self._keep = file, ranks, keep
 
-    def once(self, stage: Stage, make: Callable[[], None]) -> bool:
-        """Run `make`, on every rank, unless the output was made from these very inputs; whether it was run."""
+    def once(self, stage: Stage, make: Callable[[Unfinished], None]) -> bool:
+        """Run `make`, on every rank, unless the output was made from these very inputs; whether it was run.
+
+        Args:
+            make: may keep what it does on the way.
+        """
 
         def look() -> tuple[Any, bool]:
             inputs = plain(stage.inputs())
@@ -47,8 +56,10 @@ class Ledger:
         inputs, is_current = self._ranks.on_main(look)
         if is_current:
             return False
-        make()
+        unfinished = self._keep(stage.name, inputs)
+        make(unfinished)
         self._ranks.on_main(lambda: write_json(self._file, self._recorded() | {stage.name: inputs}))
+        unfinished.remove()
         return True
 
     def check(self) -> None:
