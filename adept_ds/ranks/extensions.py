@@ -69,9 +69,9 @@ class Baton:
         """
         while not self._try():
             owner = self._lease.owner
-            if owner is None and not (self._folder / _LOCK).exists():
-                return False
             self._wait_for(f"process {owner.pid} on {owner.hostname.partition('?')[0]}" if owner else "another process")
+            if not (self._folder / _LOCK).exists():
+                return False
         if not self._is_built():
             while orphan := self._orphan():
                 self._wait_for(f"process {orphan}, left by one that was killed")
