@@ -47,7 +47,7 @@ def join(
 
     timeout = datetime.timedelta(minutes=timeout_minutes)
     backend = take_device(launched.local_rank)
-    own_builds(say)
+    own_builds(say if launched.local_rank == 0 else lambda text: None)  # who waits on a host waits for the same
     # One of a run that crashed here would be taken for this run's.
     _remove_shared_buffer(launched)
     store = meet(launched, timeout_minutes, say)
