@@ -121,6 +121,10 @@ class Unfinished:
             return Work()
         return _KeptWork(self._directory / re.sub(r"[^\w.,=-]+", "_", name), name, self._ranks, self._say)
 
+    def file(self, name: str) -> Path | None:
+        """Of what is kept in another way, by rank 0 alone; None: nothing is."""
+        return self._directory / name if self._directory else None
+
     def remove(self) -> None:
         """When the result is there."""
         directory = self._directory

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from adept_ds.base.run_records import Accuracy, Scores, TaskScores
@@ -60,7 +61,7 @@ def score_model(
     """Of a model as it is; then on files of questions, at the other positions of the dial.
 
     Args:
-        unfinished: where answers to files of questions are kept, pass by pass.
+        unfinished: where answers are kept, pass by pass, and those to lm-eval task by task.
 
     Raises:
         InputError: a file has something else than questions; or as `run_harness`.
@@ -70,7 +71,8 @@ def score_model(
     kept = unfinished or Unfinished()
     found = [*_on_questions(run, sets, model, title, positions, kept)] if sets else [{} for _ in positions]
     if tasks.harness:
-        found[0] |= run.ranks.on_main(lambda: _by_harness(run, tasks, model, f"asking {title} by lm-eval"))
+        asking = f"asking {title} by lm-eval"
+        found[0] |= run.ranks.on_main(lambda: _by_harness(run, tasks, model, asking, kept.file("lm_eval.json")))
     return found
 
 
@@ -120,7 +122,9 @@ def check_harness(run: Context) -> None:
     run.ranks.on_main(check)
 
 
-def _by_harness(run: Context, tasks: TaskFiles, model: ModelDirectory | None, title: str) -> Scores:
+def _by_harness(
+    run: Context, tasks: TaskFiles, model: ModelDirectory | None, title: str, kept: Path | None = None
+) -> Scores:
     request = HarnessRequest(
         model=str(model.path) if model else None,
         tasks=tasks.harness,
@@ -132,7 +136,7 @@ def _by_harness(run: Context, tasks: TaskFiles, model: ModelDirectory | None, ti
         add_bos_token=run.corpora.tokenizer_of_documents.bos_id is not None,
     )
     with run.progress.on_main(title) as bar:
-        return run_harness(request, lambda: bar(0.0, ", ".join(tasks.harness)))
+        return run_harness(request, lambda: bar(0.0, ", ".join(tasks.harness)), kept)
 
 
 def _inputs(run: Context, models: Sequence[ModelDirectory]) -> dict[str, Any]:

@@ -51,12 +51,6 @@ def test_who_only_reads_is_not_held_up(workspace: Workspace, held: Path) -> None
         assert ended.code == 0, ended.err
 
 
-def test_a_finished_command_leaves_no_lock(workspace: Workspace, tmp_path: Path) -> None:
-    config = workspace.config(tmp_path / "run", expand={"k": None, "layers": [1]})
-    assert run_fresh("expand", config).code == 0
-    assert not [path.name for path in (tmp_path / "run").iterdir() if path.name.startswith("lock")]
-
-
 @pytest.mark.slow
 def test_a_killed_launcher_and_the_same_command_again_train_each_step_once(
     workspace: Workspace, tmp_path: Path
