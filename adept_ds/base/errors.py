@@ -40,7 +40,7 @@ class NonFiniteLossError(InputError):
 
 
 class StopRequestedError(AdeptError):
-    """A signal asked the run to stop; training wrote a checkpoint first, other stages are done again."""
+    """A signal asked the run to stop; training wrote a checkpoint first, long stages what they had done."""
 
 
 class UnitMismatchError(AdeptError):

@@ -70,6 +70,7 @@ def meet(launched: LaunchedRank, minutes: float, say: Callable[[str], None]) -> 
     waiting = _Waiting(minutes, say)
     hosts = launched.is_main and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     store = _opened(launched, minutes) if hosts else _reached(launched, waiting)
+    store = dist.PrefixStore(f"adept/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     try:
         store.set(f"{_HERE}{launched.rank}", "")
         if launched.is_main:

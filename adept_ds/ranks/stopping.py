@@ -15,8 +15,8 @@ from adept_ds.ranks.collectives import Ranks
 class StopRequest:
     """Set by USR1 (Slurm's warning before the end), TERM or INT.
 
-    Training goes on to the end of its step and writes a checkpoint; the other stages write nothing before they are
-    done, so they end at their next step of progress.
+    Training goes on to the end of its step and writes a checkpoint; the other stages end at their next step of
+    progress, and those that take long keep what they have done (see `unfinished`).
 
     Args:
         on_request: called once, when the first signal comes.
