@@ -7,6 +7,7 @@ from functools import cached_property, partial
 from typing import Any
 
 import torch
+from rich.markup import escape
 
 from adept_ds.base.digests import FileDigests, json_digest
 from adept_ds.base.run_dir import RunDirectory
@@ -80,4 +81,8 @@ def _keep(settings: ResolvedConfig, ranks: Ranks, terminal: Terminal, stage: str
         "versions": [__version__, torch.__version__],
     }
     digest = json_digest(plain([made_of, how]))
-    return Unfinished(settings.run_dir.unfinished / stage, digest, ranks, partial(terminal.stage, stage))
+
+    def say(text: str) -> None:
+        terminal.stage(stage.partition("_")[0], escape(text))
+
+    return Unfinished(settings.run_dir.unfinished / stage, digest, ranks, say)
