@@ -32,11 +32,12 @@ find_programs() {
 }
 
 # Ranks of a surrounding launcher must not reach the launcher that is started here. By ADEPT_LAUNCHER (process, its
-# namespace, host) ranks know this script, and stop with a checkpoint when it is gone, whatever killed it.
+# namespace, machine) ranks know this script, and stop with a checkpoint when it is gone, whatever killed it.
 start_launch() {
-  local namespace
+  local namespace machine
   namespace="$(readlink /proc/self/ns/pid 2>/dev/null || true)"
-  ADEPT_LAUNCHER="$$,${namespace//[!0-9]/},$(uname -n)"
+  machine="$(cat /proc/sys/kernel/random/boot_id 2>/dev/null || uname -n)"
+  ADEPT_LAUNCHER="$$,${namespace//[!0-9]/},$machine"
   ADEPT_LAUNCH_ID="$(od -An -N8 -tx1 /dev/urandom | tr -d ' \n')"
   export ADEPT_LAUNCHER ADEPT_LAUNCH_ID
   export PYTHONPATH="$repo${PYTHONPATH:+:$PYTHONPATH}"

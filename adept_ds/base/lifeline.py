@@ -18,7 +18,7 @@ from pathlib import Path
 import psutil
 
 LAUNCHER = "ADEPT_LAUNCHER"
-"""Environment variable: process, namespace of processes and host of a launcher, as `this_launcher` writes it."""
+"""Environment variable: process, namespace of processes and machine of a launcher, as `this_launcher` writes it."""
 
 PATIENCE = 300.0
 """Seconds that a process has for its checkpoint when its launcher is gone; then it is killed."""
@@ -28,14 +28,14 @@ _LOOKS = 1.0
 
 def this_launcher() -> dict[str, str]:
     """What a process puts into the environment of those that shall end with it."""
-    return {LAUNCHER: f"{os.getpid()},{_namespace()},{socket.gethostname()}"}
+    return {LAUNCHER: f"{os.getpid()},{_namespace()},{_machine()}"}
 
 
 def announced_launcher(env: Mapping[str, str]) -> int | None:
     """The process that announced itself, where it is one of this host and can be seen from here."""
     number, _, rest = env.get(LAUNCHER, "").partition(",")
-    namespace, _, host = rest.partition(",")
-    seen = number.isdigit() and host == socket.gethostname() and namespace == _namespace()
+    namespace, _, machine = rest.partition(",")
+    seen = number.isdigit() and machine == _machine() and namespace == _namespace()
     return int(number) if seen else None
 
 
@@ -72,6 +72,14 @@ def _is_running(process: psutil.Process) -> bool:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
+
+
+def _machine() -> str:
+    """By its start, where the system tells it: hosts of small clusters may all have the same name."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except OSError:
+        return socket.gethostname()
 
 
 def _namespace() -> str:

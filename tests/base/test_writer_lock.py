@@ -99,6 +99,16 @@ def test_what_a_killed_process_of_this_host_held_is_taken_over_at_once(
     assert time.monotonic() - begun < writer_lock.LEASE / 2, "it waited for a heartbeat"
 
 
+def test_a_process_of_this_host_keeps_its_lock_even_if_it_stands_still(
+    tmp_path: Path, holder: subprocess.Popen[str]
+) -> None:
+    """As under a debugger: it gives no sign of life, but it is there."""
+    holder.send_signal(signal.SIGSTOP)
+    time.sleep(writer_lock.HEARTBEAT)  # what it was about to do
+    with pytest.raises(InputError, match=f"is being written by process {holder.pid} on "):
+        take(tmp_path)
+
+
 def test_one_that_was_asked_to_stop_is_waited_for(tmp_path: Path, holder: subprocess.Popen[str]) -> None:
     tell(holder, "stop")
     assert holder.stdout is not None
