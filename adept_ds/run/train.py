@@ -37,7 +37,7 @@ from adept_ds.run.non_finite import check_finite, naming_what_is_not_finite
 from adept_ds.run.start import find_start
 from adept_ds.training.checkpoint import (
     CheckpointManifest,
-    check_same_ranks,
+    change_of_shape,
     check_same_training,
     check_whole,
     newest_manifest,
@@ -81,7 +81,8 @@ def train_stage(run: Context) -> None:
         run.terminal.stage("train", "[dim]finished before, not run again[/]")
         return
     if first_step:
-        run.terminal.stage("train", f"resuming after step {first_step}")
+        change = run.ranks.on_main(lambda: change_of_shape(run_dir.checkpoints, manifest_at(first_step)))
+        run.terminal.stage("train", f"resuming after step {first_step}{change}")
     begun = time.perf_counter()
     anchor_text_stage(run)
     prepared = None if first_step else _prepare(run, found.start)
@@ -138,7 +139,6 @@ def _first_step(run: Context, manifest_at: Callable[[int], CheckpointManifest]) 
     if newest:
         check_same_training(checkpoints, manifest_at(newest))
         if newest < run.settings.config.train.steps:
-            check_same_ranks(checkpoints, manifest_at(newest))
             check_whole(checkpoints / checkpoint_tag(newest))
     return newest
 

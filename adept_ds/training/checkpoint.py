@@ -25,8 +25,9 @@ from adept_ds.base.records import Record
 from adept_ds.base.run_dir import checkpoint_steps, checkpoint_tag, manifest_of
 from adept_ds.models.device import device_rng_state, set_device_rng_state
 from adept_ds.ranks.collectives import Ranks
-from adept_ds.weights.deepspeed_files import reading_data_only
+from adept_ds.weights.saved_state import read_saved_state
 from adept_ds.zero.engine import Engine
+from adept_ds.zero.resuming import resume
 
 _GO_ON = "set it back to go on with this run, or start another one in a run_dir of its own"
 
@@ -105,12 +106,15 @@ def save_checkpoint(
 def adopt_checkpoint(checkpoint: Path, directory: Path, manifest: CheckpointManifest) -> None:
     """Make the checkpoint of another run one of those in `directory`, under a manifest of its own; on rank 0 alone.
 
-    Its files get second names and are not copied, where the file system can do that.
+    Its files get second names and are not copied, where the file system can do that; the manifest still says which
+    ranks wrote them.
     """
     tag = checkpoint_tag(manifest.step)
+    written = CheckpointManifest.load(manifest_of(checkpoint)).model_dump(include={"world_size", "zero_stage"})
     with new_directory(directory / tag, _refuse_if_whole) as folder:
         link_tree(checkpoint, folder, leave_out={manifest_of(checkpoint).name})
-        manifest.model_copy(update={"id": uuid.uuid4().hex, "files": _files_of(folder)}).save(manifest_of(folder))
+        own = {"id": uuid.uuid4().hex, "files": _files_of(folder)}
+        manifest.model_copy(update=written | own).save(manifest_of(folder))
     write_text(directory / "latest", tag)
 
 
@@ -124,22 +128,25 @@ def _refuse_if_whole(place: Path) -> None:
         raise InputError(f"'{place}' is a whole checkpoint already; put it aside to train these steps again")
 
 
-def load_checkpoint(engine: Engine, directory: Path, expected: CheckpointManifest, ranks: Ranks) -> dict[str, Any]:
-    """Restore weights of the copies, optimizer, multipliers and random state; returns this rank's state.
+def load_checkpoint(
+    engine: Engine, directory: Path, manifest: CheckpointManifest, ranks: Ranks
+) -> list[dict[str, Any]]:
+    """Restore weights of the copies, optimizer, multipliers and random state of step `manifest.step`.
+
+    Other ranks, or another ZeRO stage, may have written them (see `zero.resuming`).
+
+    Returns:
+        The state that the trainer had on each of the ranks that wrote it.
 
     Raises:
         InputError: a file of it is damaged.
     """
-    with reading_data_only():
-        path, client_state = engine.load_checkpoint(
-            str(directory), tag=checkpoint_tag(expected.step), load_module_strict=False, load_lr_scheduler_states=False
-        )
-    if path is None:
-        place = directory / checkpoint_tag(expected.step)
-        raise InputError(f"'{place}' cannot be loaded; put it aside to resume from the one before it")
-    rng, state = client_state["adept_ds"]["ranks"][ranks.rank]
-    _restore_rng_state(rng)
-    return dict(state)
+    place = directory / checkpoint_tag(manifest.step)
+    saved = ranks.on_each(lambda: read_saved_state(place), CheckpointManifest.remedy())
+    resume(engine, saved)
+    written: list[tuple[Any, dict[str, Any]]] = saved.engine["adept_ds"]["ranks"]
+    _restore_rng_state([rng for rng, _ in written], ranks.rank)
+    return [state for _, state in written]
 
 
 def check_whole(checkpoint: Path) -> CheckpointManifest:
@@ -191,19 +198,15 @@ def check_same_start(found: CheckpointManifest, fingerprint: str, place: Path) -
         )
 
 
-def check_same_ranks(directory: Path, expected: CheckpointManifest) -> None:
-    """Raises `InputError`, with the remedy, if these ranks cannot read the checkpoint of step `expected.step`."""
-    place = directory / checkpoint_tag(expected.step)
-    found = CheckpointManifest.load(manifest_of(place))
-    if found.world_size != expected.world_size:
-        raise InputError(
-            f"'{place}' was written by {found.world_size} ranks and this run has {expected.world_size}; "
-            f"start {found.world_size} ranks"
-        )
-    if found.zero_stage != expected.zero_stage:
-        raise InputError(
-            f"deepspeed: '{place}' was written with ZeRO stage {found.zero_stage}, not {expected.zero_stage}; {_GO_ON}"
-        )
+def change_of_shape(directory: Path, expected: CheckpointManifest) -> str:
+    """Which ranks wrote the checkpoint of step `expected.step`, and which go on with it; nothing if they are alike."""
+    found = CheckpointManifest.load(manifest_of(directory / checkpoint_tag(expected.step)))
+    before, now = (f"{_count(of.world_size)} under ZeRO-{of.zero_stage}" for of in (found, expected))
+    return "" if before == now else f", written by {before}, on {now}"
+
+
+def _count(ranks: int) -> str:
+    return "1 rank" if ranks == 1 else f"{ranks} ranks"
 
 
 def _are_texts(value: Any) -> bool:
@@ -215,7 +218,11 @@ def _rng_state() -> dict[str, Any]:
     return {"python": random.getstate(), "torch": torch.get_rng_state(), "cuda": device_rng_state()}
 
 
-def _restore_rng_state(state: dict[str, Any]) -> None:
+def _restore_rng_state(states: list[dict[str, Any]], rank: int) -> None:
+    """A rank that was not there begins with a state of its own, drawn from that of one that was."""
+    state = states[rank % len(states)]
     random.setstate(state["python"])
     torch.set_rng_state(state["torch"])
     set_device_rng_state(state["cuda"])
+    if rank >= len(states):
+        torch.manual_seed(int(torch.randint(1 << 62, ())) + rank)
