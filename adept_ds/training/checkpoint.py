@@ -144,7 +144,7 @@ def load_checkpoint(
     place = directory / checkpoint_tag(manifest.step)
     saved = ranks.on_each(lambda: read_saved_state(place), CheckpointManifest.remedy())
     resume(engine, saved)
-    written: list[tuple[Any, dict[str, Any]]] = saved.engine["adept_ds"]["ranks"]
+    written: list[tuple[Any, dict[str, Any]]] = saved.client["adept_ds"]["ranks"]
     _restore_rng_state([rng for rng, _ in written], ranks.rank)
     return [state for _, state in written]
 

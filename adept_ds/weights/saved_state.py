@@ -48,10 +48,12 @@ class SavedState:
     """By full name."""
     param_groups: list[dict[str, Any]]
     """Of the optimizer; the same on every rank."""
-    zero: dict[str, Any]
-    """What else ZeRO's optimizer remembers, loss scaling among it, on rank 0."""
-    engine: dict[str, Any]
-    """What DeepSpeed's engine counts, and what it was given to save."""
+    loss_scaling: dict[str, Any]
+    """As ZeRO's optimizer names it."""
+    counters: dict[str, int]
+    """Of the engine, by the names of its attributes."""
+    client: dict[str, Any]
+    """What the engine was given to save, by key, among all that it saved."""
 
 
 def read_saved_state(checkpoint: Path) -> SavedState:
@@ -82,7 +84,13 @@ def read_saved_state(checkpoint: Path) -> SavedState:
                     _add_part(parameters[name], {WEIGHT: flat} | saved[inner]["state"][group], run)
         for name, parameter in parameters.items():
             _check_whole(name, parameter)
-        return SavedState(parameters, ranks[0][inner]["param_groups"], ranks[0], engine)
+        return SavedState(
+            parameters,
+            param_groups=ranks[0][inner]["param_groups"],
+            loss_scaling={name: ranks[0][name] for name in ("loss_scaler", "dynamic_loss_scale", "overflow")},
+            counters={name: engine[name] for name in ("global_steps", "global_samples", "skipped_steps")},
+            client=engine,
+        )
 
 
 def _read(file: Path) -> Any:
@@ -114,7 +122,7 @@ def _add_part(parameter: SavedParameter, state: Mapping[str, Any], run: slice) -
 
 def _check_whole(name: str, parameter: SavedParameter) -> None:
     numel = math.prod(parameter.shape)
-    for key in {WEIGHT, *parameter.vectors}:
+    for key in dict.fromkeys((WEIGHT, *parameter.vectors)):
         found = sum(part.numel() for part in parameter.vectors.get(key, ()))
         if found != numel:
             raise ValueError(f"{found} of {numel} elements of {key} of {name}")

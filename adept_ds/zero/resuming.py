@@ -26,9 +26,6 @@ from adept_ds.weights.saved_state import WEIGHT, SavedState
 from adept_ds.zero.engine import Engine, client_optimizer, parameter_shapes, zero_stage
 from adept_ds.zero.layout import FlatPartition, layout_complaint, partition_layout
 
-_LOSS_SCALING = ("loss_scaler", "dynamic_loss_scale", "overflow")
-_COUNTERS = ("global_steps", "global_samples", "skipped_steps")
-
 
 def resume(engine: Engine, saved: SavedState) -> None:
     """Go on where `saved` was: weights that train, the optimizer's state and settings, loss scaling.
@@ -46,7 +43,7 @@ def resume(engine: Engine, saved: SavedState) -> None:
             zero.checkpoint_event_prologue()
         for partition in partition_layout(engine):
             client_optimizer(engine).state[partition.tensor] = _filled(partition, saved)
-        state = zero.state_dict() | {key: saved.zero[key] for key in _LOSS_SCALING}
+        state = zero.state_dict() | saved.loss_scaling
         optimizer = state[OPTIMIZER_STATE_DICT if is_stage3 else BASE_OPTIMIZER_STATE]
         for own, written in zip(optimizer["param_groups"], saved.param_groups, strict=True):
             own.update({key: value for key, value in written.items() if key != "params"})
@@ -58,8 +55,8 @@ def resume(engine: Engine, saved: SavedState) -> None:
             zero.update_lp_params()
     except (AttributeError, KeyError) as error:
         raise LayoutError(layout_complaint(f"{type(error).__name__}: {error}")) from error
-    for counter in _COUNTERS:
-        setattr(engine, counter, saved.engine[counter])
+    for counter, value in saved.counters.items():
+        setattr(engine, counter, value)
 
 
 def _check_parameters(engine: Engine, saved: SavedState) -> None:
