@@ -158,7 +158,7 @@ def runs(workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Call
 def test_losses_and_what_is_logged_beside_them_are_those_of_the_run_that_went_through(
     runs: Callable[[str], Runs], name: str
 ) -> None:
-    """Losses of about 5.6 to 1e-5, and so for norms and terms; rates, tokens and bypassed copies follow from the step."""
+    """Losses of about 5.6, norms and terms to 1e-5; rates, tokens and bypassed copies are functions of the step."""
     whole, *others = runs(name).finished
     for number, other in enumerate(others):
         assert len(other.steps()) == CASES[name].steps

@@ -34,7 +34,7 @@ CONTINUED = [(size, cell) for size, cells in LAUNCHES.items() for cell in cells 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("resuming")
-    save_tiny_model(folder / "model", num_hidden_layers=4)
+    save_tiny_model(folder / "model", num_hidden_layers=4, hidden_size=22)
     found = {}
     for world_size, cells in LAUNCHES.items():
         result = launch(world_size, ["-m", "harness.resuming_worker", str(folder), *cells])
