@@ -18,7 +18,7 @@ from harness.workspace import write_corpus
 
 from adept_ds.cli.app import app
 
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PREFIXES = ("", "launch/local.sh 8 ", "launch/multinode.sh hostfile ", "deepspeed --module adept_ds ")
 
 

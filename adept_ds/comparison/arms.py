@@ -9,7 +9,7 @@ and the order are of validation documents: nothing is chosen by what is reported
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -135,9 +135,11 @@ def arms_of(measured: Measurements) -> list[Arm]:
     return [Arm(firsts[name].label, firsts[name].setting, name, of, measured) for name, of in cells.items()]
 
 
-def best_rates(measured: Measurements) -> dict[str, list[float]]:
-    """Of each arm by name: the learning rates that some criterion chooses, which deserve further seeds."""
-    chosen = {arm.name: {arm.choose(criterion) for criterion in CRITERIA} for arm in arms_of(measured)}
+def best_rates(measured: Measurements, names: Collection[str]) -> dict[str, list[float]]:
+    """Of each arm by name: the learning rates that one of the criteria of these names chooses, which deserve further
+    seeds."""
+    criteria = [criterion for criterion in CRITERIA if criterion.name in names]
+    chosen = {arm.name: {arm.choose(criterion) for criterion in criteria} for arm in arms_of(measured)}
     return {
         name: sorted({point.lr for point in points if point is not None and point.lr is not None})
         for name, points in chosen.items()

@@ -51,3 +51,9 @@ def svg(name: str, draw: Callable[[T, Figure], None], shown: T) -> Markup | None
     # Figures share one document, and matplotlib names the same things alike in each of them.
     text = re.sub(r'( id="|xlink:href="#|url\(#)', rf"\g<1>{name}-", text)
     return Markup(re.sub(r'<svg [^>]*?(viewBox="[^"]*")[^>]*>', r'<svg \1 role="img">', text, count=1))
+
+
+def as_file(figure: Markup) -> str:
+    """A figure of a page as an SVG file of its own, on white."""
+    spaces = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
+    return str(figure).replace("<svg ", f'<svg {spaces} style="background: white" ', 1) + "\n"

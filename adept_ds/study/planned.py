@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 
 from adept_ds.base.records import Record
@@ -53,8 +54,10 @@ def planned(state: StudyState) -> Planned:
     timed = _seconds_by_variant(cells)
     unknown = 0
     if not all(cell.is_finished for cell in search):
-        later = len(state.plan.study.seeds.confirm)
-        unknown = sum(later for cell in search if cell.seed == search[0].seed) - (len(cells) - len(search))
+        seeds = state.plan.study.seeds
+        rates = Counter(cell.variant.name for cell in search if cell.seed == search[0].seed)
+        best = sum(min(number, len(seeds.confirm_for)) for number in rates.values())
+        unknown = best * len(seeds.confirm) - (len(cells) - len(search))
     return Planned(
         budget=budget_in_words(state.plan),
         cells=[_planned(state, cell, timed) for cell in cells],

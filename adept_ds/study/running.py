@@ -55,7 +55,7 @@ class StudyState:
     def confirmations(self) -> list[Cell]:
         """Of the methods whose search has finished at least one cell; see `arms.best_rates`."""
         trials = self._trials(self.search)
-        best = best_rates(read_measurements(trials)) if trials else {}
+        best = best_rates(read_measurements(trials), self.plan.study.seeds.confirm_for) if trials else {}
         return self.plan.confirmations(best)
 
     def cells(self) -> list[Cell]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag, model_validator
 
@@ -30,6 +30,9 @@ def _label(text: str) -> str:
         raise ValueError(f"{text[:60]!r} is no label: write one line of at most 60 characters without '/'")
     return text
 
+
+CriterionName = Literal["plain", "D(-0.02)", "D(0)", "D(0.02)", "D(0.05)"]
+"""Of `comparison.arms.CRITERIA`, which needs numpy."""
 
 Label = Annotated[str, AfterValidator(_label)]
 
@@ -120,6 +123,11 @@ class Seeds(Section):
 
     search: list[Seed] = Field(default_factory=lambda: [0], min_length=1, description="each with every learning rate")
     confirm: list[Seed] = Field(default_factory=lambda: [1, 2], description="each at the best rates of a method alone")
+    confirm_for: list[CriterionName] = Field(
+        default_factory=lambda: list(get_args(CriterionName)),
+        min_length=1,
+        description="what the rates are best for: fewer of these are fewer runs, and one seed for the others' figures",
+    )
 
     @model_validator(mode="after")
     def _each_once(self) -> Seeds:

@@ -7,6 +7,7 @@ import math
 import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from harness.made_up_study import FOUR, write_small
@@ -25,6 +26,7 @@ from adept_ds.comparison.arms import (
 )
 from adept_ds.comparison.measurements import read_measurements
 from adept_ds.comparison.trials import Trial
+from adept_ds.study.schema import CriterionName
 
 ONE_TOKEN = dict.fromkeys(FOUR, (1,))
 Losses = Mapping[str, float]
@@ -115,7 +117,24 @@ def test_seeds_that_tried_one_rate_only_choose_nothing(tmp_path: Path) -> None:
     assert (arm.search_seeds, arm.seeds) == ([0], [0, 1])
     assert arm.choose(PLAIN) == Point(2e-4, 1.0)
     assert arm.loss(Point(2e-4, 1.0), arm.measured.sources("domain", "test")) == pytest.approx(2.6)
-    assert best_rates(arm.measured) == {"m": [2e-4]}
+    assert best_rates(arm.measured, [PLAIN.name]) == {"m": [2e-4]}
+
+
+def test_rates_deserve_further_seeds_by_the_criteria_that_are_named(tmp_path: Path) -> None:
+    trials = [
+        trial(tmp_path, 1e-4, 0, {"adapted": (2.99, 2.99, 2.6, 2.6)}),
+        trial(tmp_path, 2e-4, 0, {"adapted": (3.03, 3.03, 2.4, 2.4)}),
+        trial(tmp_path, 4e-4, 0, {"adapted": (3.3, 3.3, 2.2, 2.2)}),
+    ]
+    measured = arm_of(trials).measured
+    for names, rates in {
+        ("plain",): [4e-4],
+        ("D(0)",): [1e-4],
+        ("D(0.05)", "D(0)"): [1e-4, 2e-4],
+        get_args(CriterionName): [1e-4, 2e-4, 4e-4],
+    }.items():
+        assert best_rates(measured, names) == {"m": rates}
+    assert get_args(CriterionName) == tuple(criterion.name for criterion in CRITERIA)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 from harness.made_up_run import words
@@ -49,8 +50,17 @@ def test_the_page_says_what_was_compared_and_found(study_dir: Path, page: str) -
 def test_a_page_is_the_same_when_it_is_made_again(tmp_path: Path) -> None:
     for folder in (tmp_path / "1", tmp_path / "2"):
         write_comparison(folder, description(), make_study(folder, {"full": METHODS["full"], "lora": METHODS["lora"]}))
-    for name in ("compare.html", "compare.json", "tables.md", "tables.tex"):
+    for name in ("compare.html", "compare.json", "tables.md", "tables.tex", "figures/fronts.svg"):
         assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes(), name
+
+
+def test_every_figure_of_the_page_is_a_file_that_can_be_read_by_itself(study_dir: Path, page: str) -> None:
+    files = {file.stem: file for file in (study_dir / "figures").iterdir()}
+    assert files.keys() == set(re.findall(r'<figure id="(.+?)">', page))
+    for name, file in files.items():
+        root = ElementTree.parse(file).getroot()
+        assert root.tag == "{http://www.w3.org/2000/svg}svg"
+        assert root.attrib["viewBox"] in page.partition(f'<figure id="{name}">')[2][:300]
 
 
 def test_runs_are_named_from_the_study_on(study_dir: Path) -> None:
