@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from adept_ds.base.errors import AdeptError, InputError
+from adept_ds.base.files import writing
 
 if TYPE_CHECKING:
     import torch
@@ -105,7 +106,8 @@ class Ranks:
         unexpected: Exception | None = None
         if self.is_main:
             try:
-                outcome[0] = action()
+                with writing():
+                    outcome[0] = action()
             except AdeptError as error:
                 outcome[1] = error
             except Exception as error:
