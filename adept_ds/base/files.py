@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import glob
+import itertools
 import json
 import math
 import os
@@ -263,6 +264,12 @@ def link_tree(source: Path, target: Path, leave_out: Collection[str] = ()) -> No
         name = file.relative_to(source).as_posix()
         if file.is_file() and name not in leave_out:
             link_file(file, target / name)
+
+
+def aside(path: Path, why: str) -> Path:
+    """A free name beside `path` for what has to make room there: 'export.kept1'."""
+    names = (path.with_name(f"{path.name}.{why}{number}") for number in itertools.count(1))
+    return next(name for name in names if not os.path.lexists(name))
 
 
 def is_filled(path: Path) -> bool:

@@ -32,7 +32,7 @@ _HOW: dict[str, Any] = {
     "dist_timeout_minutes": True,
     "preset": True,
     "data": {"workers"},
-    "train": {"checkpoint_every", "keep_checkpoints", "keep_gathered_gib", "activation_checkpointing"},
+    "train": {"checkpoint_every", "keep_checkpoints", "keep_gathered_gib", "activation_checkpointing", "max_skipped"},
     "anchor": {"cache_mib"},
 }
 """Keys that say how a run is done, but not what comes out; of a preset, its values do."""

@@ -20,7 +20,7 @@ import torch
 from pydantic import Field, NonNegativeInt
 
 from adept_ds.base.errors import InputError
-from adept_ds.base.files import NewDirectory, link_tree, new_directory, write_text
+from adept_ds.base.files import NewDirectory, aside, link_tree, new_directory, write_text, writing
 from adept_ds.base.records import Record
 from adept_ds.base.run_dir import checkpoint_steps, checkpoint_tag, manifest_of
 from adept_ds.models.device import device_rng_state, set_device_rng_state
@@ -87,14 +87,15 @@ def save_checkpoint(
 
     temporary = ranks.on_main(begin)
     try:
-        engine.save_checkpoint(
-            str(directory),
-            tag=temporary,
-            client_state={"adept_ds": {"step": manifest.step, "ranks": ranks.gather((_rng_state(), state))}},
-            exclude_frozen_parameters=True,
-            save_latest=False,
-        )
-        write_more(directory / temporary)
+        with writing(directory / tag):
+            engine.save_checkpoint(
+                str(directory),
+                tag=temporary,
+                client_state={"adept_ds": {"step": manifest.step, "ranks": ranks.gather((_rng_state(), state))}},
+                exclude_frozen_parameters=True,
+                save_latest=False,
+            )
+            write_more(directory / temporary)
         ranks.barrier()
         ranks.on_main(publish)
     finally:
@@ -140,6 +141,19 @@ def load_checkpoint(engine: Engine, directory: Path, expected: CheckpointManifes
     rng, state = client_state["adept_ds"]["ranks"][ranks.rank]
     _restore_rng_state(rng)
     return dict(state)
+
+
+def put_aside(directory: Path, step: int) -> None:
+    """Let the checkpoint of step `step`, if there is one, count no more: its weights are broken."""
+    place = directory / checkpoint_tag(step)
+    if not manifest_of(place).exists():
+        return
+    place.rename(aside(place, "broken"))
+    left = checkpoint_steps(directory)
+    if left:
+        write_text(directory / "latest", checkpoint_tag(left[-1]))
+    else:
+        (directory / "latest").unlink(missing_ok=True)
 
 
 def check_whole(checkpoint: Path) -> CheckpointManifest:
