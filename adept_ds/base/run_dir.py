@@ -93,6 +93,11 @@ class RunDirectory:
         return self.root / "anchor_text.safetensors"
 
     @property
+    def given_up(self) -> Path:
+        """Learning rates with which training broke down."""
+        return self.root / "given_up.json"
+
+    @property
     def checkpoints(self) -> Path:
         return self.root / "checkpoints"
 

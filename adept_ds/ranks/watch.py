@@ -20,7 +20,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -40,9 +40,16 @@ from adept_ds.base.errors import (
 from adept_ds.base.progress import what_is_done
 from adept_ds.ranks.launchers import LaunchedRank
 
-_BEAT, _PATIENCE, _GRACE, _LAST = 1.0, 5.0, 60.0, 30.0
-"""Seconds between two looks; that a rank, or the place where they met, has to answer; that it may be gone before the
-ranks are lost for it; that a process has to leave by itself."""
+_BEAT = 1.0
+"""Seconds between two looks."""
+
+_PATIENCE = {True: 20.0, False: 5.0}
+"""Seconds that a rank has to answer: where something hangs, and where a connection broke, since a launcher that sees a
+rank end soon ends the others."""
+
+_DEAF, _GONE, _LEAVING = 20.0, 60.0, 30.0
+"""Seconds that the place where the ranks met has to answer; that it may be gone before they are lost for it; that a
+process has to leave by itself."""
 
 _CALL = "adept_ds/call"
 _CARRIERS = ("torch/distributed/", "deepspeed/comm/")
@@ -117,7 +124,7 @@ class _Watch:
             launched.master_port,
             is_master=False,
             wait_for_workers=False,
-            timeout=datetime.timedelta(seconds=_PATIENCE),
+            timeout=datetime.timedelta(seconds=_DEAF),
         )
         self._host = socket.gethostname()
         self._put(f"place/{launched.rank}", [self._host, os.getpid()])
@@ -158,7 +165,7 @@ class _Watch:
             if outcome.line:
                 self._say(outcome.line)
         else:
-            time.sleep(_LAST)
+            time.sleep(_LEAVING)
         if not self._left.is_set():
             os._exit(outcome.code)
 
@@ -171,7 +178,7 @@ class _Watch:
             called = bool(self._ask(lambda: self._store.check([_CALL])))
         except Exception:
             self._unheard_since = self._unheard_since or time.monotonic()
-            return time.monotonic() - self._unheard_since > _GRACE
+            return time.monotonic() - self._unheard_since > _GONE
         self._unheard_since = None
         return called
 
@@ -190,7 +197,8 @@ class _Watch:
                 self._dump_stacks()
             self._ask(lambda: self._put(f"answer/{rank}", asdict(mine)))
             places = {r: tuple(place) for r, place in self._found("place", ranks).items()}
-            answers, ended = self._answers(places)
+            answers, ended = self._answers(places, time.monotonic() + _PATIENCE[hangs])
+            self._wait_for_readers(answers)
         except Exception:  # the place is gone where they met, or does not answer
             roll = Roll({rank: mine}, {}, {}, hangs or self._is_stuck())
             first = 1 if rank == self._launched.local_rank else 0  # of this host, without rank 0
@@ -202,9 +210,9 @@ class _Watch:
         code, line = describe(roll, lost, self._minutes, self._logs)
         return LostRankError(line if speaks else None, code)
 
-    def _answers(self, places: Mapping[int, Any]) -> tuple[dict[int, Answer], dict[int, tuple[int, str]]]:
-        """As soon as all others have answered or are known to have ended; but no longer than patience lasts."""
-        ranks, until = range(self._launched.world_size), time.monotonic() + _PATIENCE
+    def _answers(self, places: Mapping[int, Any], until: float) -> tuple[dict[int, Answer], dict[int, tuple[int, str]]]:
+        """As soon as all others have answered or are known to have ended; but no longer than `until`."""
+        ranks = range(self._launched.world_size)
         while True:
             answers = {rank: Answer(**found) for rank, found in self._found("answer", ranks).items()}
             silent = [rank for rank in ranks if rank not in answers]
@@ -212,6 +220,15 @@ class _Watch:
             open_ones = [r for r in silent if r not in ended and not self._is_dead(*places.get(r, ("", 0)))]
             if not open_ones or time.monotonic() > until:
                 return answers, ended
+            time.sleep(0.1)
+
+    def _wait_for_readers(self, ranks: Collection[int]) -> None:
+        """With the process of rank 0 the place may go where the others read."""
+        if self._launched.rank:
+            self._ask(lambda: self._put(f"read/{self._launched.rank}", True))
+            return
+        until = time.monotonic() + _PATIENCE[False]
+        while len(self._found("read", ranks)) < len(ranks) - 1 and time.monotonic() < until:
             time.sleep(0.1)
 
     def _is_dead(self, host: str, process: int) -> bool:
@@ -257,7 +274,7 @@ class _Watch:
                 answer.put((None, error))
 
         threading.Thread(target=ask, daemon=True).start()
-        found, error = answer.get(timeout=_PATIENCE)
+        found, error = answer.get(timeout=_DEAF)
         if error is not None:
             raise error
         return found
@@ -286,12 +303,12 @@ def describe(roll: Roll, lost: list[int], minutes: float, logs: Path) -> tuple[i
     if not busy or len(busy) == len(roll.answers):
         return EXIT_MACHINE, (
             f"all ranks have waited for each other for {minutes:g} minutes (dist_timeout_minutes) while {doing}; what "
-            f"each is at is in its log in {logs}; look at the network between the hosts, and {_AGAIN}"
+            f"each is at is in its log in '{logs}'; look at the network between the hosts, and {_AGAIN}"
         )
     answer = roll.answers[busy[0]]
     return EXIT_MACHINE, (
         f"{_names(busy, roll)} hangs while {answer.doing} ({answer.at}): the others have waited {minutes:g} minutes "
-        f"(dist_timeout_minutes); the stacks of its threads are in its log in {logs}; {_AGAIN}"
+        f"(dist_timeout_minutes); the stacks of its threads are in its log in '{logs}'; {_AGAIN}"
     )
 
 

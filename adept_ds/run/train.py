@@ -15,7 +15,7 @@ import torch
 from adept_ds.base.errors import InputError, NonFiniteLossError
 from adept_ds.base.files import remove_abandoned, write_json
 from adept_ds.base.run_dir import RunDirectory, checkpoint_steps, checkpoint_tag
-from adept_ds.base.run_records import MetricsLine, RunSummary, read_log
+from adept_ds.base.run_records import GivenUp, MetricsLine, RunSummary, read_log
 from adept_ds.base.version import __version__
 from adept_ds.config.loading import dump_config
 from adept_ds.config.method import EVERY_KEY
@@ -137,11 +137,20 @@ def _first_step(run: Context, manifest_at: Callable[[int], CheckpointManifest]) 
     checkpoints = run.run_dir.checkpoints
     newest = max(checkpoint_steps(checkpoints), default=0)
     if newest:
-        check_same_training(checkpoints, manifest_at(newest))
+        check_same_training(checkpoints, _but_for_a_rate_given_up(run, manifest_at(newest)))
         if newest < run.settings.config.train.steps:
             check_same_ranks(checkpoints, manifest_at(newest))
             check_whole(checkpoints / checkpoint_tag(newest))
     return newest
+
+
+def _but_for_a_rate_given_up(run: Context, expected: CheckpointManifest) -> CheckpointManifest:
+    """What the newest checkpoint must fit: where training broke down with its rate, it may go on with a lower one."""
+    newest, now = newest_manifest(run.run_dir.checkpoints), expected.settings["train.lr"]
+    before = newest.settings.get("train.lr") if newest else None
+    if not GivenUp.of(run.run_dir.given_up).may_lower(before, now):
+        return expected
+    return expected.model_copy(update={"settings": expected.settings | {"train.lr": before}})
 
 
 def training_settings(config: Config, identity: Identity, layers: Sequence[int] | None = None) -> dict[str, Any]:
@@ -264,11 +273,15 @@ def _train(
     }
     if method.makes_copies:
         facts |= {"writer_lr_ratio": config.train.writer_lr_ratio, "copy_dropout": config.train.copy_dropout}
+    given_up = ranks.on_main(lambda: GivenUp.of(run_dir.given_up)).lr
+    if given_up:
+        facts |= {"given_up_lr": given_up}
     ranks.on_main(lambda: _begin_summary(run_dir, facts, None if first_step else preparation_seconds))
     try:
         trainer.run(first_step, dump_config(config))
     except NonFiniteLossError:
         check_finite(run, start.model)
+        ranks.on_main(lambda: _give_up(run_dir, config.train.lr))
         raise
     peaks = ranks.gather(peak_memory_bytes())
     ranks.on_main(lambda: _complete_summary(run_dir, peak_memory_bytes=peaks))
@@ -342,6 +355,12 @@ def _frozen_prefix(
     return FrozenPrefix(layers, lowest, batches.batches_within(room, hidden_size * run.precision.itemsize))
 
 
+def _give_up(run_dir: RunDirectory, lr: float) -> None:
+    known = GivenUp.of(run_dir.given_up)
+    GivenUp(lr=(*known.lr, lr)).save(run_dir.given_up)
+    _complete_summary(run_dir)
+
+
 def _begin_summary(run_dir: RunDirectory, facts: dict[str, Any], preparation_seconds: float | None) -> None:
     """At the start of training, or where it goes on: what was prepared is known from the start alone."""
     if preparation_seconds is None and run_dir.summary.is_file():
@@ -374,6 +393,7 @@ def _totals(run_dir: RunDirectory, preparation_seconds: float) -> dict[str, Any]
         **_anchor_totals(steps),
         # What the method costs beside its steps.
         "overhead_seconds": preparation_seconds + sum(line.refresh_seconds or 0.0 for line in refreshed),
+        "skipped_steps": sum(line.skipped is not None for line in steps),
         "refreshes": len(refreshes),
         "refresh_seconds": statistics.median(refreshes) if refreshes else None,
     }

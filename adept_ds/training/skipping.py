@@ -6,8 +6,8 @@ number is never stepped on. With `train.spike_sigma` neither is what exceeds
     mean + spike_sigma * standard deviation     of the last `train.spike_window` steps, once there are half as many
 
 be it the loss or the norm of the gradient, before it is clipped: the rule of OLMo-core's SkipStepOptimizer (Team OLMo,
-arXiv 2501.00656), skipped steps counted among the last ones. Other than there, numbers that are none never are: one would
-have every step of a whole window skipped.
+arXiv 2501.00656), skipped steps counted among the last ones. Other than there, what is no number never is: one NaN
+would have every step of a whole window skipped.
 """
 
 from __future__ import annotations

@@ -304,7 +304,10 @@ def test_what_cannot_be_done_is_refused_in_one_line(dialled: DialledRun, tmp_pat
         ("dial", config, "--keep-general", "-1"): ["dial.max_general_rise: -1", "greater than or equal to 0"],
         ("export", config, "--alpha", "2"): ["--alpha: '2' leaves the way", "use 0 to 1"],
         ("export", config, "--alpha", "half"): ["--alpha: 'half' is no list of numbers"],
-        ("export", dialled.files.trained, fresh): ["--alpha is missing", "is a model, no checkpoint: say how far it is turned up"],
+        ("export", dialled.files.trained, fresh): [
+            "--alpha is missing",
+            "is a model, no checkpoint: say how far it is turned up",
+        ],
         ("export", dialled.files.trained, fresh, "--alpha", "1,1,1"): ["--alpha: 3 positions for 2 copies"],
         ("export", dialled.files.trained, fresh, "--alpha", "1", "--dtype", "float32"): [
             "--dtype: float32 has no effect"
