@@ -27,6 +27,7 @@ from adept_ds.base.errors import AdeptError, InputError, MachineError
 _FAILURES = {
     errno.ENOSPC: "no space left on",
     errno.EDQUOT: "disk quota exceeded on",
+    errno.EFBIG: "file size limit reached by",
     errno.EIO: "input/output error on",
     errno.EROFS: "read-only file system at",
     errno.ESTALE: "stale file handle of",
@@ -68,8 +69,9 @@ def disk_failure(error: Exception, path: Path | None = None) -> str | None:
         number = error.errno
     else:
         number = next((number for words, number in _BY_TEXT if words in str(error)), None)
-        if number is None and "inline_container" in str(error) and path and _is_full(path):
-            number = errno.ENOSPC  # all that torch.save says of it is that positions do not fit
+        if number is None and "inline_container" in str(error) and path:
+            # All that torch.save says is that positions do not fit.
+            number = errno.ENOSPC if _is_full(path) else errno.EIO
     if number not in _FAILURES:
         return None
     remedy = "make room there" if number in (errno.ENOSPC, errno.EDQUOT) else "look at its file system"
