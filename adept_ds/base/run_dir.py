@@ -98,6 +98,11 @@ class RunDirectory:
         return self.root / "given_up.json"
 
     @property
+    def guard(self) -> Path:
+        """That the guard has ended training."""
+        return self.root / "guard.json"
+
+    @property
     def checkpoints(self) -> Path:
         return self.root / "checkpoints"
 

@@ -173,6 +173,14 @@ class LogLine(Record):
         return "correct this line, or remove it"
 
 
+class GuardLine(Record):
+    """Of a line of metrics.jsonl about what the guard has measured, as far as the program sums it up."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    forgotten: bool
+
+
 class MetricsLine(LogLine):
     """A line of metrics.jsonl, as far as the program sums it up: about a step, a refresh or an evaluation."""
 
@@ -184,6 +192,7 @@ class MetricsLine(LogLine):
     tokens_per_second: float = 0.0
     mfu: float = 0.0
     refresh_seconds: float | None = None
+    guard: GuardLine | None = None
     skipped: str | None = None
     """Why the step was not taken (see `training.skipping`)."""
     anchor: float | None = None

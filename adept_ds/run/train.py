@@ -21,6 +21,7 @@ from adept_ds.config.loading import dump_config
 from adept_ds.config.method import EVERY_KEY
 from adept_ds.config.schema import Config
 from adept_ds.data.mixture import Mixture
+from adept_ds.evaluation.held_out import DocumentLosses
 from adept_ds.methods.shape import Preparation, Start, Training, method_of
 from adept_ds.models.device import peak_memory_bytes
 from adept_ds.models.directory import ModelDirectory
@@ -31,9 +32,11 @@ from adept_ds.models.loading import Trains
 from adept_ds.run.anchor import anchor_text_stage, make_anchor
 from adept_ds.run.context import Context
 from adept_ds.run.expand import check_same_model, selected_layers
+from adept_ds.run.guard import check_guard_texts, losses_of_base, make_guard
 from adept_ds.run.identity import Identity, reading_settings
 from adept_ds.run.ledger import plain
 from adept_ds.run.non_finite import check_finite, naming_what_is_not_finite
+from adept_ds.run.prerequisites import guard_stop
 from adept_ds.run.start import find_start
 from adept_ds.training.checkpoint import (
     CheckpointManifest,
@@ -77,16 +80,22 @@ def train_stage(run: Context) -> None:
     manifest_at = partial(training_manifest, run, found.fingerprint, settings)
     run.ranks.on_main(lambda: remove_abandoned(run_dir.checkpoints))
     first_step = run.ranks.on_main(lambda: _first_step(run, manifest_at))
-    if first_step == config.train.steps:
+    stop = run.ranks.on_main(lambda: guard_stop(config))
+    if first_step == config.train.steps or stop:
         run.ranks.on_main(lambda: _complete_summary(run_dir))
-        run.terminal.stage("train", "[dim]finished before, not run again[/]")
+        how = f"ended by the guard after step {stop.step}" if stop else "finished before"
+        run.terminal.stage("train", f"[dim]{how}, not run again[/]")
         return
+    run.ranks.on_main(lambda: run_dir.guard.unlink(missing_ok=True))  # by settings that hold no more
     if first_step:
         run.terminal.stage("train", f"resuming after step {first_step}")
+    check_guard_texts(run)
+    base = losses_of_base(run)
     begun = time.perf_counter()
     anchor_text_stage(run)
     prepared = None if first_step else _prepare(run, found.start)
-    _train(run, found.start, manifest_at, first_step, prepared, time.perf_counter() - begun)
+    _train(run, found.start, manifest_at, first_step, prepared, time.perf_counter() - begun, base)
+    run.ranks.on_main(lambda: guard_stop(config))  # complains of an end with no good checkpoint
 
 
 def _check_copy_dropout(config: Config, start: Start) -> None:
@@ -171,6 +180,8 @@ def training_settings(config: Config, identity: Identity, layers: Sequence[int] 
         sections["lr_policy"] = config.lr_policy.model_dump(mode="json")
     anchor = config.anchor
     sections["anchor"] = anchor.model_dump(mode="json", exclude=_NOT_PART_OF_ANCHOR) if anchor else {"kind": None}
+    guard = config.guard if config.guard and config.guard.action == "slow" else None
+    sections["guard"] = guard.model_dump(mode="json") if guard else {"action": None}
     settings = {f"{section}.{key}": value for section, values in sections.items() for key, value in values.items()}
     settings["data.seq_len"] = data.seq_len
     settings["data.domain"] = identity.corpus("data.domain", data.domain)
@@ -179,6 +190,9 @@ def training_settings(config: Config, identity: Identity, layers: Sequence[int] 
     if anchor:
         settings["anchor.corpus"] = identity.corpus("anchor.corpus", anchor.corpus)
         settings["probe.seed"] = config.probe.seed
+    if guard:
+        settings["guard.every"] = config.train.eval_every
+        settings["data.general_eval"] = identity.corpus("data.general_eval", data.general_eval)
     if config.reads_general_text:
         settings["probe.corpus"] = identity.corpus("probe.corpus", config.probe.corpus)
         settings["probe.seq_len"] = config.probe.seq_len
@@ -219,6 +233,7 @@ def _train(
     first_step: int,
     prepared: Any,
     preparation_seconds: float,
+    base: DocumentLosses | None,
 ) -> None:
     config, run_dir, ranks, method = run.settings.config, run.run_dir, run.ranks, method_of(run.settings.config)
     trains = method.trains(config, start)
@@ -259,6 +274,7 @@ def _train(
         terminal=run.terminal,
         stop=run.progress.stop,
         anchor=make_anchor(run, engine, start),
+        guard=make_guard(run, engine, base),
     )
     facts = {
         "method": method.name,
@@ -393,10 +409,17 @@ def _totals(run_dir: RunDirectory, preparation_seconds: float) -> dict[str, Any]
         **_anchor_totals(steps),
         # What the method costs beside its steps.
         "overhead_seconds": preparation_seconds + sum(line.refresh_seconds or 0.0 for line in refreshed),
+        **_guard_totals(lines),
         "skipped_steps": sum(line.skipped is not None for line in steps),
         "refreshes": len(refreshes),
         "refresh_seconds": statistics.median(refreshes) if refreshes else None,
     }
+
+
+def _guard_totals(lines: Sequence[MetricsLine]) -> dict[str, Any]:
+    """How often the guard has found something forgotten; nothing without one."""
+    found = [line.guard.forgotten for line in lines if line.guard is not None]
+    return {"guard_alarms": sum(found)} if found else {}
 
 
 def _anchor_totals(steps: Sequence[MetricsLine]) -> dict[str, Any]:

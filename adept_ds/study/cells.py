@@ -172,6 +172,8 @@ def inputs_of(config: Config, identity: Identity) -> dict[str, Any]:
             tree["probe"]["stability"] = identity.corpus("probe.stability.corpus", probe.stability.corpus)
     else:
         tree["probe"] = {"seed": probe.seed}  # expand.choose: random goes by it
+    if config.guard and config.guard.action == "warn":  # changes nothing of what comes out
+        del tree["guard"]
     if config.anchor:
         tree["anchor"]["corpus"] = identity.corpus("anchor.corpus", config.anchor.corpus)
     tree["eval"]["tasks"] = [_tree_digest(identity, folder) for folder in config.eval.tasks]

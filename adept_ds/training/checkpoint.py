@@ -12,7 +12,7 @@ from __future__ import annotations
 import random
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -59,12 +59,14 @@ def save_checkpoint(
     keep: int,
     state: dict[str, Any],
     write_more: Callable[[Path], None],
+    stays: Collection[int] = (),
 ) -> None:
     """Write a checkpoint under a temporary tag; it takes its real name only when every rank is done.
 
     Args:
         state: of the trainer on this rank.
         write_more: called on every rank with the checkpoint's directory.
+        stays: steps whose checkpoints are not removed, however old.
     """
     tag = checkpoint_tag(manifest.step)
     new: NewDirectory | None = None
@@ -80,7 +82,7 @@ def save_checkpoint(
         manifest.model_copy(update={"id": uuid.uuid4().hex, "files": files}).save(manifest_of(new.temporary))
         new.publish()
         write_text(directory / "latest", tag)
-        for step in checkpoint_steps(directory)[:-keep]:
+        for step in set(checkpoint_steps(directory)[:-keep]) - set(stays):
             old = directory / checkpoint_tag(step)
             manifest_of(old).unlink()  # first: half of it is no checkpoint
             shutil.rmtree(old)

@@ -46,6 +46,14 @@ class RunLog:
             for name, result in results.items():
                 self._board.write("scalar", f"eval/{name}_loss", result["loss"], step)
 
+    def guard(self, step: int, record: dict[str, Any]) -> None:
+        """What the guard found at an evaluation (see `training.guard`)."""
+        if self._active:
+            _append(self._run_dir.metrics, {"step": step, "guard": record})
+            for name, limits in record["general"].items():
+                for key, value in limits.items():
+                    self._board.write("scalar", f"guard/{name}_{key}", value, step)
+
     def refresh(
         self,
         step: int,

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from adept_ds.base.errors import NonFiniteLossError, StopRequestedError
+from adept_ds.base.progress import ProgressCallback
 from adept_ds.base.run_dir import RunDirectory, checkpoint_steps, checkpoint_tag
 from adept_ds.base.terminal import Terminal
 from adept_ds.config.schema import Config
@@ -26,6 +27,7 @@ from adept_ds.training.anchor import Anchor
 from adept_ds.training.checkpoint import CheckpointManifest, load_checkpoint, put_aside, save_checkpoint
 from adept_ds.training.copy_dropout import CopyDropout
 from adept_ds.training.evaluation import EvalSet, evaluate
+from adept_ds.training.guard import Guard
 from adept_ds.training.movement import UnitMovement
 from adept_ds.training.rule import Refresh, TrainingRule
 from adept_ds.training.run_log import RunLog
@@ -61,6 +63,7 @@ class Trainer:
     terminal: Terminal
     stop: StopRequest
     anchor: Anchor | None = None
+    guard: Guard | None = None
     _tokens: int = 0
     """Trained on so far, interruptions included."""
     _save_is_due: bool = False
@@ -93,6 +96,9 @@ class Trainer:
                     self._keep_frozen_gathered()
                 self._after_step(step + 1, log)
                 is_last = step + 1 == train.steps
+                if self.guard and self.guard.stops:
+                    self._end_by_guard(step + 1)
+                    break
                 self._save_is_due |= stop_agreed or (step + 1) % train.checkpoint_every == 0
                 if is_last or (self._save_is_due and not self._skips.in_a_row):
                     self._save(step + 1)
@@ -115,6 +121,8 @@ class Trainer:
             "tokens": self._tokens,
             "skips": self._skips.state_dict(),
         }
+        if self.guard:
+            state |= {"guard": self.guard.state_dict()}
 
         def write_more(checkpoint: Path) -> None:
             self.movement.save(checkpoint, step)
@@ -128,7 +136,14 @@ class Trainer:
             max(2, self.config.train.keep_checkpoints),
             state,
             write_more,
+            stays={self.guard.best} if self.guard else (),
         )
+
+    def _end_by_guard(self, step: int) -> None:
+        assert self.guard is not None
+        self._save(step)
+        record = self.guard.stop(step)
+        self.ranks.on_main(lambda: record.save(self.run_dir.guard))
 
     def _resume(self, step: int) -> None:
         state = load_checkpoint(self.engine, self.run_dir.checkpoints, self.manifest_at(step), self.ranks)
@@ -139,6 +154,8 @@ class Trainer:
         self.rule.load(checkpoint, state["rule"])
         if "skips" in state:  # of an older version not
             self._skips.load_state_dict(state["skips"])
+        if self.guard and "guard" in state:
+            self.guard.load_state_dict(state["guard"])
 
     def _keep_frozen_gathered(self) -> None:
         """Use the memory that the first step left over; after it, because a step's peak is known then."""
@@ -153,7 +170,7 @@ class Trainer:
         """One optimizer step: its record, and whether the ranks agreed to stop after it."""
         train = self.config.train
         start = time.perf_counter()
-        lr = train.lr * lr_factor(step, train)
+        lr = train.lr * lr_factor(step, train) * (self.guard.factor if self.guard else 1.0)
         set_learning_rate(self.engine, lr)
         entries = self.data.global_batch(step, train)
         further = self.anchor.backward_passes(step) if self.anchor else []
@@ -260,19 +277,28 @@ class Trainer:
             return
         with outside_training(self.engine), self.terminal.progress("evaluating", together=True) as bar:
             try:
-                results = evaluate(
-                    self.engine,
-                    self.eval_sets,
-                    self.ranks,
-                    micro_batch_size=self.config.train.micro_batch_size,
-                    device=self.engine.device,
-                    progress=bar,
-                )
+                found = self.guard.measure(bar) if self.guard else None
+                results = found.corpora if found else self._losses_of_blocks(bar)
             except NonFiniteLossError as error:
                 raise self._given_up(f"after step {step}, {error}", step) from None
         log.evaluation(step, results)
         losses = ", ".join(f"{name} {result['loss']:.4f}" for name, result in results.items())
         self.terminal.stage("", f"step {step}: held-out loss {losses}")
+        if self.guard and found:
+            log.guard(step, self.guard.judge(step, found.reading))
+            if self.guard.complaint:
+                self.terminal.stage("guard", self.guard.words())
+            self._save_is_due |= self.guard.keeps_best and self.guard.best == step > 0
+
+    def _losses_of_blocks(self, progress: ProgressCallback) -> dict[str, dict[str, Any]]:
+        return evaluate(
+            self.engine,
+            self.eval_sets,
+            self.ranks,
+            micro_batch_size=self.config.train.micro_batch_size,
+            device=self.engine.device,
+            progress=progress,
+        )
 
 
 def _progress_text(record: dict[str, Any], steps: int) -> str:
