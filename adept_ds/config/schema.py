@@ -12,6 +12,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from adept_ds.config.anchor_section import AnchorSection
+from adept_ds.config.checkpoint_section import CheckpointSection
 from adept_ds.config.data_section import DataSection
 from adept_ds.config.dial_section import DialSection
 from adept_ds.config.eval_section import EvalSection
@@ -55,6 +56,7 @@ class Config(Section):
     importance: ImportanceSection = ImportanceSection()
     lr_policy: LrPolicySection = LrPolicySection()
     train: TrainSection = TrainSection()
+    checkpoint: CheckpointSection = CheckpointSection()
     export: ExportSection = ExportSection()
     eval: EvalSection = EvalSection()
     dial: DialSection | None = Field(

@@ -28,7 +28,7 @@ class TrainSection(Section):
     clip_grad_norm: float = Field(1.0, ge=0, le=1e30, description="0 switches clipping off")
     seed: Seed = Field(0, description="of the order of training data and of dropout, and of nothing else")
     checkpoint_every: Count = 500
-    keep_checkpoints: Count = Field(2, description="the newest so many checkpoints stay")
+    keep_checkpoints: Count = Field(2, description="the newest so many checkpoints stay; see checkpoint.keep_every")
     eval_every: int = Field(
         500,
         ge=0,

@@ -15,18 +15,20 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 
 import numpy as np
+from pydantic import Field
 
-from adept_ds.base.digests import FileDigests
-from adept_ds.base.errors import InputError
+from adept_ds.base.digests import Digest, FileDigests, sha256_of
+from adept_ds.base.errors import DamagedError, InputError
 from adept_ds.base.files import new_directory
 from adept_ds.base.progress import ProgressCallback
-from adept_ds.base.records import Record
+from adept_ds.base.proofs import DigestOf, FileProof, InnerName, Sealed, check_file, check_size
 from adept_ds.data.documents import BadRecords, TextSource, read_pieces
 from adept_ds.data.tokenising import TokenisedPiece, tokenise
 from adept_ds.data.tokenizer import TextTokenizer
@@ -40,7 +42,7 @@ _SERIAL_BYTES = 4 << 20
 """Of text: less is tokenised before other processes would have started."""
 
 
-class TokensManifest(Record):
+class TokensManifest(Sealed):
     """What a tokenised source says of itself."""
 
     tokens: int
@@ -49,6 +51,8 @@ class TokensManifest(Record):
     """Records that could not be read."""
     skipped_places: tuple[str, ...]
     """What the first of them were."""
+    sha256: dict[InnerName, Digest] = Field(default_factory=dict)
+    """Of the other files; older ones have none."""
 
 
 @dataclass(frozen=True)
@@ -78,15 +82,18 @@ class TokenFile:
         """[documents] int64: see `pieces.id_of`."""
         return _mapped(self.directory / _IDS, _ID, self.manifest.documents)
 
-    def is_whole(self) -> bool:
+    def check(self, digest_of: DigestOf) -> None:
+        """Its files are as they were written. Raises `DamagedError`."""
         tokens, documents = self.manifest.tokens, self.manifest.documents
         expected = {
             _TOKENS: tokens * _TOKEN.itemsize,
             _ENDS: documents * _END.itemsize,
             _IDS: documents * _ID.itemsize,
         }
-        files = {name: self.directory / name for name in expected}
-        return all(file.is_file() and file.stat().st_size == expected[name] for name, file in files.items())
+        for name, size in expected.items():
+            check_size(self.directory, name, size)
+        for name, digest in self.manifest.sha256.items():
+            check_file(self.directory, name, FileProof(size=expected.get(name, 0), sha256=digest), digest_of)
 
 
 def _mapped(path: Path, dtype: np.dtype, count: int) -> np.ndarray:
@@ -134,11 +141,16 @@ class TokenWriter:
         """After the last piece. The whole is there only when its directory is published."""
         if self.num_tokens > self._document_start and not self._dropping:
             self._end_document(0)  # cut off: a part of a text is known by nothing
-        places = tuple(self.bad.places)
+        for file in (self._tokens, self._ends, self._ids):
+            file.flush()
         manifest = TokensManifest(
-            tokens=self.num_tokens, documents=self._documents, skipped=self.bad.count, skipped_places=places
+            tokens=self.num_tokens,
+            documents=self._documents,
+            skipped=self.bad.count,
+            skipped_places=tuple(self.bad.places),
+            sha256={name: sha256_of(self._directory / name) for name in (_TOKENS, _ENDS, _IDS)},
         )
-        manifest.save(self._directory / _MANIFEST)
+        manifest.sealed().save(self._directory / _MANIFEST)
 
     def last_tokens(self, count: int) -> np.ndarray:
         """Of those that were written."""
@@ -161,6 +173,8 @@ class Tokenisation:
     digests: FileDigests
     workers: int | None = None
     """Processes; None: one per CPU that this process may use."""
+    say: Callable[[str], None] = lambda line: None
+    """Is told what was damaged, and is made again."""
 
     @property
     def bos_of_blocks(self) -> int | None:
@@ -193,12 +207,12 @@ def tokens_of(
 
     def make() -> str:
         target = tokenisation.cache / tokenisation.name_of(source)
-        if not _is_there(target):
+        if not is_there(target, tokenisation):
             try:
                 with new_directory(target) as folder:
                     _write(folder, source, tokenisation, progress)
             except InputError:
-                if not _is_there(target):  # else another command on this run was faster
+                if not is_there(target, tokenisation):  # else another command on this run was faster
                     raise
         return str(target)
 
@@ -207,15 +221,15 @@ def tokens_of(
     return ranks.on_each(lambda: TokenFile.open(target), remedy)
 
 
-def _is_there(target: Path) -> bool:
-    """Whole; what is damaged is taken away, for it can be made again."""
+def is_there(target: Path, tokenisation: Tokenisation) -> bool:
+    """Whether a `TokenFile` is, and whole; what is damaged is taken away, for it can be made again."""
     if not target.is_dir():
         return False
     try:
-        if TokenFile.open(target).is_whole():
-            return True
-    except InputError:
-        pass
+        TokenFile.open(target).check(tokenisation.digests.file)
+        return True
+    except DamagedError as error:
+        tokenisation.say(f"{error.reason}: tokenised again")
     shutil.rmtree(target)
     return False
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save
 
@@ -16,6 +18,7 @@ from adept_ds.methods.shape import Start
 from adept_ds.models.anchor_passes import AnchorPasses
 from adept_ds.models.flops import count_anchor_flops
 from adept_ds.models.next_token import NextToken
+from adept_ds.ranks.collectives import Ranks
 from adept_ds.run.context import Context
 from adept_ds.run.ledger import Stage
 from adept_ds.training.anchor import Anchor
@@ -23,7 +26,7 @@ from adept_ds.training.sampled_text import Writer
 from adept_ds.zero.build import build_forward_engine
 from adept_ds.zero.engine import Engine, release
 
-_TOKENS = "tokens"
+_TOKENS, _TOKEN = "tokens", np.int32
 
 
 def anchor_text_stage(run: Context) -> None:
@@ -55,15 +58,25 @@ def make_anchor(run: Context, engine: Engine, start: Start) -> Anchor | None:
 def _text(run: Context, section: AnchorSection) -> AnchorText:
     config, ranks = run.settings.config, run.ranks
     if section.text == "sampled":
-        file = run.run_dir.anchor_text
-        remedy = f"move '{file}' away, and the base writes it again"
-        blocks = Blocks.of_rows(ranks.on_each(lambda: load_file(file)[_TOKENS].numpy(), remedy))
+        blocks = read_anchor_text(run.run_dir.anchor_text, ranks)
         indices = tuple(range(len(blocks)))
     else:
         sample = run.corpora.anchor.sample(section.sequences, config.probe.seed)
         blocks, indices = sample.blocks, sample.indices
     _, rows = anchor_shape(config, ranks.world_size)
     return AnchorText(blocks, indices, config.anchored, rows, config.train.seed)
+
+
+def read_anchor_text(file: Path, ranks: Ranks) -> Blocks:
+    """What the base wrote. Raises `InputError`, on every rank: it is damaged."""
+
+    def read() -> np.ndarray:
+        tokens: np.ndarray = load_file(file)[_TOKENS].numpy()
+        if tokens.ndim != 2 or not tokens.size or tokens.dtype != _TOKEN or tokens.min() < 0:
+            raise ValueError(f"{_TOKENS}: {tokens.dtype}{tokens.shape}, or a negative number")
+        return tokens
+
+    return Blocks.of_rows(ranks.on_each(read, f"move '{file}' away, and the base writes it again"))
 
 
 def _stage(run: Context, section: AnchorSection) -> Stage:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+from rich.markup import escape
 
 from adept_ds.base.digests import FileDigests
 from adept_ds.base.run_dir import RunDirectory
@@ -40,8 +41,11 @@ class Context:
             for model in filter(None, (settings.model, settings.reference_model)):
                 check_architecture(model)
         progress = StageProgress(terminal, stop, ranks)
-        ledger = Ledger(settings.run_dir.ledger, ranks)
-        identity = Identity(FileDigests(settings.run_dir.digests), progress)
+        digests = FileDigests(settings.run_dir.digests)
+        ledger = Ledger(
+            settings.run_dir.ledger, ranks, digests.file, lambda stage, line: terminal.stage(stage, escape(line))
+        )
+        identity = Identity(digests, progress)
         return cls(settings, ranks, terminal, progress, Corpora(settings, progress), ledger, identity)
 
     @cached_property

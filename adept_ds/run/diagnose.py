@@ -72,7 +72,7 @@ def diagnose_stage(run: Context, sequences: int | None = None) -> Diagnosis:
         name = run.settings.config.method.name
         run.terminal.stage("diagnose", f"method {name} makes no copies: only how its units moved is looked at")
     else:
-        adapted = run.ranks.on_main(lambda: ModelDirectory.read(trained_model(run.settings.config)))
+        adapted = run.ranks.on_main(lambda: _adapted(run))
         with naming_what_is_not_finite(run, adapted):
             passes = _sweep(run, adapted, expansion, sequences)
             gradients = _gradients(run, adapted, expansion, sequences)
@@ -88,6 +88,13 @@ def diagnose_stage(run: Context, sequences: int | None = None) -> Diagnosis:
         return diagnosis
 
     return run.ranks.on_main(conclude)
+
+
+def _adapted(run: Context) -> ModelDirectory:
+    """Raises `DamagedError`: it is not as it was written."""
+    model = trained_model(run.settings.config)
+    run.identity.check_as_written(model, "`adept export CONFIG` makes it again, and keeps this one aside")
+    return ModelDirectory.read(model)
 
 
 def diagnose_if_it_failed(run: Context) -> None:
@@ -126,7 +133,7 @@ def _digest_of_inputs(run: Context, sequences: int | None) -> str:
     inputs = {
         "version": __version__,
         "adapted": adapted,
-        "config": config.model_dump(mode="json", exclude={"run_dir", "model", "deepspeed"}),
+        "config": config.model_dump(mode="json", exclude={"run_dir", "model", "deepspeed", "checkpoint"}),
         "corpora": [run.identity.corpus(key, entries) for key, entries in corpora.items()],
         "reading": reading_settings(config.data),
         "sequences": sequences,

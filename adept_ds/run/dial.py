@@ -16,8 +16,11 @@ from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import Any
 
+from rich.markup import escape
+
 from adept_ds.base.dial_record import Alphas, DialPosition, DialRecord, label_of
 from adept_ds.base.digests import json_digest
+from adept_ds.base.errors import DamagedError
 from adept_ds.base.resampling import SAMPLES
 from adept_ds.config.dial_section import DialSection
 from adept_ds.data.document_rows import JoinedRows
@@ -54,6 +57,15 @@ def dial_stage(run: Context) -> DialRecord:
     return record
 
 
+def _kept(run: Context, made_of: str) -> KeptLosses:
+    """What was evaluated before."""
+    try:
+        return KeptLosses.load(run.run_dir.dial_losses, made_of)
+    except DamagedError as error:
+        run.terminal.stage("dial", escape(f"{error.reason}: positions are evaluated again"))
+        return KeptLosses(made_of)
+
+
 def check_dial_texts(run: Context) -> None:
     """Held-out documents are enough to choose by, and to report. Raises `InputError`."""
     section = run.settings.config.dial
@@ -76,7 +88,7 @@ def _choose(run: Context) -> None:
     # Rank 0 alone decides where to look next: ranks that computed it by themselves could disagree in a last bit.
     course, before = _Course(turns, pairs), 0.0
     made_of = run.ranks.on_main(lambda: json_digest(_measured_of(run)))
-    kept = run.ranks.on_main(lambda: KeptLosses.load(run.run_dir.dial_losses, made_of))
+    kept = run.ranks.on_main(lambda: _kept(run, made_of))
     kept.add((0.0,), Measured(pairs.base, 0.0))  # bit for bit
     with _evaluations(run, trained) as evaluate:
         trial = run.ranks.on_main(course.first)

@@ -177,5 +177,8 @@ def _read_losses(path: Path, held_out: HeldOut, model: str) -> DocumentLosses:
 
 
 def _exported(run: Context) -> ModelDirectory:
-    check_ready(run.settings.config, "eval")
-    return ModelDirectory.read(run.run_dir.export)
+    config, export = run.settings.config, run.run_dir.export
+    check_ready(config, "eval")
+    makes = "export" if config.dial is None else "dial"
+    run.identity.check_as_written(export, f"`adept {makes} CONFIG` makes it again, and keeps this one aside")
+    return ModelDirectory.read(export)

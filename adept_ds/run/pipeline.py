@@ -29,7 +29,6 @@ from adept_ds.run.train import check_can_go_on, train_stage
 def run_all(run: Context) -> None:
     """All of them; inputs are packed first, where most mistakes show."""
     _ = run.precision  # refuses what the device cannot, before anything takes time
-    run.ledger.check()
     check_can_go_on(run)
     run.ranks.on_main(lambda: write_text(run.run_dir.config, dump_config(run.settings.config)))
     prepare_data(run)

@@ -11,10 +11,11 @@ from functools import partial
 from typing import Any
 
 import torch
+from rich.markup import escape
 
-from adept_ds.base.errors import InputError, NonFiniteLossError
+from adept_ds.base.errors import DamagedError, InputError, NonFiniteLossError
 from adept_ds.base.files import remove_abandoned, write_json
-from adept_ds.base.run_dir import RunDirectory, checkpoint_steps, checkpoint_tag
+from adept_ds.base.run_dir import RunDirectory, checkpoint_steps
 from adept_ds.base.run_records import MetricsLine, RunSummary, read_log
 from adept_ds.base.version import __version__
 from adept_ds.config.loading import dump_config
@@ -34,14 +35,16 @@ from adept_ds.run.expand import check_same_model, selected_layers
 from adept_ds.run.identity import Identity, reading_settings
 from adept_ds.run.ledger import plain
 from adept_ds.run.non_finite import check_finite, naming_what_is_not_finite
+from adept_ds.run.prerequisites import trained_model
 from adept_ds.run.start import find_start
 from adept_ds.training.checkpoint import (
     CheckpointManifest,
     check_same_ranks,
     check_same_training,
     check_whole,
-    newest_manifest,
+    verify,
 )
+from adept_ds.training.checkpoint_choice import choose, set_aside
 from adept_ds.training.copy_dropout import CopyDropout
 from adept_ds.training.movement import UnitMovement
 from adept_ds.training.trainer import Trainer
@@ -75,9 +78,9 @@ def train_stage(run: Context) -> None:
     settings = run.ranks.on_main(lambda: training_settings(config, run.identity, found.start.layers))
     manifest_at = partial(training_manifest, run, found.fingerprint, settings)
     run.ranks.on_main(lambda: remove_abandoned(run_dir.checkpoints))
-    first_step = run.ranks.on_main(lambda: _first_step(run, manifest_at))
+    first_step = _first_step(run, manifest_at)
     if first_step == config.train.steps:
-        run.ranks.on_main(lambda: _complete_summary(run_dir))
+        run.ranks.on_main(lambda: _complete_summary(run))
         run.terminal.stage("train", "[dim]finished before, not run again[/]")
         return
     if first_step:
@@ -105,7 +108,8 @@ def check_can_go_on(run: Context) -> None:
     """
 
     def check() -> None:
-        newest = newest_manifest(run.run_dir.checkpoints)
+        checkpoints = run.run_dir.checkpoints
+        newest = choose(checkpoints, checkpoint_steps(checkpoints), check_whole).manifest
         if newest is None:
             return
         config, fingerprint, layers = run.settings.config, newest.fingerprint, None
@@ -115,7 +119,7 @@ def check_can_go_on(run: Context) -> None:
         else:
             fingerprint, layers = run.identity.weights(run.settings.model), known
         settings = training_settings(config, run.identity, layers)
-        _first_step(run, partial(training_manifest, run, fingerprint, settings))
+        _check_fits(run, training_manifest(run, fingerprint, settings, newest.step))
 
     run.ranks.on_main(check)
 
@@ -126,21 +130,52 @@ def training_manifest(run: Context, fingerprint: str, settings: dict[str, Any], 
         step=step,
         world_size=run.ranks.world_size,
         zero_stage=run.settings.zero_stage,
+        offload=run.settings.offload,
+        precision=str(run.precision).removeprefix("torch."),
+        adept_ds=__version__,
         fingerprint=fingerprint,
         settings=settings,
     )
 
 
 def _first_step(run: Context, manifest_at: Callable[[int], CheckpointManifest]) -> int:
-    """After how many steps training goes on. Raises `InputError` if it cannot go on like this."""
+    """After how many steps training goes on: those of the newest checkpoint that is whole. On every rank.
+
+    What is going to be loaded, or exported, is read beforehand, to the last bit.
+
+    Raises:
+        InputError: it cannot go on like this, or no checkpoint is whole.
+    """
     checkpoints = run.run_dir.checkpoints
-    newest = max(checkpoint_steps(checkpoints), default=0)
-    if newest:
-        check_same_training(checkpoints, manifest_at(newest))
-        if newest < run.settings.config.train.steps:
-            check_same_ranks(checkpoints, manifest_at(newest))
-            check_whole(checkpoints / checkpoint_tag(newest))
-    return newest
+    steps = run.ranks.on_main(lambda: checkpoint_steps(checkpoints))
+    choice = run.ranks.on_main(lambda: choose(checkpoints, steps, check_whole))
+    if choice.step < run.settings.config.train.steps or not run.ranks.on_main(lambda: _is_exported(run)):
+        choice = choose(checkpoints, steps, partial(verify, ranks=run.ranks))
+
+    def settle() -> int:
+        if choice.manifest is not None:
+            _check_fits(run, manifest_at(choice.step))
+        set_aside(checkpoints, choice, lambda line: run.terminal.stage("train", escape(line)))
+        return choice.step
+
+    return run.ranks.on_main(settle)
+
+
+def _is_exported(run: Context) -> bool:
+    """Whether the adapted model is there, as it was written."""
+    model = trained_model(run.settings.config)
+    try:
+        run.identity.check_as_written(model)
+    except DamagedError:
+        return False
+    return (model / "config.json").is_file()
+
+
+def _check_fits(run: Context, expected: CheckpointManifest) -> None:
+    """Raises `InputError`: the checkpoint of this step is of another training, or of ranks that cannot go on."""
+    check_same_training(run.run_dir.checkpoints, expected)
+    if expected.step < run.settings.config.train.steps:
+        check_same_ranks(run.run_dir.checkpoints, expected)
 
 
 def training_settings(config: Config, identity: Identity, layers: Sequence[int] | None = None) -> dict[str, Any]:
@@ -263,14 +298,14 @@ def _train(
     }
     if method.makes_copies:
         facts |= {"writer_lr_ratio": config.train.writer_lr_ratio, "copy_dropout": config.train.copy_dropout}
-    ranks.on_main(lambda: _begin_summary(run_dir, facts, None if first_step else preparation_seconds))
+    ranks.on_main(lambda: _begin_summary(run, facts, None if first_step else preparation_seconds))
     try:
         trainer.run(first_step, dump_config(config))
     except NonFiniteLossError:
         check_finite(run, start.model)
         raise
     peaks = ranks.gather(peak_memory_bytes())
-    ranks.on_main(lambda: _complete_summary(run_dir, peak_memory_bytes=peaks))
+    ranks.on_main(lambda: _complete_summary(run, peak_memory_bytes=peaks))
     release(engine)
 
 
@@ -341,16 +376,28 @@ def _frozen_prefix(
     return FrozenPrefix(layers, lowest, batches.batches_within(room, hidden_size * run.precision.itemsize))
 
 
-def _begin_summary(run_dir: RunDirectory, facts: dict[str, Any], preparation_seconds: float | None) -> None:
+def _begin_summary(run: Context, facts: dict[str, Any], preparation_seconds: float | None) -> None:
     """At the start of training, or where it goes on: what was prepared is known from the start alone."""
-    if preparation_seconds is None and run_dir.summary.is_file():
-        preparation_seconds = RunSummary.load(run_dir.summary).preparation_seconds
-    write_json(run_dir.summary, facts | {"preparation_seconds": preparation_seconds or 0.0})
+    if preparation_seconds is None:
+        preparation_seconds = _known_summary(run).preparation_seconds
+    write_json(run.run_dir.summary, facts | {"preparation_seconds": preparation_seconds or 0.0})
 
 
-def _complete_summary(run_dir: RunDirectory, **facts: Any) -> None:
+def _known_summary(run: Context) -> RunSummary:
+    """What was written so far; of one that is damaged as much as the logs say is written again."""
+    file = run.run_dir.summary
+    if not file.is_file():
+        return RunSummary()
+    try:
+        return RunSummary.load(file)
+    except DamagedError as error:
+        run.terminal.stage("train", escape(f"{error.reason}: made again from the logs"))
+        return RunSummary()
+
+
+def _complete_summary(run: Context, **facts: Any) -> None:
     """Add what is known only at the end to what was written at the start of training."""
-    known = RunSummary.load(run_dir.summary) if run_dir.summary.is_file() else RunSummary()
+    run_dir, known = run.run_dir, _known_summary(run)
     totals = _totals(run_dir, known.preparation_seconds or 0.0)
     write_json(run_dir.summary, known.model_dump(mode="json", exclude_unset=True) | facts | totals)
 

@@ -33,6 +33,7 @@ _HOW: dict[str, Any] = {
     "preset": True,
     "data": {"workers"},
     "train": {"checkpoint_every", "keep_checkpoints", "keep_gathered_gib", "activation_checkpointing"},
+    "checkpoint": True,
     "anchor": {"cache_mib"},
 }
 """Keys that say how a run is done, but not what comes out; of a preset, its values do."""

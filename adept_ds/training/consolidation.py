@@ -18,6 +18,7 @@ from adept_ds.base.records import Record
 from adept_ds.models.directory import ModelDirectory, understood_by_transformers
 from adept_ds.models.families import module_path
 from adept_ds.ranks.collectives import Ranks
+from adept_ds.training.checkpoint_files import CheckpointFiles
 from adept_ds.training.rule import Refresh, TrainingRule, check_start
 from adept_ds.units.registry import UnitRegistry, build_registry
 from adept_ds.units.roles import Role, roles_of_units
@@ -109,8 +110,9 @@ class ConsolidationRule(TrainingRule):
         self._domain.load_state_dict(state["domain"])
         self._steps = state["steps"]
 
-    def save(self, checkpoint: Path) -> None:
-        self._ranks.on_main(lambda: self._consolidation().save(checkpoint / CONSOLIDATION_NAME))
+    def save(self, files: CheckpointFiles) -> None:
+        if self._ranks.is_main:
+            files.add_json(CONSOLIDATION_NAME, self._consolidation().to_json())
 
     def _mean(self, sums: torch.Tensor) -> torch.Tensor:
         """[n_units]: this rank's sums -> means over the elements of units."""

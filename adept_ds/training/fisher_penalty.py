@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from adept_ds.ranks.collectives import Ranks
+from adept_ds.training.checkpoint_files import CheckpointFiles
 from adept_ds.training.rule import Refresh, TrainingRule, check_start
 from adept_ds.units.unit_lr import UnitLR
 from adept_ds.units.unit_sums import GradientBatches, UnitSums, grad_squared
@@ -74,15 +75,16 @@ class FisherPenalty(TrainingRule):
         own = float(torch.stack(terms).sum()) / 2 if terms else 0.0
         return {"penalty": float(self._ranks.sum([own]))}
 
-    def save(self, checkpoint: Path) -> None:
-        save_file(self._fisher, self._file(checkpoint))
+    def save(self, files: CheckpointFiles) -> None:
+        files.add_tensors(self._name, self._fisher)
 
     def load(self, checkpoint: Path, state: dict[str, Any]) -> None:
-        saved = load_file(self._file(checkpoint))
+        saved = load_file(checkpoint / self._name)
         self._fisher = {name: saved[name].to(start.device) for name, start in self._start.items()}
 
-    def _file(self, checkpoint: Path) -> Path:
-        return checkpoint / f"fisher_rank_{self._ranks.rank}.safetensors"
+    @property
+    def _name(self) -> str:
+        return f"fisher_rank_{self._ranks.rank}.safetensors"
 
 
 def estimate_fisher(

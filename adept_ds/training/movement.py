@@ -9,10 +9,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from adept_ds.models.directory import ModelDirectory
 from adept_ds.ranks.collectives import Ranks
+from adept_ds.training.checkpoint_files import CheckpointFiles
 from adept_ds.units.registry import UnitRegistry
 from adept_ds.weights.start_weights import StartWeights
 from adept_ds.zero.engine import Engine
@@ -60,10 +61,10 @@ class UnitMovement:
         recent, since_start = self._ranks.sum(sums.flatten()).sqrt().view(2, -1).tolist()
         return recent, since_start
 
-    def save(self, checkpoint: Path, step: int) -> None:
+    def save(self, files: CheckpointFiles, step: int) -> None:
         """Into the checkpoint of step `step`, unless its own weights are those that are kept."""
         if self._last is not None and self.since != step:
-            save_file({str(i): tensor for i, tensor in enumerate(self._last)}, self._file(checkpoint))
+            files.add_tensors(self._name, {str(i): tensor for i, tensor in enumerate(self._last)})
 
     def load(self, checkpoint: Path, step: int, since: int) -> None:
         """Go on from a checkpoint, after its weights were loaded."""
@@ -71,11 +72,13 @@ class UnitMovement:
         if since == step:
             self._last = self._weights()
         elif since:
-            saved = load_file(self._file(checkpoint))
+            saved = load_file(checkpoint / self._name)
             self._last = [saved[str(i)] for i in range(len(self._layout))]
 
-    def _file(self, checkpoint: Path) -> Path:
-        return checkpoint / f"unit_movement_rank_{self._ranks.rank}.safetensors"
+    @property
+    def _name(self) -> str:
+        """Of this rank's file in a checkpoint."""
+        return f"unit_movement_rank_{self._ranks.rank}.safetensors"
 
     def _weights(self) -> list[torch.Tensor]:
         return [partition.tensor.detach().to("cpu", torch.float32, copy=True) for partition in self._layout]

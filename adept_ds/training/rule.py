@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from adept_ds.base.errors import NonFiniteLossError
+from adept_ds.training.checkpoint_files import CheckpointFiles
 from adept_ds.units.importance import OnlineImportance
 
 
@@ -62,8 +63,8 @@ class TrainingRule:
         """Of this rank, for a checkpoint: small, of numbers, texts and lists."""
         return {}
 
-    def save(self, checkpoint: Path) -> None:
-        """What is too large for `state_dict`, into the checkpoint's directory, in files named after the rank."""
+    def save(self, files: CheckpointFiles) -> None:
+        """Add what is too large for `state_dict` to this rank's files of a checkpoint, named after the rank."""
 
 
 def check_start(values: Sequence[float]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +21,28 @@ class RunLog:
         active: on other ranks than 0 every method does nothing.
         first_step: training (re)starts after this step. Later records are from a run that crashed after its last
             checkpoint: they are removed, so that every step appears once.
+        say: is told of what a crash left half written.
 
     Raises:
         InputError: a line of an earlier start is damaged.
     """
 
-    def __init__(self, run_dir: RunDirectory, first_step: int, config_text: str, *, active: bool = True) -> None:
+    def __init__(
+        self,
+        run_dir: RunDirectory,
+        first_step: int,
+        config_text: str,
+        *,
+        active: bool = True,
+        say: Callable[[str], None] = lambda line: None,
+    ) -> None:
         self._active, self._run_dir = active, run_dir
         if not active:
             return
         from torch.utils.tensorboard import SummaryWriter
 
         for path in (run_dir.metrics, run_dir.unit_importance, run_dir.unit_movement):
-            _keep_until(path, first_step)
+            _keep_until(path, first_step, say)
         self._board = SummaryWriter(str(run_dir.tensorboard), purge_step=first_step + 1 if first_step else None)
         if first_step == 0:
             self._board.add_text("config", f"```yaml\n{config_text}\n```")
@@ -126,8 +135,8 @@ def _append(path: Path, record: dict[str, Any]) -> None:
         file.write(json_text(record) + "\n")
 
 
-def _keep_until(path: Path, step: int) -> None:
+def _keep_until(path: Path, step: int, say: Callable[[str], None]) -> None:
     """Drop the records after `step`; of step 0 itself (the start) nothing is kept, it is written again."""
     if path.is_file():
-        kept = [line + b"\n" for line, record in read_log(path, LogLine) if record.step <= step and step > 0]
+        kept = [line + b"\n" for line, record in read_log(path, LogLine, say) if record.step <= step and step > 0]
         write_bytes(path, b"".join(kept))

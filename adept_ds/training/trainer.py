@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from functools import cached_property
 from typing import Any
+
+from rich.markup import escape
 
 from adept_ds.base.errors import InputError, NonFiniteLossError, StopRequestedError
 from adept_ds.base.run_dir import RunDirectory, checkpoint_tag
@@ -23,7 +26,9 @@ from adept_ds.models.flops import StepFlops
 from adept_ds.ranks.collectives import Ranks
 from adept_ds.ranks.stopping import StopRequest
 from adept_ds.training.anchor import Anchor
-from adept_ds.training.checkpoint import CheckpointManifest, load_checkpoint, save_checkpoint
+from adept_ds.training.checkpoint import CheckpointManifest, load_checkpoint
+from adept_ds.training.checkpoint_files import CheckpointFiles
+from adept_ds.training.checkpoint_writer import CheckpointWriter, Retention
 from adept_ds.training.copy_dropout import CopyDropout
 from adept_ds.training.evaluation import EvalSet, evaluate
 from adept_ds.training.movement import UnitMovement
@@ -63,6 +68,12 @@ class Trainer:
     _tokens: int = 0
     """Trained on so far, interruptions included."""
 
+    @cached_property
+    def _writer(self) -> CheckpointWriter:
+        train, how = self.config.train, self.config.checkpoint
+        retention = Retention(train.keep_checkpoints, how.keep_every * train.checkpoint_every)
+        return CheckpointWriter(self.engine, self.run_dir.checkpoints, self.ranks, retention, background=how.background)
+
     def run(self, first_step: int, config_text: str) -> None:
         """Train from `first_step` (0: from the start) to the end.
 
@@ -71,14 +82,16 @@ class Trainer:
             InputError: the loss is no number any more; the step that it belongs to was not taken.
         """
         train = self.config.train
-        log = RunLog(self.run_dir, first_step, config_text, active=self.ranks.is_main)
-        with self.terminal.progress("training") as bar:
+        log = RunLog(self.run_dir, first_step, config_text, active=self.ranks.is_main, say=self._say)
+        with self.terminal.progress("training") as bar, self._checkpoints():
             if first_step:
                 self._resume(first_step)
             else:
                 self._start(log)
             for step in range(first_step, train.steps):
-                record, stop_agreed = self._train_step(step)
+                record, stop_agreed, written = self._train_step(step)
+                if written:
+                    self._writer.finish()
                 log.step(record)
                 bar((step + 1) / train.steps, _progress_text(record, train.steps))
                 if step == first_step:
@@ -88,9 +101,26 @@ class Trainer:
                 if stop_agreed or is_last or (step + 1) % train.checkpoint_every == 0:
                     self._save(step + 1)
                 if stop_agreed and not is_last:
+                    self._writer.finish()
                     log.close()
                     raise StopRequestedError(f"stopped after step {step + 1} of {train.steps}; checkpoint written")
+            self._writer.finish()
         log.close()
+
+    @contextmanager
+    def _checkpoints(self) -> Iterator[None]:
+        """Of a checkpoint that is still being written nothing stays where training ends with an error; but where all
+        ranks end alike, because of a loss, it is completed: it is what to go on from."""
+        try:
+            yield
+        except NonFiniteLossError:
+            self._writer.finish()
+            raise
+        finally:
+            self._writer.discard()
+
+    def _say(self, line: str) -> None:
+        self.terminal.stage("train", escape(line))
 
     def _start(self, log: RunLog) -> None:
         """Multipliers and losses before the first step."""
@@ -100,19 +130,11 @@ class Trainer:
     def _save(self, step: int) -> None:
         state = {"movement_since": self.movement.since, "rule": self.rule.state_dict(), "tokens": self._tokens}
 
-        def write_more(checkpoint: Path) -> None:
-            self.movement.save(checkpoint, step)
-            self.rule.save(checkpoint)
+        def more(files: CheckpointFiles) -> None:
+            self.movement.save(files, step)
+            self.rule.save(files)
 
-        save_checkpoint(
-            self.engine,
-            self.run_dir.checkpoints,
-            self.manifest_at(step),
-            self.ranks,
-            self.config.train.keep_checkpoints,
-            state,
-            write_more,
-        )
+        self._writer.save(self.manifest_at(step), state, more)
 
     def _resume(self, step: int) -> None:
         state = load_checkpoint(self.engine, self.run_dir.checkpoints, self.manifest_at(step), self.ranks)
@@ -131,8 +153,9 @@ class Trainer:
         if kept:
             self.terminal.stage("", f"{kept / 2**30:.2f} of {frozen / 2**30:.2f} GiB of frozen weights stay gathered")
 
-    def _train_step(self, step: int) -> tuple[dict[str, Any], bool]:
-        """One optimizer step: its record, and whether the ranks agreed to stop after it."""
+    def _train_step(self, step: int) -> tuple[dict[str, Any], bool, bool]:
+        """One optimizer step: its record, whether the ranks agreed to stop after it, and whether all of them have
+        written a checkpoint that is to be published."""
         train = self.config.train
         start = time.perf_counter()
         lr = train.lr * lr_factor(step, train)
@@ -144,7 +167,8 @@ class Trainer:
                 self.engine, self.data, entries, train, self.ranks, self.rule.online, further
             )
         anchor, anchor_seconds = self.anchor.take() if self.anchor else (0.0, 0.0)
-        domain, replay, anchor, stops = self.ranks.sum([domain, replay, anchor, float(self.stop.requested)]).tolist()
+        signs = [float(self.stop.requested), float(self._writer.is_written)]
+        domain, replay, anchor, stops, written = self.ranks.sum([domain, replay, anchor, *signs]).tolist()
         if not math.isfinite(domain + replay + anchor):
             raise NonFiniteLossError(
                 f"train.lr: with {train.lr:g} the loss of step {step + 1} is {domain + replay + anchor}, before any "
@@ -180,7 +204,7 @@ class Trainer:
             record |= self.anchor.record(step, anchor, anchor_seconds)
         if train.precision == "fp16":
             record |= {"loss_scale": loss_scale(self.engine)}
-        return record, stops > 0
+        return record, stops > 0, written == self.ranks.world_size
 
     def _after_step(self, step: int, log: RunLog) -> None:
         is_last = step == self.config.train.steps

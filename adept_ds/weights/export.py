@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from adept_ds.base.errors import InputError
+from adept_ds.base.files import share
 from adept_ds.base.outputs import check_output, new_output
 from adept_ds.base.progress import ProgressCallback
 from adept_ds.base.run_dir import EXPANSION_NAME
@@ -113,6 +114,7 @@ def export_checkpoint(
             }
             missing -= tensors.keys()
             save_file(tensors, folder / file.name, metadata={"format": "pt"})
+            share(folder / file.name)
         assert not missing
         if (start / INDEX_NAME).is_file():
             shutil.copy2(start / INDEX_NAME, folder / INDEX_NAME)

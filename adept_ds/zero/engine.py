@@ -12,7 +12,7 @@ from adept_ds.config.deepspeed import read_deepspeed_config
 
 
 class Engine(Protocol):
-    """A DeepSpeed engine for training, as far as this program uses it. Everything but the last two is public."""
+    """A DeepSpeed engine for training, as far as this program uses it. Everything but the last four is public."""
 
     module: torch.nn.Module
     device: torch.device
@@ -36,6 +36,9 @@ class Engine(Protocol):
     optimizer: Any
     """ZeRO's optimizer, which this package alone looks into."""
     _is_gradient_accumulation_boundary: bool | None
+    checkpoint_engine: Any
+    """What writes the files of a checkpoint."""
+    _copy_recovery_script: Any
 
 
 def zero_stage(engine: Engine) -> int:
