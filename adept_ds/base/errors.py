@@ -40,12 +40,16 @@ class DamagedError(InputError):
         self.reason = str(InputError(reason))
 
 
+class UnreachedError(InputError):
+    """Rank 0 is not where it should be: on its own host rank 1 says so."""
+
+
 class NonFiniteLossError(InputError):
     """A loss is NaN or infinite. Raised on every rank; who knows which model it is of looks for the reason."""
 
 
 class StopRequestedError(AdeptError):
-    """A signal asked the run to stop; training wrote a checkpoint first, other stages are done again."""
+    """A signal asked the run to stop; training wrote a checkpoint first, long stages what they had done."""
 
 
 class UnitMismatchError(AdeptError):

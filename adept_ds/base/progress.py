@@ -79,3 +79,8 @@ class Meter:
                 progress(start + share * (1 - start), text)
 
         return advance
+
+
+def by_batch(report: ProgressCallback) -> Callable[[int, int], None]:
+    """The same, called with the number of a batch that begins, and how many there are."""
+    return lambda number, count: report(number / count, f"batch {number + 1} of {count}")

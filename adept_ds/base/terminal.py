@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TextIO
 
 from rich.console import Console
+from rich.markup import escape
 
 from adept_ds.base.progress import ProgressBar
 
@@ -23,10 +24,14 @@ _NON_TERMINAL_WIDTH = 120
 
 
 class Terminal:
-    """Rank 0's voice. On other ranks every method does nothing."""
+    """Rank 0's voice. On other ranks every method but `waiting` does nothing.
 
-    def __init__(self, stream: TextIO | None) -> None:
-        self._silent = stream is None
+    Args:
+        stderr: a descriptor, for what has to be said nevertheless.
+    """
+
+    def __init__(self, stream: TextIO | None, stderr: int | None = None) -> None:
+        self._silent, self._stderr = stream is None, stderr
         if isinstance(stream, io.TextIOWrapper):  # names of files need not be text, and terminals not know all of it
             stream.reconfigure(errors="backslashreplace")
         self.console = Console(file=stream, quiet=stream is None, highlight=False, emoji=False)
@@ -45,6 +50,13 @@ class Terminal:
         """What a stage does or found, behind its name; `detail` may carry rich markup."""
         if not self._silent:
             self.console.print(f"[bold cyan]{name:<8}[/] {detail}", soft_wrap=True)
+
+    def waiting(self, name: str, text: str) -> None:
+        """Who or what is waited for, as a word of a stage; where there is none to say it, on stderr."""
+        if not self._silent:
+            self.stage(name, escape(text))
+        elif self._stderr is not None:
+            os.write(self._stderr, f"adept: {text}\n".encode(errors="backslashreplace"))
 
     @contextmanager
     def progress(self, title: str) -> Iterator[ProgressBar]:
@@ -68,7 +80,7 @@ class OutputCapture:
         os.dup2(self._file.fileno(), 1)
         os.dup2(self._file.fileno(), 2)
         self._terminal_stream = os.fdopen(os.dup(self._saved[0]), "w", buffering=1) if is_main else None
-        self.terminal = Terminal(self._terminal_stream)
+        self.terminal = Terminal(self._terminal_stream, self._saved[1])
 
     def restore(self) -> None:
         """Give stdout and stderr back to the process."""

@@ -14,10 +14,19 @@ from typing import NoReturn
 
 import typer
 
-from adept_ds.base.errors import EXIT_BAD_INPUT, EXIT_STOPPED, AdeptError, InputError, StopRequestedError
+from adept_ds.base.errors import (
+    EXIT_BAD_INPUT,
+    EXIT_STOPPED,
+    AdeptError,
+    InputError,
+    StopRequestedError,
+    UnreachedError,
+)
+from adept_ds.base.lifeline import end_with
 from adept_ds.base.version import __version__
 from adept_ds.cli import compare, delta, diagnose, dial, model_files, run
 from adept_ds.cli.forms import either, on_config_only
+from adept_ds.ranks.launchers import launcher_processes
 
 app = typer.Typer(
     name="adept",
@@ -95,6 +104,7 @@ def main() -> None:
     """Entry point: maps errors to exit codes."""
     # The deepspeed launcher hands --local_rank to the program; the environment says the same.
     arguments = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank=")]
+    end_with(launcher_processes(os.environ))
     try:
         code = app(arguments, standalone_mode=False)
         if code:  # Typer makes Ctrl-C a value that is returned
@@ -104,7 +114,7 @@ def main() -> None:
     except typer.Abort:
         sys.exit(130)
     except InputError as error:
-        _complain(str(error))
+        _complain(str(error), by_rank_1=isinstance(error, UnreachedError))
         sys.exit(EXIT_BAD_INPUT)
     except StopRequestedError as stop:
         _complain(f"{stop}; run the same command again to go on")
@@ -133,10 +143,10 @@ def _show_bug(error: Exception) -> NoReturn:
     os._exit(1)
 
 
-def _complain(message: str, *, every_rank: bool = False) -> None:
+def _complain(message: str, *, every_rank: bool = False, by_rank_1: bool = False) -> None:
     """One line on stderr; by default once per host, so that a launcher's ranks do not repeat each other."""
     rank, local_rank = os.environ.get("RANK", "0"), os.environ.get("LOCAL_RANK", "0")
-    if every_rank or local_rank == "0":
+    if every_rank or local_rank == "0" or (by_rank_1 and rank == "1"):
         prefix = f"adept[rank {rank}]" if every_rank and os.environ.get("WORLD_SIZE", "1") != "1" else "adept"
         print(f"{prefix}: {message}", file=sys.stderr, flush=True)  # noqa: T201
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from adept_ds.models.anchor_passes import AnchorPasses
 from adept_ds.models.flops import count_anchor_flops
 from adept_ds.models.next_token import NextToken
 from adept_ds.ranks.collectives import Ranks
+from adept_ds.ranks.unfinished import Unfinished
 from adept_ds.run.context import Context
 from adept_ds.run.ledger import Stage
 from adept_ds.training.anchor import Anchor
@@ -34,7 +36,7 @@ def anchor_text_stage(run: Context) -> None:
     section = run.settings.config.anchor
     if section is None or section.text != "sampled":
         return
-    run.ledger.once(_stage(run, section), lambda: _sample(run, section))
+    run.ledger.once(_stage(run, section), partial(_sample, run, section))
 
 
 def make_anchor(run: Context, engine: Engine, start: Start) -> Anchor | None:
@@ -94,7 +96,7 @@ def _stage(run: Context, section: AnchorSection) -> Stage:
     return Stage("anchor_text", run.run_dir.anchor_text, inputs)
 
 
-def _sample(run: Context, section: AnchorSection) -> None:
+def _sample(run: Context, section: AnchorSection, unfinished: Unfinished) -> None:
     config, base = run.settings.config, run.settings.model
     begins_with, next_token = first_token(base), None
     assert begins_with is not None
@@ -106,8 +108,10 @@ def _sample(run: Context, section: AnchorSection) -> None:
     model, device = build_forward_engine(run.engines, base, prepare)
     assert next_token is not None
     writer = Writer(model, next_token.begin, begins_with, device, run.ranks)
-    with run.progress.together("writing anchor text") as bar:
-        tokens = writer.write(section.sequences, config.data.seq_len, config.probe.seed, bar)
+    doing = "writing anchor text"
+    with run.progress.together(doing) as bar:
+        work = unfinished.work(doing)
+        tokens = writer.write(section.sequences, config.data.seq_len, config.probe.seed, bar, work)
     release(model)
     run.ranks.on_main(lambda: write_bytes(run.run_dir.anchor_text, save({_TOKENS: tokens})))
     run.terminal.stage("anchor", f"the base wrote {len(tokens)} sequences of {config.data.seq_len} tokens")

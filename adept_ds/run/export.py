@@ -22,6 +22,7 @@ from adept_ds.config.known_methods import parse_method
 from adept_ds.methods.shape import Method
 from adept_ds.models.directory import ModelDirectory
 from adept_ds.ranks.collectives import Ranks
+from adept_ds.ranks.unfinished import Unfinished
 from adept_ds.run.context import Context
 from adept_ds.run.expand import MADE_AGAIN
 from adept_ds.run.ledger import Stage
@@ -73,7 +74,7 @@ def export_turned(run: Context, alphas: Sequence[float], step: int | None = None
         with run.progress.on_main("turning") as bar:
             write_turned(run_dir.trained, run_dir.export, alphas, None if makes_copies else base, bar, overwrite=True)
 
-    if run.ledger.once(Stage("export", run_dir.export, inputs), lambda: run.ranks.on_main(write)):
+    if run.ledger.once(Stage("export", run_dir.export, inputs), lambda _: run.ranks.on_main(write)):
         run.terminal.stage("export", f"at alpha {label_of(tuple(alphas))} in {run_dir.export}")
     else:
         run.unchanged("export")
@@ -99,7 +100,7 @@ def _as_trained(run: Context, name: str, destination: Path, step: int | None, st
         with run.progress.on_main("exporting") as bar:
             return _export(start, checkpoint, destination, dtype, bar, overwrite=True)
 
-    def make() -> None:
+    def make(_: Unfinished) -> None:
         nonlocal trained
         trained = run.ranks.on_main(write)
 

@@ -23,6 +23,7 @@ from adept_ds.base.outputs import check_as_written
 from adept_ds.base.proofs import DigestOf
 from adept_ds.base.records import Record
 from adept_ds.ranks.collectives import Ranks
+from adept_ds.ranks.unfinished import Unfinished
 
 
 class _Entry(Record):
@@ -50,10 +51,15 @@ class Stage:
         return (self.output, *self.also)
 
 
+Keep = Callable[[str, Any], Unfinished]
+"""From the name of a stage and what it is made of to where its works are kept until it is done."""
+
+
 class Ledger:
     """The record of a run's stages (stages.json).
 
     Args:
+        keep: says where the works of a stage are kept until it is done.
         digest_of: of a file's bytes, which may be remembered.
         say: is told, with the name of a stage, what is made again because it was damaged.
     """
@@ -62,13 +68,18 @@ class Ledger:
         self,
         file: Path,
         ranks: Ranks,
+        keep: Keep = lambda name, made_of: Unfinished(),
         digest_of: DigestOf = sha256_of,
         say: Callable[[str, str], None] = lambda stage, line: None,
     ) -> None:
-        self._file, self._ranks, self._digest_of, self._say = file, ranks, digest_of, say
+        self._file, self._ranks, self._keep, self._digest_of, self._say = file, ranks, keep, digest_of, say
 
-    def once(self, stage: Stage, make: Callable[[], None]) -> bool:
-        """Run `make`, on every rank, unless the output was made from these very inputs; whether it was run."""
+    def once(self, stage: Stage, make: Callable[[Unfinished], None]) -> bool:
+        """Run `make`, on every rank, unless the output was made from these very inputs; whether it was run.
+
+        Args:
+            make: may keep what it does on the way.
+        """
 
         def look() -> tuple[Any, bool]:
             inputs = plain(stage.inputs())
@@ -77,7 +88,8 @@ class Ledger:
         inputs, is_current = self._ranks.on_main(look)
         if is_current:
             return False
-        make()
+        unfinished = self._keep(stage.name, inputs)
+        make(unfinished)
 
         def record() -> None:
             digests = {path.name: self._digest_of(path) for path in stage.outputs if path.is_file()}
@@ -85,6 +97,7 @@ class Ledger:
             write_json(self._file, self._recorded() | {stage.name: entry.to_json()})
 
         self._ranks.on_main(record)
+        unfinished.remove()
         return True
 
     def _is_recorded(self, stage: Stage, inputs: Any) -> bool:

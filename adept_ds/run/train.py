@@ -6,7 +6,8 @@ import functools
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -15,6 +16,7 @@ from rich.markup import escape
 
 from adept_ds.base.errors import DamagedError, InputError, NonFiniteLossError
 from adept_ds.base.files import remove_abandoned, write_json
+from adept_ds.base.progress import ProgressCallback
 from adept_ds.base.run_dir import RunDirectory, checkpoint_steps
 from adept_ds.base.run_records import MetricsLine, RunSummary, read_log
 from adept_ds.base.version import __version__
@@ -29,6 +31,7 @@ from adept_ds.models.families import silent_factors
 from adept_ds.models.flops import count_step_flops, measure_matmul_rate
 from adept_ds.models.frozen_prefix import FrozenPrefix
 from adept_ds.models.loading import Trains
+from adept_ds.ranks.unfinished import LongWork, Unfinished, Work
 from adept_ds.run.anchor import anchor_text_stage, make_anchor
 from adept_ds.run.context import Context
 from adept_ds.run.expand import check_same_model, selected_layers
@@ -79,6 +82,9 @@ def train_stage(run: Context) -> None:
     manifest_at = partial(training_manifest, run, found.fingerprint, settings)
     run.ranks.on_main(lambda: remove_abandoned(run_dir.checkpoints))
     first_step = _first_step(run, manifest_at)
+    unfinished = run.keep("train", [found.fingerprint, settings])
+    if first_step:
+        unfinished.remove()  # what comes before the first step
     if first_step == config.train.steps:
         run.ranks.on_main(lambda: _complete_summary(run))
         run.terminal.stage("train", "[dim]finished before, not run again[/]")
@@ -87,8 +93,17 @@ def train_stage(run: Context) -> None:
         run.terminal.stage("train", f"resuming after step {first_step}")
     begun = time.perf_counter()
     anchor_text_stage(run)
-    prepared = None if first_step else _prepare(run, found.start)
-    _train(run, found.start, manifest_at, first_step, prepared, time.perf_counter() - begun)
+    together = partial(_together, run, unfinished)
+    prepared = None if first_step else _prepare(run, found.start, together)
+    _train(run, found.start, manifest_at, first_step, prepared, time.perf_counter() - begun, together)
+    unfinished.remove()
+
+
+@contextmanager
+def _together(run: Context, unfinished: Unfinished, doing: str) -> Iterator[tuple[ProgressCallback, Work]]:
+    """See `LongWork`."""
+    with run.progress.together(doing) as bar:
+        yield bar, unfinished.work(doing)
 
 
 def _check_copy_dropout(config: Config, start: Start) -> None:
@@ -213,7 +228,7 @@ def training_settings(config: Config, identity: Identity, layers: Sequence[int] 
     return dict(plain(settings))
 
 
-def _prepare(run: Context, start: Start) -> Any:
+def _prepare(run: Context, start: Start, together: LongWork) -> Any:
     """What the method computes before the engine that trains is there."""
     config = run.settings.config
 
@@ -231,7 +246,7 @@ def _prepare(run: Context, start: Start) -> Any:
         partial(_domain_text, run),
         run.ranks,
         partial(run.terminal.stage, "train"),
-        run.progress.together,
+        together,
     )
     with naming_what_is_not_finite(run, start.base):
         return method_of(config).prepare(preparation)
@@ -244,6 +259,7 @@ def _train(
     first_step: int,
     prepared: Any,
     preparation_seconds: float,
+    together: LongWork,
 ) -> None:
     config, run_dir, ranks, method = run.settings.config, run.run_dir, run.ranks, method_of(run.settings.config)
     trains = method.trains(config, start)
@@ -263,6 +279,7 @@ def _train(
         partial(_general_text, run),
         partial(_domain_text, run),
         partial(_frozen_prefix, run, engine, lowest=trains.lowest_trainable_layer),
+        together,
     )
     written_start = None if method.learns_new_parameters else start.model
     trainer = Trainer(

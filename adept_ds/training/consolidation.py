@@ -14,10 +14,12 @@ import torch
 from pydantic import Field
 
 from adept_ds.base.errors import InputError
+from adept_ds.base.progress import by_batch
 from adept_ds.base.records import Record
 from adept_ds.models.directory import ModelDirectory, understood_by_transformers
 from adept_ds.models.families import module_path
 from adept_ds.ranks.collectives import Ranks
+from adept_ds.ranks.unfinished import LongWork
 from adept_ds.training.checkpoint_files import CheckpointFiles
 from adept_ds.training.rule import Refresh, TrainingRule, check_start
 from adept_ds.units.registry import UnitRegistry, build_registry
@@ -60,6 +62,7 @@ class ConsolidationRule(TrainingRule):
 
     Args:
         batches: general text; asked for once, where training begins.
+        together: around the passes over it.
         smoothing: see `SmoothedImportance`.
         every: optimizer steps from one look at the gradient to the next; the first step is looked at.
         important: share of the units that count as important on each side.
@@ -72,13 +75,15 @@ class ConsolidationRule(TrainingRule):
         unit_lr: UnitLR,
         ranks: Ranks,
         batches: Callable[[], GradientBatches],
+        together: LongWork,
         *,
         smoothing: tuple[float, float],
         every: int,
         important: float,
         new_shares: dict[Role, float],
     ) -> None:
-        self._engine, self._unit_lr, self._ranks, self._batches = engine, unit_lr, ranks, batches
+        self._engine, self._unit_lr, self._ranks = engine, unit_lr, ranks
+        self._batches, self._together = batches, together
         self._every, self._important, self._new_shares = every, important, new_shares
         self._unit_sums = UnitSums(engine, unit_lr.registry, ranks)
         self._general = SmoothedImportance(len(unit_lr.registry), smoothing)
@@ -88,9 +93,13 @@ class ConsolidationRule(TrainingRule):
     def start(self) -> Refresh:
         """Score units on general text, as if training went over it without moving; multipliers stay."""
         batches = self._batches()
-        with gradients_outside_training(self._engine):
-            for number in range(len(batches.global_batches())):
-                self._general.observe(self._mean(self._unit_sums.of_batch(batches, number)[0]))
+        with self._together("scoring units on general text") as (bar, work):
+            means = work.tensor("means", len(batches.global_batches()), len(self._unit_lr.registry))
+            with gradients_outside_training(self._engine):
+                for number, sums, _ in self._unit_sums.of_batches(batches, work, by_batch(bar)):
+                    means[number] = self._mean(sums)
+        for mean in means:
+            self._general.observe(mean)
         check_start(self._general.scores)
         return Refresh(self._general.scores, self._unit_lr.multipliers)
 

@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 
-from adept_ds.base.progress import ProgressCallback
+from adept_ds.base.progress import ProgressCallback, by_batch
 from adept_ds.models.frozen_prefix import FrozenPrefix
 from adept_ds.ranks.collectives import Ranks
+from adept_ds.ranks.unfinished import Work
 from adept_ds.units.registry import UnitRegistry
 from adept_ds.units.unit_sums import GradientBatches, UnitSums
 from adept_ds.zero.engine import Engine
@@ -37,6 +38,7 @@ def estimate_importance(
     ranks: Ranks,
     progress: ProgressCallback | None = None,
     prefix: FrozenPrefix | None = None,
+    work: Work | None = None,
 ) -> list[float]:
     """Importance of every unit, in registry order; the same on every rank.
 
@@ -44,16 +46,14 @@ def estimate_importance(
 
     Args:
         prefix: kept from one estimate to the next with the same `batches`, it saves the frozen layers' forward passes.
+        work: where it is kept, batch by batch.
     """
-    unit_sums = UnitSums(engine, registry, ranks)
-    total = torch.zeros(len(registry), dtype=torch.float64)
-    count = len(batches.global_batches())
+    unit_sums, work = UnitSums(engine, registry, ranks), work or Work()
+    total = work.tensor("total", len(registry))
     with gradients_outside_training(engine):
-        for number in range(count):
-            if progress:
-                progress(number / count, f"batch {number + 1} of {count}")
-            total += unit_sums.of_batch(batches, number, prefix)[0]
-    return _means(total, count, registry, ranks)
+        for _, sums, _ in unit_sums.of_batches(batches, work, by_batch(progress) if progress else None, prefix):
+            total += sums
+    return _means(total, len(batches.global_batches()), registry, ranks)
 
 
 class OnlineImportance:

@@ -80,7 +80,7 @@ def look_up(sandbox: Sandbox) -> None:
     ledger = Ledger(files.ledger, Ranks(), say=lambda stage, line: lines.append(line))
     for name, entry in read_json(sandbox.inputs / "stages.json").items():
         stage = Stage(name, files.dial if name == "dial" else files.export, partial(entry.get, "made_of"))
-        ledger.once(stage, lambda: None)
+        ledger.once(stage, lambda _: None)
     assert all(line.isprintable() for line in lines)
 
 

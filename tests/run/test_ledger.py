@@ -16,6 +16,7 @@ from adept_ds.base.errors import InputError
 from adept_ds.base.files import write_json
 from adept_ds.base.outputs import new_output
 from adept_ds.ranks.collectives import Ranks
+from adept_ds.ranks.unfinished import Unfinished
 from adept_ds.run.ledger import Ledger, Stage
 
 
@@ -36,7 +37,7 @@ class Made:
         self.output.write_text(self.source.read_text())
 
     def once(self) -> bool:
-        return self.ledger.once(self.stage, self.make)
+        return self.ledger.once(self.stage, lambda _: self.make())
 
 
 def test_a_stage_is_made_once_while_its_inputs_and_its_output_are_the_same(tmp_path: Path) -> None:
@@ -52,7 +53,7 @@ def test_stages_do_not_disturb_each_other(tmp_path: Path) -> None:
     made = Made(tmp_path)
     made.once()
     other = Stage("other", made.output, lambda: 1)
-    assert made.ledger.once(other, lambda: None)
+    assert made.ledger.once(other, lambda _: None)
     assert not made.once()
     digests = {"out": sha256(b"a").hexdigest()}
     assert json.loads((tmp_path / "stages.json").read_text()) == {
@@ -77,7 +78,7 @@ def test_a_directory_says_itself_whether_it_was_changed(tmp_path: Path) -> None:
     made = Made(tmp_path)
     out, count = tmp_path / "model", 0
 
-    def make() -> None:
+    def make(_: Unfinished) -> None:
         nonlocal count
         count += 1
         with new_output(out, "export", overwrite=True) as folder:
@@ -102,7 +103,7 @@ def test_a_stage_that_an_older_program_recorded_is_known_by_its_inputs(tmp_path:
 def test_what_fails_is_not_recorded(tmp_path: Path) -> None:
     made = Made(tmp_path)
 
-    def fail() -> None:
+    def fail(_: Unfinished) -> None:
         made.output.write_text("half")
         raise InputError("no")
 
@@ -115,7 +116,7 @@ def test_inputs_that_change_while_a_stage_runs_make_it_run_again(tmp_path: Path)
     """What is recorded are the inputs that were looked at before."""
     made = Made(tmp_path)
 
-    def make_slowly() -> None:
+    def make_slowly(_: Unfinished) -> None:
         made.make()
         made.source.write_text("changed meanwhile")
 
@@ -158,7 +159,7 @@ ledger = Ledger(folder / "stages.json", ranks)
 stage = Stage("copy", folder / "out", look)
 made = []
 for _ in range(2):
-    made.append(ledger.once(stage, lambda: ranks.on_main(lambda: (folder / "out").write_text("x"))))
+    made.append(ledger.once(stage, lambda _: ranks.on_main(lambda: (folder / "out").write_text("x"))))
 print(ranks.gather(made))
 leave()
 """
@@ -176,4 +177,4 @@ def test_the_record_holds_what_json_holds(tmp_path: Path) -> None:
     ledger, values = Ledger(tmp_path / "stages.json", Ranks()), dict[Any, Any]({1: (2, 3)})
     (tmp_path / "out").write_text("x")
     stage = Stage("s", tmp_path / "out", lambda: values)
-    assert [ledger.once(stage, lambda: None) for _ in range(2)] == [True, False]
+    assert [ledger.once(stage, lambda _: None) for _ in range(2)] == [True, False]
