@@ -161,14 +161,16 @@ class Ranks:
         """Run `action`, which reads files, on every rank; where one of them cannot, all end with the same error.
 
         Raises:
-            InputError: naming the first rank that failed, and `remedy`.
+            InputError: naming the first rank that failed, and `remedy` where its error names none.
         """
         result, complaint = None, ""
         try:
             result = action()
+        except InputError as error:
+            complaint = str(error)  # which names a remedy itself
         except Exception as error:
-            complaint = f"{type(error).__name__}: {error}"
+            complaint = f"{type(error).__name__}: {error}; {remedy}"
         failed = [(rank, text) for rank, text in enumerate(self.gather(complaint)) if text]
         if failed:
-            raise InputError(f"rank {failed[0][0]}: {failed[0][1]}; {remedy}")
+            raise InputError(f"rank {failed[0][0]}: {failed[0][1]}")
         return result  # type: ignore[return-value]

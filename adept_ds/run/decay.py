@@ -18,7 +18,7 @@ from adept_ds.run.context import Context
 from adept_ds.run.prerequisites import check_decays
 from adept_ds.run.start import find_start
 from adept_ds.run.train import training_manifest, training_settings
-from adept_ds.training.checkpoint import check_same_ranks, check_same_training, verify
+from adept_ds.training.checkpoint import check_same_training, verify
 from adept_ds.training.checkpoint_choice import adopt_checkpoint
 
 
@@ -28,8 +28,7 @@ def begin_branch(run: Context, trunk: Config, step: int) -> None:
     One that has checkpoints has begun. To be called on every rank.
 
     Raises:
-        InputError: the trunk has no such checkpoint, or not a whole one, or it was not trained as `trunk` says, or with
-            other ranks.
+        InputError: the trunk has no such checkpoint, or not a whole one, or it was not trained as `trunk` says.
     """
     source, target = RunDirectory(trunk.run_dir), run.run_dir
     if run.ranks.on_main(lambda: checkpoint_steps(target.checkpoints)):
@@ -42,7 +41,6 @@ def begin_branch(run: Context, trunk: Config, step: int) -> None:
         trained = training_settings(trunk, run.identity, found.start.layers)
         expected = training_manifest(run, found.fingerprint, trained, step)
         check_same_training(source.checkpoints, expected)
-        check_same_ranks(source.checkpoints, expected)
         _copy_logs(source, target)
         write_text(target.config, dump_config(run.settings.config))
         settings = training_settings(run.settings.config, run.identity, found.start.layers)

@@ -42,7 +42,7 @@ from adept_ds.run.prerequisites import trained_model
 from adept_ds.run.start import find_start
 from adept_ds.training.checkpoint import (
     CheckpointManifest,
-    check_same_ranks,
+    change_of_shape,
     check_same_training,
     check_whole,
     verify,
@@ -90,7 +90,8 @@ def train_stage(run: Context) -> None:
         run.terminal.stage("train", "[dim]finished before, not run again[/]")
         return
     if first_step:
-        run.terminal.stage("train", f"resuming after step {first_step}")
+        change = run.ranks.on_main(lambda: change_of_shape(run_dir.checkpoints, manifest_at(first_step)))
+        run.terminal.stage("train", f"resuming after step {first_step}{change}")
     begun = time.perf_counter()
     anchor_text_stage(run)
     together = partial(_together, run, unfinished)
@@ -134,7 +135,7 @@ def check_can_go_on(run: Context) -> None:
         else:
             fingerprint, layers = run.identity.weights(run.settings.model), known
         settings = training_settings(config, run.identity, layers)
-        _check_fits(run, training_manifest(run, fingerprint, settings, newest.step))
+        check_same_training(checkpoints, training_manifest(run, fingerprint, settings, newest.step))
 
     run.ranks.on_main(check)
 
@@ -169,7 +170,7 @@ def _first_step(run: Context, manifest_at: Callable[[int], CheckpointManifest]) 
 
     def settle() -> int:
         if choice.manifest is not None:
-            _check_fits(run, manifest_at(choice.step))
+            check_same_training(checkpoints, manifest_at(choice.step))
         set_aside(checkpoints, choice, lambda line: run.terminal.stage("train", escape(line)))
         return choice.step
 
@@ -184,13 +185,6 @@ def _is_exported(run: Context) -> bool:
     except DamagedError:
         return False
     return (model / "config.json").is_file()
-
-
-def _check_fits(run: Context, expected: CheckpointManifest) -> None:
-    """Raises `InputError`: the checkpoint of this step is of another training, or of ranks that cannot go on."""
-    check_same_training(run.run_dir.checkpoints, expected)
-    if expected.step < run.settings.config.train.steps:
-        check_same_ranks(run.run_dir.checkpoints, expected)
 
 
 def training_settings(config: Config, identity: Identity, layers: Sequence[int] | None = None) -> dict[str, Any]:

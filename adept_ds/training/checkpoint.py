@@ -22,8 +22,9 @@ from adept_ds.base.proofs import FileProof, InnerName, Sealed, check_file, check
 from adept_ds.base.run_dir import checkpoint_tag, manifest_of
 from adept_ds.models.device import device_rng_state, set_device_rng_state
 from adept_ds.ranks.collectives import Ranks
-from adept_ds.weights.deepspeed_files import reading_data_only
+from adept_ds.weights.saved_state import read_saved_state
 from adept_ds.zero.engine import Engine
+from adept_ds.zero.resuming import resume
 
 _GO_ON = "set it back to go on with this run, or start another one in a run_dir of its own"
 
@@ -71,22 +72,25 @@ class CheckpointManifest(Sealed):
         return self
 
 
-def load_checkpoint(engine: Engine, directory: Path, expected: CheckpointManifest, ranks: Ranks) -> dict[str, Any]:
-    """Restore weights of the copies, optimizer, multipliers and random state; returns this rank's state.
+def load_checkpoint(
+    engine: Engine, directory: Path, manifest: CheckpointManifest, ranks: Ranks
+) -> list[dict[str, Any]]:
+    """Restore weights of the copies, optimizer, multipliers and random state of step `manifest.step`.
+
+    Other ranks, or another ZeRO stage, may have written them (see `zero.resuming`).
+
+    Returns:
+        The state that the trainer had on each of the ranks that wrote it.
 
     Raises:
         InputError: a file of it is damaged.
     """
-    with reading_data_only():
-        path, client_state = engine.load_checkpoint(
-            str(directory), tag=checkpoint_tag(expected.step), load_module_strict=False, load_lr_scheduler_states=False
-        )
-    if path is None:
-        place = directory / checkpoint_tag(expected.step)
-        raise InputError(f"'{place}' cannot be loaded; put it aside to resume from the one before it")
-    rng, state = client_state["adept_ds"]["ranks"][ranks.rank]
-    _restore_rng_state(rng)
-    return dict(state)
+    place = directory / checkpoint_tag(manifest.step)
+    saved = ranks.on_each(lambda: read_saved_state(place), CheckpointManifest.remedy())
+    resume(engine, saved)
+    written: list[tuple[Any, dict[str, Any]]] = saved.client["adept_ds"]["ranks"]
+    _restore_rng_state([rng for rng, _ in written], ranks.rank)
+    return [state for _, state in written]
 
 
 def check_whole(checkpoint: Path) -> CheckpointManifest:
@@ -150,19 +154,15 @@ def check_same_start(found: CheckpointManifest, fingerprint: str, place: Path) -
         )
 
 
-def check_same_ranks(directory: Path, expected: CheckpointManifest) -> None:
-    """Raises `InputError`, with the remedy, if these ranks cannot read the checkpoint of step `expected.step`."""
-    place = directory / checkpoint_tag(expected.step)
-    found = CheckpointManifest.load(manifest_of(place))
-    if found.world_size != expected.world_size:
-        raise InputError(
-            f"'{place}' was written by {found.world_size} ranks and this run has {expected.world_size}; "
-            f"start {found.world_size} ranks"
-        )
-    if found.zero_stage != expected.zero_stage:
-        raise InputError(
-            f"deepspeed: '{place}' was written with ZeRO stage {found.zero_stage}, not {expected.zero_stage}; {_GO_ON}"
-        )
+def change_of_shape(directory: Path, expected: CheckpointManifest) -> str:
+    """Which ranks wrote the checkpoint of step `expected.step`, and which go on with it; nothing if they are alike."""
+    found = CheckpointManifest.load(manifest_of(directory / checkpoint_tag(expected.step)))
+    before, now = (f"{_count(of.world_size)} under ZeRO-{of.zero_stage}" for of in (found, expected))
+    return "" if before == now else f", written by {before}, on {now}"
+
+
+def _count(ranks: int) -> str:
+    return "1 rank" if ranks == 1 else f"{ranks} ranks"
 
 
 def _are_texts(value: Any) -> bool:
@@ -175,7 +175,11 @@ def random_state() -> dict[str, Any]:
     return {"python": random.getstate(), "torch": torch.get_rng_state(), "cuda": device_rng_state()}
 
 
-def _restore_rng_state(state: dict[str, Any]) -> None:
+def _restore_rng_state(states: list[dict[str, Any]], rank: int) -> None:
+    """A rank that was not there begins with a state of its own, drawn from that of one that was."""
+    state = states[rank % len(states)]
     random.setstate(state["python"])
     torch.set_rng_state(state["torch"])
     set_device_rng_state(state["cuda"])
+    if rank >= len(states):
+        torch.manual_seed(int(torch.randint(1 << 62, ())) + rank)

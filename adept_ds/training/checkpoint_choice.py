@@ -74,16 +74,18 @@ def set_aside(directory: Path, choice: Choice, say: Callable[[str], None]) -> No
 def adopt_checkpoint(checkpoint: Path, directory: Path, manifest: CheckpointManifest) -> None:
     """Make the checkpoint of another run one of those in `directory`, under a manifest of its own; on rank 0 alone.
 
-    Its files get second names and are not copied, where the file system can do that.
+    Its files get second names and are not copied, where the file system can do that; the manifest still says which
+    ranks wrote them.
     """
-    tag, known = checkpoint_tag(manifest.step), CheckpointManifest.load(manifest_of(checkpoint)).files
+    tag, found = checkpoint_tag(manifest.step), CheckpointManifest.load(manifest_of(checkpoint))
     with new_directory(directory / tag, refuse_if_whole) as folder:
         link_tree(checkpoint, folder, leave_out={manifest_of(checkpoint).name})
         files = {}
         for path in filter(Path.is_file, sorted(folder.rglob("*"))):
             name = path.relative_to(folder).as_posix()
-            files[name] = _proof(path, known.get(name))
-        manifest.model_copy(update={"files": files}).sealed().save(manifest_of(folder))
+            files[name] = _proof(path, found.files.get(name))
+        own = found.model_dump(include={"world_size", "zero_stage"}) | {"files": files}
+        manifest.model_copy(update=own).sealed().save(manifest_of(folder))
     write_text(directory / "latest", tag)
 
 

@@ -5,12 +5,11 @@ It costs 8 bytes for each trained element over all ranks, on the device that ste
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 
 from adept_ds.base.progress import ProgressCallback, by_batch
 from adept_ds.ranks.collectives import Ranks
@@ -19,10 +18,13 @@ from adept_ds.training.checkpoint_files import CheckpointFiles
 from adept_ds.training.rule import Refresh, TrainingRule, check_start
 from adept_ds.units.unit_lr import UnitLR
 from adept_ds.units.unit_sums import GradientBatches, UnitSums, grad_squared
+from adept_ds.weights.by_rank import SavedElements, elements_file
 from adept_ds.weights.start_weights import StartWeights
 from adept_ds.zero.engine import Engine
 from adept_ds.zero.gradients import add_to_gradient, gradients_outside_training, local_weight_and_grad
 from adept_ds.zero.layout import partition_layout
+
+_FISHER = "fisher"
 
 Slices = dict[str, torch.Tensor]
 """Of each parameter, by full name: this rank's elements, fp32, as they follow each other in the flattened parameter."""
@@ -81,15 +83,13 @@ class FisherPenalty(TrainingRule):
         return {"penalty": float(self._ranks.sum([own]))}
 
     def save(self, files: CheckpointFiles) -> None:
-        files.add_tensors(self._name, self._fisher)
+        files.add_tensors(elements_file(_FISHER, self._ranks.rank), self._fisher)
 
-    def load(self, checkpoint: Path, state: dict[str, Any]) -> None:
-        saved = load_file(checkpoint / self._name)
-        self._fisher = {name: saved[name].to(start.device) for name, start in self._start.items()}
-
-    @property
-    def _name(self) -> str:
-        return f"fisher_rank_{self._ranks.rank}.safetensors"
+    def load(self, checkpoint: Path, states: Sequence[dict[str, Any]]) -> None:
+        saved = SavedElements(checkpoint, _FISHER)
+        self._fisher = {
+            name: saved.of(name, first, stop).to(device) for name, first, stop, device in _own_elements(self._engine)
+        }
 
 
 def estimate_fisher(
@@ -143,5 +143,4 @@ def _own_elements(engine: Engine) -> Iterator[tuple[str, int, int, torch.device]
     """Name, first and last + 1 element, and their device, of each parameter that this rank steps elements of."""
     for partition in partition_layout(engine):
         for fragment in partition.fragments:
-            stop = fragment.param_start + fragment.numel
-            yield fragment.parameter, fragment.param_start, stop, partition.tensor.device
+            yield fragment.parameter, fragment.param_start, fragment.param_stop, partition.tensor.device

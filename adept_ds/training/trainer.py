@@ -137,12 +137,12 @@ class Trainer:
         self._writer.save(self.manifest_at(step), state, more)
 
     def _resume(self, step: int) -> None:
-        state = load_checkpoint(self.engine, self.run_dir.checkpoints, self.manifest_at(step), self.ranks)
-        self._tokens = state["tokens"]
+        states = load_checkpoint(self.engine, self.run_dir.checkpoints, self.manifest_at(step), self.ranks)
+        self._tokens = states[0]["tokens"]
         self.unit_lr.check_ranks_agree()
         checkpoint = self.run_dir.checkpoints / checkpoint_tag(step)
-        self.movement.load(checkpoint, step, state["movement_since"])
-        self.rule.load(checkpoint, state["rule"])
+        self.movement.load(checkpoint, step, states[0]["movement_since"])
+        self.rule.load(checkpoint, [state["rule"] for state in states])
 
     def _keep_frozen_gathered(self) -> None:
         """Use the memory that the first step left over; after it, because a step's peak is known then."""

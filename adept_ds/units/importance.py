@@ -6,6 +6,7 @@ General text comes from a corpus of its own, in passes of its own, or from the s
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,8 +96,13 @@ class OnlineImportance:
         """Of this rank."""
         return {"sums": self._total.tolist(), "count": self._count}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._total, self._count = torch.tensor(state["sums"], dtype=torch.float64), state["count"]
+    def load_state_dicts(self, states: Sequence[dict[str, Any]]) -> None:
+        """Go on from those of the ranks that there were. Only the sum over ranks counts: every rank takes over its own
+        share of it, or that of several, or none.
+        """
+        mine = [state["sums"] for state in states[self._ranks.rank :: self._ranks.world_size]]
+        self._total = torch.tensor(mine, dtype=torch.float64).reshape(-1, len(self._registry)).sum(0)
+        self._count = states[0]["count"]
 
 
 def _means(total: torch.Tensor, count: int, registry: UnitRegistry, ranks: Ranks) -> list[float]:

@@ -28,6 +28,23 @@ def write_scripts(directory: Path) -> None:
 
 
 @contextmanager
+def reading_checkpoint(directory: Path) -> Iterator[None]:
+    """Read DeepSpeed's files in `directory` as data alone (see `reading_data_only`).
+
+    Raises:
+        InputError: one of them is damaged, or they do not fit each other, or are not what DeepSpeed writes.
+    """
+    try:
+        with reading_data_only():
+            yield
+    except (InputError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # of whatever kind
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise InputError(f"'{directory}' is damaged ({reason}); copy it again, or give another one") from error
+
+
+@contextmanager
 def reading_data_only() -> Iterator[None]:
     """Meanwhile `torch.load`, whoever calls it, makes tensors, plain values and four classes of DeepSpeed's; no more.
 

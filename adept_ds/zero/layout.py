@@ -28,6 +28,15 @@ class Fragment:
     """First element in the flattened parameter."""
     numel: int
 
+    @property
+    def flat(self) -> slice:
+        """Where it lies in the partition."""
+        return slice(self.flat_start, self.flat_start + self.numel)
+
+    @property
+    def param_stop(self) -> int:
+        return self.param_start + self.numel
+
 
 @dataclass(frozen=True)
 class FlatPartition:

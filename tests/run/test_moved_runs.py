@@ -160,15 +160,10 @@ def test_training_goes_on_in_the_copy_where_it_was_and_ends_with_the_same_weight
     assert_same_weights(copy, trained_run)
 
 
-def test_a_finished_run_needs_no_more_ranks_than_there_are(copy: TrainedRun) -> None:
-    """Only training that goes on needs those that it began with."""
+def test_a_finished_run_is_finished_on_any_ranks(copy: TrainedRun) -> None:
     result = adept(2, "run", copy.config())
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("not run again") == STAGES, result.stdout
-    interrupt(copy)
-    result = adept(2, "run", copy.config())
-    assert result.returncode == 2
-    assert_one_line(result.stderr, ["written by 1 ranks", "has 2", "start 1 ranks"])
 
 
 # --- what is not the same ------------------------------------------------------------------------------------------

@@ -88,9 +88,11 @@ def test_an_adopted_checkpoint_is_proved_by_a_manifest_of_its_own(tmp_path: Path
     manifest = CheckpointManifest.load(manifest_of(source))
     if older:
         manifest.model_copy(update={"files": {"states.pt": 11}, "check": None}).save(manifest_of(source))
-    adopt_checkpoint(source, tmp_path / "branch", manifest.model_copy(update={"settings": {"train.steps": 12}}))
+    branch = {"settings": {"train.steps": 12}, "world_size": 4, "zero_stage": 1}
+    adopt_checkpoint(source, tmp_path / "branch", manifest.model_copy(update=branch))
     taken = verify(tmp_path / "branch" / "step_9", Ranks())
     assert taken.files == manifest.files and taken.settings == {"train.steps": 12} and taken.id != manifest.id
+    assert (taken.world_size, taken.zero_stage) == (1, 3), "of those that wrote it"
     assert (tmp_path / "branch" / "latest").read_text() == "step_9"
     flip(tmp_path / "branch" / "step_9" / "states.pt")
     with pytest.raises(InputError, match="not as it was written"):
