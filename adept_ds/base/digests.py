@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeInt, model_validator
 
-from adept_ds.base.errors import InputError
+from adept_ds.base.errors import InputError, MachineError
 from adept_ds.base.progress import Meter, ProgressCallback
 from adept_ds.base.records import Record
 
@@ -191,7 +191,7 @@ class FileDigests:
         self.__dict__.pop("_known", None)
         self._known.update(self._news)
         self._news = {}
-        with suppress(OSError):  # where nothing can be written, files are read again
+        with suppress(OSError, MachineError):  # where nothing can be written, files are read again
             _Cache.of(self._known.values()).save(self._cache)
 
 

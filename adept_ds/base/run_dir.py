@@ -103,6 +103,16 @@ class RunDirectory:
         return self.root / "anchor_text.safetensors"
 
     @property
+    def given_up(self) -> Path:
+        """Learning rates with which training broke down."""
+        return self.root / "given_up.json"
+
+    @property
+    def guard(self) -> Path:
+        """That the guard has ended training."""
+        return self.root / "guard.json"
+
+    @property
     def checkpoints(self) -> Path:
         return self.root / "checkpoints"
 

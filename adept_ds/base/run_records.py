@@ -142,6 +142,25 @@ class RunSummary(Record):
         return "move it away; only this overview is lost"
 
 
+class GivenUp(Record):
+    """Learning rates with which training broke down (given_up.json): a checkpoint of one may go on with a lower one."""
+
+    lr: tuple[NonNegativeFloat, ...] = ()
+
+    @classmethod
+    def remedy(cls) -> str:
+        return "move it away, and give train.lr as it was"
+
+    @classmethod
+    def of(cls, path: Path) -> GivenUp:
+        """Without a file, none was."""
+        return cls.load(path) if path.is_file() else cls()
+
+    def may_lower(self, before: Any, now: float) -> bool:
+        """Whether what was trained with the rate `before` may go on with `now`."""
+        return before in self.lr and now < min(self.lr)
+
+
 class LogLine(Record):
     """What every line of a run's logs has (metrics.jsonl, unit_importance.jsonl, unit_movement.jsonl)."""
 
@@ -152,6 +171,14 @@ class LogLine(Record):
     @classmethod
     def remedy(cls) -> str:
         return "correct this line, or remove it"
+
+
+class GuardLine(Record):
+    """Of a line of metrics.jsonl about what the guard has measured, as far as the program sums it up."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    forgotten: bool
 
 
 class MetricsLine(LogLine):
@@ -165,6 +192,9 @@ class MetricsLine(LogLine):
     tokens_per_second: float = 0.0
     mfu: float = 0.0
     refresh_seconds: float | None = None
+    guard: GuardLine | None = None
+    skipped: str | None = None
+    """Why the step was not taken (see `training.skipping`)."""
     anchor: float | None = None
     """Mean per predicted token of its anchor sequences."""
     anchor_tokens: NonNegativeInt = 0

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adept_ds.base.errors import AdeptError, InputError, StopRequestedError
-from adept_ds.base.files import NewDirectory, json_text
+from adept_ds.base.files import NewDirectory, json_text, writing
 from adept_ds.base.run_dir import RunDirectory
 from adept_ds.base.terminal import Terminal, capture_output
 from adept_ds.base.writer_lock import WriterLock
@@ -34,7 +34,8 @@ def run_session(settings: ResolvedConfig, launched: LaunchedRank, *, as_json: bo
     """Everything that a stage of a run needs; what libraries print goes to the run's logs."""
     log = settings.run_dir.log(launched.rank)
     try:
-        log.parent.mkdir(parents=True, exist_ok=True)
+        with writing(log):
+            log.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         root = settings.run_dir.root
         raise InputError(f"run_dir: '{root}' cannot be written ({error.strerror}); choose another") from None
@@ -125,21 +126,24 @@ def _joined(
 
         if launched.world_size == 1:  # of several ranks the first one takes it, when they have met
             hold()
+        minutes = settings.config.dist_timeout_minutes
         with terminal.console.status("starting"):
             from adept_ds.ranks.groups import join, leave
+            from adept_ds.ranks.watch import watched
 
             say = partial(terminal.waiting, "start") if launched.speaks else _log
-            ranks = join(launched, settings.config.dist_timeout_minutes, say)
+            ranks = join(launched, minutes, say)
             import adept_ds.run.context  # noqa: F401 - takes seconds
-        if launched.world_size > 1:
-            ranks.on_main(hold)
-        stop = stack.enter_context(StopRequest(lock.ends if lock else lambda: None).listening())
-        try:
-            yield ranks, terminal, stop
-        except StopRequestedError:
-            leave()  # all ranks do: they have agreed to stop
-            raise
-        leave()  # not after another error: it would wait for peers that wait for this rank
+        with watched(launched, minutes, terminal.complain, log.parent), writing():
+            if launched.world_size > 1:
+                ranks.on_main(hold)
+            stop = stack.enter_context(StopRequest(lock.ends if lock else lambda: None).listening())
+            try:
+                yield ranks, terminal, stop
+            except StopRequestedError:
+                leave()  # all ranks do: they have agreed to stop
+                raise
+            leave()  # not after another error: it would wait for peers that wait for this rank
 
 
 def _log(text: str) -> None:

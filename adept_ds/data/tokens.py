@@ -30,7 +30,7 @@ from pydantic import Field, NonNegativeInt
 
 from adept_ds.base.digests import Digest, FileDigests, sha256_of
 from adept_ds.base.errors import DamagedError, InputError, StopRequestedError
-from adept_ds.base.files import sync, sync_tree
+from adept_ds.base.files import sync, sync_tree, writing
 from adept_ds.base.progress import ProgressCallback
 from adept_ds.base.proofs import DigestOf, FileProof, InnerName, Sealed, check_file, check_size
 from adept_ds.base.records import Record
@@ -286,7 +286,8 @@ def tokens_of(
                 shutil.rmtree(tokenisation.unfinished, ignore_errors=True)  # of a text that is another one now
                 folder.mkdir(parents=True)
             try:
-                _write(folder, source, tokenisation, progress)
+                with writing(target):
+                    _write(folder, source, tokenisation, progress)
             except InputError:
                 shutil.rmtree(folder)
                 raise

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from adept_ds.base.errors import AdeptError, InputError
+from adept_ds.base.files import writing
 
 if TYPE_CHECKING:
     import torch
@@ -111,7 +112,8 @@ class Ranks:
         if self.is_main:
             with self._telling_the_others():
                 try:
-                    outcome = action(), None
+                    with writing():
+                        outcome = action(), None
                 except AdeptError as error:
                     outcome = None, error
                 except Exception as error:

@@ -9,7 +9,7 @@ from pathlib import Path
 from adept_ds.base.errors import DamagedError, InputError
 from adept_ds.base.files import aside, link_tree, new_directory, write_text
 from adept_ds.base.proofs import FileProof
-from adept_ds.base.run_dir import checkpoint_tag, manifest_of
+from adept_ds.base.run_dir import checkpoint_steps, checkpoint_tag, manifest_of
 from adept_ds.training.checkpoint import CheckpointManifest, WrittenFile
 from adept_ds.training.checkpoint_writer import refuse_if_whole
 
@@ -63,12 +63,30 @@ def set_aside(directory: Path, choice: Choice, say: Callable[[str], None]) -> No
         say: is told of each.
     """
     for step, error in choice.damaged.items():
-        place = directory / checkpoint_tag(step)
-        kept = aside(place, "damaged")
-        place.rename(kept)
-        say(f"{error.reason}: kept as '{kept.name}', going on from step {choice.step}")
-    if choice.damaged:
-        write_text(directory / "latest", checkpoint_tag(choice.step))
+        kept = put_aside(directory, step, "damaged")
+        say(f"{error.reason}: kept as '{kept}', going on from step {choice.step}")
+
+
+def put_aside(directory: Path, step: int, why: str) -> str | None:
+    """Let the checkpoint of step `step` count no more.
+
+    Args:
+        why: a word for the name that it gets.
+
+    Returns:
+        That name; None: there is no such checkpoint.
+    """
+    place = directory / checkpoint_tag(step)
+    if not manifest_of(place).exists():
+        return None
+    kept = aside(place, why)
+    place.rename(kept)
+    left, latest = checkpoint_steps(directory), directory / "latest"
+    if left:
+        write_text(latest, checkpoint_tag(left[-1]))
+    else:
+        latest.unlink(missing_ok=True)
+    return kept.name
 
 
 def adopt_checkpoint(checkpoint: Path, directory: Path, manifest: CheckpointManifest) -> None:

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from adept_ds.base.errors import InputError
-from adept_ds.base.files import share, sync, write_json
+from adept_ds.base.files import share, sync, write_json, writing
 from adept_ds.base.proofs import FileProof
 
 T = TypeVar("T")
@@ -45,7 +42,7 @@ class CheckpointFiles:
         """Bring all of them to the disk; what each is, by name.
 
         Raises:
-            InputError: one cannot be written; the message names it and says why.
+            MachineError: one cannot be written; the message names it and says why.
         """
         return {name: _written(folder / name, write) for name, write in self._writes.items()}
 
@@ -72,23 +69,10 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
 
 
 def _written(path: Path, write: Callable[[Path], None]) -> FileProof:
-    with refusing(path):
+    with writing(path):
         write(path)
         sync(path)
         return FileProof.of(path)
-
-
-@contextmanager
-def refusing(path: Path) -> Iterator[None]:
-    """Raises `InputError` for what the system says while something is written at `path`."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(
-            f"'{path}' cannot be written ({reason}); see to that, and start the same command again: it goes on from "
-            "the last checkpoint that was written"
-        ) from None
 
 
 def _save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:

@@ -13,7 +13,7 @@ published at the first step after which all of them have written.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
@@ -22,12 +22,12 @@ from typing import Any
 
 from adept_ds.base.background import at_once, in_background
 from adept_ds.base.errors import AdeptError, InputError
-from adept_ds.base.files import NewDirectory, write_text
+from adept_ds.base.files import NewDirectory, write_text, writing
 from adept_ds.base.proofs import FileProof
 from adept_ds.base.run_dir import checkpoint_steps, checkpoint_tag, manifest_of
 from adept_ds.ranks.collectives import Ranks
 from adept_ds.training.checkpoint import CheckpointManifest, WrittenFile, random_state
-from adept_ds.training.checkpoint_files import CheckpointFiles, refusing
+from adept_ds.training.checkpoint_files import CheckpointFiles
 from adept_ds.weights.deepspeed_files import write_scripts
 from adept_ds.zero.checkpoint_states import checkpoint_states
 from adept_ds.zero.engine import Engine
@@ -42,14 +42,17 @@ class Retention:
     every: int = 0
     """Optimizer steps: those of multiples stay too; 0: none besides the newest."""
 
-    def goes(self, steps: list[int]) -> list[int]:
-        """Those that are removed, of `steps`, ascending."""
-        return [step for step in steps[: -self.newest] if not self.every or step % self.every]
+    def goes(self, steps: list[int], stays: Collection[int] = ()) -> list[int]:
+        """Those that are removed, of `steps`, ascending; none of `stays`."""
+        old = [step for step in steps[: -self.newest] if step not in stays]
+        return [step for step in old if not self.every or step % self.every]
 
 
 @dataclass(frozen=True)
 class _Pending:
     manifest: CheckpointManifest
+    stays: Collection[int]
+    """Steps whose checkpoints are not removed, however old."""
     proofs: Future[dict[str, FileProof]]
     """Of this rank's files."""
 
@@ -66,16 +69,21 @@ class CheckpointWriter:
         self._pending: _Pending | None = None
 
     def save(
-        self, manifest: CheckpointManifest, state: dict[str, Any], more: Callable[[CheckpointFiles], None]
+        self,
+        manifest: CheckpointManifest,
+        state: dict[str, Any],
+        more: Callable[[CheckpointFiles], None],
+        stays: Collection[int] = (),
     ) -> None:
         """Begin a checkpoint, after the one before it; not in the background, it is there when this returns.
 
         Args:
             state: of the trainer on this rank.
             more: adds this rank's other files.
+            stays: steps whose checkpoints are not removed for it.
 
         Raises:
-            InputError: this one, or the one before it, cannot be written.
+            MachineError: this one, or the one before it, cannot be written.
         """
         self.finish()
         folder = self._ranks.on_main(lambda: self._begin(manifest.step))
@@ -89,7 +97,7 @@ class CheckpointWriter:
             self.discard()
             raise
         run = in_background if self._background else at_once
-        self._pending = _Pending(manifest, run(partial(files.write, folder)))
+        self._pending = _Pending(manifest, stays, run(partial(files.write, folder)))
         if not self._background:
             self.finish()
 
@@ -105,7 +113,8 @@ class CheckpointWriter:
             return
         try:
             files = _agreed(pending.proofs, self._ranks)
-            self._ranks.on_main(lambda: self._publish(pending.manifest.model_copy(update={"files": files})))
+            manifest = pending.manifest.model_copy(update={"files": files})
+            self._ranks.on_main(lambda: self._publish(manifest, pending.stays))
         finally:
             self.discard()
 
@@ -117,18 +126,18 @@ class CheckpointWriter:
             self._new = None
 
     def _begin(self, step: int) -> Path:
-        with refusing(self._directory):
+        with writing(self._directory):
             self._new = NewDirectory(self._directory / checkpoint_tag(step), refuse_if_whole)
             return self._new.temporary
 
-    def _publish(self, manifest: CheckpointManifest) -> None:
+    def _publish(self, manifest: CheckpointManifest, stays: Collection[int]) -> None:
         assert self._new is not None
-        with refusing(self._directory):
+        with writing(self._directory):
             manifest.sealed().save(manifest_of(self._new.temporary))
             self._new.publish()
             write_text(self._directory / "latest", checkpoint_tag(manifest.step))
             write_scripts(self._directory)
-            for step in self._retention.goes(checkpoint_steps(self._directory)):
+            for step in self._retention.goes(checkpoint_steps(self._directory), stays):
                 old = self._directory / checkpoint_tag(step)
                 manifest_of(old).unlink()  # first: half of it is no checkpoint
                 shutil.rmtree(old, ignore_errors=True)  # a network file system may hold on to a file

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from adept_ds.base.files import json_text, write_bytes
+from adept_ds.base.files import json_text, write_bytes, writing
 from adept_ds.base.run_dir import RunDirectory
 from adept_ds.base.run_records import LogLine, read_log
 from adept_ds.units.registry import Unit
@@ -39,13 +39,11 @@ class RunLog:
         self._active, self._run_dir = active, run_dir
         if not active:
             return
-        from torch.utils.tensorboard import SummaryWriter
-
         for path in (run_dir.metrics, run_dir.unit_importance, run_dir.unit_movement):
             _keep_until(path, first_step, say)
-        self._board = SummaryWriter(str(run_dir.tensorboard), purge_step=first_step + 1 if first_step else None)
+        self._board = _Board(run_dir.tensorboard, first_step)
         if first_step == 0:
-            self._board.add_text("config", f"```yaml\n{config_text}\n```")
+            self._board.write("text", "config", f"```yaml\n{config_text}\n```")
 
     def step(self, record: dict[str, Any]) -> None:
         """One optimizer step: {"step", "loss", ...}."""
@@ -55,7 +53,15 @@ class RunLog:
         if self._active:
             _append(self._run_dir.metrics, {"step": step, "eval": results})
             for name, result in results.items():
-                self._board.add_scalar(f"eval/{name}_loss", result["loss"], step)
+                self._board.write("scalar", f"eval/{name}_loss", result["loss"], step)
+
+    def guard(self, step: int, record: dict[str, Any]) -> None:
+        """What the guard found at an evaluation (see `training.guard`)."""
+        if self._active:
+            _append(self._run_dir.metrics, {"step": step, "guard": record})
+            for name, limits in record["general"].items():
+                for key, value in limits.items():
+                    self._board.write("scalar", f"guard/{name}_{key}", value, step)
 
     def refresh(
         self,
@@ -117,9 +123,9 @@ class RunLog:
         for unit, value in zip(units, values, strict=True):
             parts.setdefault(f"{group}/{unit.place}", []).append(value)
         for tag, members in parts.items():
-            self._board.add_scalar(tag, sum(members) / len(members), step)
+            self._board.write("scalar", tag, sum(members) / len(members), step)
             if len(members) > 1:
-                self._board.add_histogram(tag, np.array(members), step)
+                self._board.write("histogram", tag, np.array(members), step)
 
     def _write(self, group: str, record: dict[str, Any]) -> None:
         if not self._active:
@@ -127,11 +133,30 @@ class RunLog:
         _append(self._run_dir.metrics, record)
         for key, value in record.items():
             if key != "step" and isinstance(value, int | float):
-                self._board.add_scalar(f"{group}/{key}", value, record["step"])
+                self._board.write("scalar", f"{group}/{key}", value, record["step"])
+
+
+class _Board:
+    """TensorBoard's files. What it cannot write shows at one of the next calls. Raises as `writing`."""
+
+    def __init__(self, directory: Path, first_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._directory = directory
+        with writing(directory):
+            self._writer = SummaryWriter(str(directory), purge_step=first_step + 1 if first_step else None)
+
+    def write(self, kind: str, *content: Any) -> None:
+        with writing(self._directory):
+            getattr(self._writer, f"add_{kind}")(*content)
+
+    def close(self) -> None:
+        with writing(self._directory):
+            self._writer.close()
 
 
 def _append(path: Path, record: dict[str, Any]) -> None:
-    with path.open("a", encoding="utf-8") as file:
+    with writing(path), path.open("a", encoding="utf-8") as file:
         file.write(json_text(record) + "\n")
 
 

@@ -68,6 +68,7 @@ class OnlineImportance:
         self._registry, self._ranks = registry, ranks
         self._unit_sums = UnitSums(engine, registry, ranks)
         self._total, self._count = torch.zeros(len(registry), dtype=torch.float64), 0
+        self._before = (self._total, self._count)
 
     def observe(self, share: float) -> None:
         """Take in the gradient of a training batch's replayed sequences.
@@ -78,11 +79,16 @@ class OnlineImportance:
         Args:
             share: of the batch, that is replayed: the loss of a training step is a mean over the whole batch.
         """
+        self._before = (self._total.clone(), self._count)
         sums = self._unit_sums.local()
         if self._unit_sums.have_overflowed(sums):
             return  # the step will be skipped for the same reason
         self._total += sums / share
         self._count += 1
+
+    def take_back(self) -> None:
+        """Forget the last batch: its step was skipped, on every rank."""
+        self._total, self._count = self._before
 
     def take(self) -> list[float] | None:
         """Importance of every unit, in registry order, and begin anew; None if nothing was observed."""
