@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from adept_ds.base.files import json_text, write_bytes, writing
 from adept_ds.base.run_dir import RunDirectory
-from adept_ds.base.run_records import LogLine, read_log
+from adept_ds.base.run_records import LogLine, MetricsLine, read_log
 from adept_ds.units.registry import Unit
+
+Line = TypeVar("Line", bound=LogLine)
 
 
 class RunLog:
@@ -21,7 +23,7 @@ class RunLog:
         active: on other ranks than 0 every method does nothing.
         first_step: training (re)starts after this step. Later records are from a run that crashed after its last
             checkpoint: they are removed, so that every step appears once.
-        say: is told of what a crash left half written.
+        say: is told of what a crash left half written, and of lines that are lost.
 
     Raises:
         InputError: a line of an earlier start is damaged.
@@ -39,8 +41,13 @@ class RunLog:
         self._active, self._run_dir = active, run_dir
         if not active:
             return
-        for path in (run_dir.metrics, run_dir.unit_importance, run_dir.unit_movement):
-            _keep_until(path, first_step, say)
+        kept = _keep_until(run_dir.metrics, first_step, MetricsLine, say)
+        refreshes = {line.step for line in kept if line.refresh_seconds is not None}
+        trained = set(range(1, first_step + 1))
+        _say_what_is_lost(run_dir.metrics, trained - {line.step for line in kept if line.is_step}, say)
+        for path, expected in ((run_dir.unit_importance, refreshes), (run_dir.unit_movement, refreshes - {0})):
+            found = {line.step for line in _keep_until(path, first_step, LogLine, say)}
+            _say_what_is_lost(path, expected - found, say)
         self._board = _Board(run_dir.tensorboard, first_step)
         if first_step == 0:
             self._board.write("text", "config", f"```yaml\n{config_text}\n```")
@@ -160,8 +167,19 @@ def _append(path: Path, record: dict[str, Any]) -> None:
         file.write(json_text(record) + "\n")
 
 
-def _keep_until(path: Path, step: int, say: Callable[[str], None]) -> None:
-    """Drop the records after `step`; of step 0 itself (the start) nothing is kept, it is written again."""
-    if path.is_file():
-        kept = [line + b"\n" for line, record in read_log(path, LogLine, say) if record.step <= step and step > 0]
-        write_bytes(path, b"".join(kept))
+def _keep_until(path: Path, step: int, kind: type[Line], say: Callable[[str], None]) -> list[Line]:
+    """Drop the records after `step`, and return the others; of step 0 itself (the start) nothing is kept, it is written
+    again."""
+    if not path.is_file():
+        return []
+    kept = [(line, record) for line, record in read_log(path, kind, say) if record.step <= step and step > 0]
+    write_bytes(path, b"".join(line + b"\n" for line, _ in kept))
+    return [record for _, record in kept]
+
+
+def _say_what_is_lost(path: Path, steps: Collection[int], say: Callable[[str], None]) -> None:
+    """A log cannot be made again, and training does not need it."""
+    if steps:
+        first, last = min(steps), max(steps)
+        which = f"step {first}" if first == last else f"steps {first} to {last}"
+        say(f"'{path}' has lost lines of {which}: the report goes without them")
