@@ -121,12 +121,12 @@ def estimate_fisher(
         for number, sums, _ in unit_sums.of_batches(batches, work, by_batch(progress) if progress else None, read=add):
             total += shares[number] * sums
     devices = {name: device for name, _, _, device in _own_elements(engine)}
-    fisher = {name: work.state[_FISHER + name].to(device) for name, device in devices.items()}
+    fisher = {name: work.state[_SUMS + name].to(device) for name, device in devices.items()}
     means: list[float] = (ranks.sum(total) / registry.sizes).tolist()
     return fisher, means
 
 
-_FISHER = "fisher/"
+_SUMS = "fisher/"
 
 
 def _add_squares(state: State, engine: Engine, share: float) -> None:
@@ -135,8 +135,8 @@ def _add_squares(state: State, engine: Engine, share: float) -> None:
         found = local_weight_and_grad(engine, parameter) if parameter.requires_grad else None
         if found is not None:
             squares = grad_squared(*found[:2]).to(found[0].device).mul_(share)
-            known = state.get(_FISHER + name)
-            state[_FISHER + name] = squares if known is None else known.to(squares.device).add_(squares)
+            known = state.get(_SUMS + name)
+            state[_SUMS + name] = squares if known is None else known.to(squares.device).add_(squares)
 
 
 def _own_elements(engine: Engine) -> Iterator[tuple[str, int, int, torch.device]]:

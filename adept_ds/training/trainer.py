@@ -43,6 +43,7 @@ from adept_ds.units.unit_lr import UnitLR
 from adept_ds.zero.engine import Engine, set_learning_rate, step_below
 from adept_ds.zero.gathered import keep_frozen_gathered
 from adept_ds.zero.gradients import loss_scale
+from adept_ds.zero.layout import trained_weights_are_finite
 from adept_ds.zero.outside_training import outside_training
 
 
@@ -88,8 +89,8 @@ class Trainer:
 
         Raises:
             StopRequestedError: a signal came; a checkpoint was written, unless the last steps were skipped.
-            NonFiniteLossError: too many steps in a row were skipped, or an evaluation or a refresh met what is no
-                number; a checkpoint of weights that are broken was put aside.
+            NonFiniteLossError: too many steps in a row were skipped, or the last one was, or weights are no numbers, or
+                an evaluation or a refresh met what is none; a checkpoint of weights that are broken was put aside.
         """
         train = self.config.train
         log = RunLog(self.run_dir, first_step, config_text, active=self.ranks.is_main, say=self._say)
@@ -145,6 +146,8 @@ class Trainer:
         self._evaluate(0, log)
 
     def _save(self, step: int) -> None:
+        if self.ranks.max(0.0 if trained_weights_are_finite(self.engine) else 1.0)[0]:
+            raise self._given_up(f"weights are no numbers after step {step}", step)
         self._save_is_due = False
         state = {
             "movement_since": self.movement.since,
@@ -256,9 +259,15 @@ class Trainer:
         )
         what += f" on rank {', '.join(map(str, ranks))} alone" if on_some else ""
         self.terminal.stage("", f"step {step} is skipped on all ranks: {what}")
-        if count >= self.config.train.max_skipped:
-            what = f"steps {step - count + 1} to {step} were skipped, the last since its {what} (train.max_skipped)"
-            raise self._given_up(what, step - count, of_the_machine=on_some)
+        ends_so = step == self.config.train.steps and count > 0 and not record["skipped"].endswith("spike")
+        if count >= self.config.train.max_skipped or ends_so:
+            why = "training would end like this" if ends_so else "train.max_skipped"
+            which = (
+                f"step {step} was skipped"
+                if count == 1
+                else f"steps {step - count + 1} to {step} were skipped, the last"
+            )
+            raise self._given_up(f"{which} since its {what} ({why})", step - count, of_the_machine=on_some)
 
     def _given_up(self, what: str, step: int, *, of_the_machine: bool = False) -> NonFiniteLossError:
         """Of weights as they are after step `step`; a checkpoint of these is put aside.

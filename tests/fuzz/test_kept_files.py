@@ -42,6 +42,8 @@ SECTIONS = {
     "expand": {"k": 2, "choose": "gain"},
 }
 
+TOKENS = ("tokens.bin", "ends.bin", "ids.bin")
+
 
 def prepare(sandbox: Sandbox) -> Sandbox:
     """A finished run with a dial, anchored to text that its base wrote, with copies where they gain most."""
@@ -49,8 +51,9 @@ def prepare(sandbox: Sandbox) -> Sandbox:
     result = adept(1, "run", run.config(**SECTIONS))
     assert result.returncode == 0, result.stderr
     shutil.copy(run.files.ledger, sandbox.inputs / "stages.json")
-    tokens = max(run.files.tokens.glob("*/manifest.json"))
-    shutil.copy(tokens, sandbox.inputs / "manifest.json")
+    tokens = max(run.files.tokens.glob("*/manifest.json")).parent
+    for name in ("manifest.json", *TOKENS):
+        shutil.copy(tokens / name, sandbox.inputs)
     return sandbox
 
 
@@ -113,7 +116,8 @@ def report(sandbox: Sandbox) -> None:
 
 def open_tokens(sandbox: Sandbox) -> None:
     (sandbox.out / "tokens").mkdir()
-    shutil.copy(sandbox.inputs / "manifest.json", sandbox.out / "tokens")
+    for name in ("manifest.json", *TOKENS):
+        shutil.copy(sandbox.inputs / name, sandbox.out / "tokens")
     TokenFile.open(sandbox.out / "tokens").check(sha256_of)
 
 
@@ -150,7 +154,7 @@ KINDS = [
     kept("place_scores.json", changed_json, record(PlaceScores, "place_scores.json"), 0.2),
     kept("expanded/.adept_output.json", changed_json, as_written("expanded"), 0.2),
     kept("trained/.adept_output.json", changed_json, as_written("trained"), 0.1),
-    file_kind("manifest.json", changed_json, open_tokens, name="manifest of tokens", weight=0.2, messages=2),
+    file_kind("manifest.json", changed_json, open_tokens, names=TOKENS, name="tokens", weight=0.2, messages=2),
 ]  # fmt: skip
 
 

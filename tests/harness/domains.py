@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from harness.models import VOCABULARY, save_tiny_model
+from harness.spoiling import unmarked
 from safetensors.torch import load_file, save_file
 
 from adept_ds.base.files import read_json, write_json
@@ -54,6 +55,7 @@ def layer_of(name: str) -> int | None:
 def adapt(base: Path, out: Path, layers: list[int], seed: int) -> Path:
     """What a run exports, without the training."""
     expansion = expand_checkpoint(base, out, layers)
+    unmarked(out)
     generator = torch.Generator().manual_seed(seed)
     for file in sorted(out.glob("*.safetensors")):
         tensors = load_file(file)

@@ -11,6 +11,7 @@ import pytest
 
 from adept_ds.base.errors import InputError
 from adept_ds.base.files import read_json, write_json
+from adept_ds.base.outputs import MARK_NAME
 
 
 def changed_json(path: Path, change: Callable[[Any], Any]) -> None:
@@ -63,3 +64,9 @@ def assert_refused(tmp_path: Path, words: list[str], work: Callable[[Path], Any]
 def bit_in_a_tensor(model: Path) -> None:
     """In its last weight file."""
     flip_bit(max(model.glob("*.safetensors")))
+
+
+def unmarked(output: Path) -> Path:
+    """As an older program left it: nothing says what its files were, so they may be changed."""
+    (output / MARK_NAME).unlink()
+    return output

@@ -161,14 +161,18 @@ def test_skipping_resumes_bit_for_bit(skipping: dict[int, MethodRun]) -> None:
 
 @pytest.fixture(scope="module")
 def broken(workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """The configuration of a run whose weights step 4 breaks, right before a checkpoint; and what it said."""
+    """The configuration of a run whose weights step 5 breaks, and what it said."""
+    return broken_after(4, workspace, tmp_path_factory.mktemp("broken"))
+
+
+def broken_after(steps: int, workspace: Workspace, folder: Path) -> tuple[Path, str]:
     config = workspace.config(
-        tmp_path_factory.mktemp("broken") / "run",
+        folder / "run",
         expand={"k": None, "layers": [1]},
         train={"steps": 12, "checkpoint_every": 2, "max_skipped": 4, "eval_every": 0},
         importance={"initial": "ones", "every": 100},
     )
-    result = run_with_faults(2, {3: "weight"}, config.parent, "run", config)
+    result = run_with_faults(2, {steps: "weight"}, config.parent, "run", config)
     assert result.returncode == 2, result.stderr
     return config, result.stderr
 
@@ -177,31 +181,40 @@ def test_training_that_breaks_down_ends_in_one_line_with_the_remedy(broken: tupl
     config, said = broken
     (line,) = said.splitlines()
     assert line == (
-        "adept: train.lr: with 0.01, steps 5 to 8 were skipped, the last since its loss is no number "
-        "(train.max_skipped); lower it, and run the same command again: it goes on after step 2"
+        "adept: train.lr: with 0.01, steps 6 to 9 were skipped, the last since its loss is no number "
+        "(train.max_skipped); lower it, and run the same command again: it goes on after step 4"
     )
     run = RunDirectory(config.with_suffix(""))
-    assert [record["step"] for record in read_json_lines(run.metrics) if "skipped" in record] == [5, 6, 7, 8]
+    assert [record["step"] for record in read_json_lines(run.metrics) if "skipped" in record] == [6, 7, 8, 9]
     assert read_json(run.summary)["skipped_steps"] == 4
 
 
 def test_nothing_of_the_broken_state_takes_the_place_of_the_last_good_checkpoint(broken: tuple[Path, str]) -> None:
-    """The checkpoint of the weights that gave no number is put aside, none was written after it."""
     run = RunDirectory(broken[0].with_suffix(""))
-    assert checkpoint_steps(run.checkpoints) == [2]
-    assert (run.checkpoints / "latest").read_text() == "step_2"
-    folders = {path.name for path in run.checkpoints.iterdir() if path.is_dir()}
-    assert folders == {"step_2", "step_4.broken1"}
+    assert checkpoint_steps(run.checkpoints) == [2, 4]
+    assert (run.checkpoints / "latest").read_text() == "step_4"
+
+
+def test_weights_that_are_no_numbers_become_no_checkpoint(workspace: Workspace, tmp_path: Path) -> None:
+    """They were broken by the step before it, whose own loss was one."""
+    config, said = broken_after(3, workspace, tmp_path)
+    (line,) = said.splitlines()
+    assert line == (
+        "adept: train.lr: with 0.01, weights are no numbers after step 4; lower it, and run the same command again: "
+        "it goes on after step 2"
+    )
+    checkpoints = RunDirectory(config.with_suffix("")).checkpoints
+    assert sorted(path.name for path in checkpoints.iterdir() if path.is_dir()) == ["step_2"]
 
 
 def test_it_goes_on_from_there_with_a_lower_rate(broken: tuple[Path, str]) -> None:
     config, _ = broken
     lower = adept(2, "run", config, "train.lr=0.001")
     assert lower.returncode == 0, lower.stderr
-    assert "resuming after step 2" in lower.stdout
+    assert "resuming after step 4" in lower.stdout
     run = RunDirectory(config.with_suffix(""))
     rates = [record["lr"] for record in read_json_lines(run.metrics) if "loss" in record]
-    assert len(rates) == 12 and max(rates[:2]) > 2e-3 and max(rates[2:]) <= 1e-3
+    assert len(rates) == 12 and max(rates[:4]) > 2e-3 and max(rates[4:]) <= 1e-3
     assert read_json(run.summary)["given_up_lr"] == [0.01]
     newest = CheckpointManifest.load(manifest_of(run.checkpoints / "step_12"))
     assert newest.settings["train.lr"] == 0.001

@@ -81,7 +81,8 @@ def test_every_partition_counts_its_steps_by_itself(both: tuple[dict[str, Any], 
 def test_the_next_step_is_the_one_that_would_have_followed(both: tuple[dict[str, Any], dict[str, Any]]) -> None:
     """Losses of about 5.6 to 1e-5, weights to a thousandth of a step in fp32; gradients are summed in another order.
 
-    In half precision gradients differ by their rounding: a tenth of a step.
+    In half precision gradients differ by their rounding, and where they nearly cancel by more: a hundredth of a step in
+    the root mean square, half a step anywhere.
     """
     (saved, found), is_half = both, both[0]["at"]["forward"]["model.norm.weight"].dtype != torch.float32
     assert found["loss"] == pytest.approx(saved["loss"], abs=1e-2 if is_half else 1e-5)
@@ -89,7 +90,9 @@ def test_the_next_step_is_the_one_that_would_have_followed(both: tuple[dict[str,
     for key, weight in saved["after"]["vectors"].items():
         if key[1] == "fp32":
             moved = max(moved, float((weight - saved["at"]["vectors"][key]).abs().max()))
-            assert float((found["after"]["vectors"][key] - weight).abs().max()) <= LR * (0.1 if is_half else 1e-3), key
+            difference = (found["after"]["vectors"][key] - weight).abs()
+            assert float(difference.max()) <= LR * (0.5 if is_half else 1e-3), key
+            assert float(difference.square().mean().sqrt()) <= LR * (1e-2 if is_half else 1e-3), key
     assert moved > LR / 2, "otherwise this would prove little"
 
 
