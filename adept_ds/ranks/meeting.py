@@ -70,7 +70,7 @@ def meet(launched: LaunchedRank, minutes: float, say: Callable[[str], None]) -> 
     waiting = _Waiting(minutes, say)
     hosts = launched.is_main and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     store = _opened(launched, minutes) if hosts else _reached(launched, waiting)
-    store = dist.PrefixStore(f"adept/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    store = of_this_start(store)
     try:
         store.set(f"{_HERE}{launched.rank}", "")
         if launched.is_main:
@@ -80,6 +80,13 @@ def meet(launched: LaunchedRank, minutes: float, say: Callable[[str], None]) -> 
     except dist.DistError:
         raise InputError("rank 0 ended before all ranks had met; its own words say why") from None
     return store
+
+
+def of_this_start(store: Store) -> Store:
+    """The same without what ranks left there that torchrun has started before these: its store outlives them."""
+    import torch.distributed as dist
+
+    return dist.PrefixStore(f"adept/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
 def _opened(launched: LaunchedRank, minutes: float) -> Store:

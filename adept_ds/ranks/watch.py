@@ -39,6 +39,7 @@ from adept_ds.base.errors import (
 )
 from adept_ds.base.progress import what_is_done
 from adept_ds.ranks.launchers import LaunchedRank
+from adept_ds.ranks.meeting import of_this_start
 
 _BEAT = 1.0
 """Seconds between two looks."""
@@ -119,13 +120,14 @@ class _Watch:
         from torch.distributed import TCPStore
 
         self._launched, self._minutes, self._say, self._logs = launched, minutes, say, logs
-        self._store = TCPStore(
+        client = TCPStore(
             launched.master_addr,
             launched.master_port,
             is_master=False,
             wait_for_workers=False,
             timeout=datetime.timedelta(seconds=_DEAF),
         )
+        self._store = of_this_start(client)
         self._host = socket.gethostname()
         self._put(f"place/{launched.rank}", [self._host, os.getpid()])
         self._left, self._main_ends, self._roll_lock = threading.Event(), threading.Event(), threading.Lock()

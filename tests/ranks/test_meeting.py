@@ -18,7 +18,7 @@ from harness.workspace import Workspace
 from adept_ds.base.errors import InputError, UnreachedError
 from adept_ds.ranks import meeting
 from adept_ds.ranks.launchers import LaunchedRank
-from adept_ds.ranks.meeting import meet
+from adept_ds.ranks.meeting import meet, of_this_start
 
 SOON = 0.05
 """Minutes."""
@@ -122,3 +122,18 @@ def test_a_rank_that_waits_is_not_deaf(workspace: Workspace, tmp_path: Path) -> 
         assert time.monotonic() - begun < 50
     finally:
         process.kill()
+
+
+def test_ranks_that_torchrun_starts_again_see_nothing_of_those_before_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A call for the roll, above all, that the first start ended with."""
+    import torch.distributed as dist
+
+    store, seen = dist.HashStore(), []
+    for restart in ("0", "1"):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", restart)
+        found = of_this_start(store)
+        seen.append(found.check(["adept_ds/call"]))
+        found.set("adept_ds/call", "hangs")
+    assert seen == [False, False]
