@@ -10,10 +10,17 @@ import numpy as np
 
 from adept_ds.base.files import json_text, write_bytes, writing
 from adept_ds.base.run_dir import RunDirectory
-from adept_ds.base.run_records import LogLine, MetricsLine, read_log
+from adept_ds.base.run_records import LogLine, read_log
 from adept_ds.units.registry import Unit
 
 Line = TypeVar("Line", bound=LogLine)
+
+
+class _StepOrRefresh(LogLine):
+    """Of metrics.jsonl, as far as it tells which lines there should be."""
+
+    loss: float | None = None
+    refresh_seconds: float | None = None
 
 
 class RunLog:
@@ -41,10 +48,12 @@ class RunLog:
         self._active, self._run_dir = active, run_dir
         if not active:
             return
-        kept = _keep_until(run_dir.metrics, first_step, MetricsLine, say)
+        kept = _keep_until(run_dir.metrics, first_step, _StepOrRefresh, say)
         refreshes = {line.step for line in kept if line.refresh_seconds is not None}
         trained = set(range(1, first_step + 1))
-        _say_what_is_lost(run_dir.metrics, trained - {line.step for line in kept if line.is_step}, say)
+        _say_what_is_lost(
+            run_dir.metrics, trained - {line.step for line in kept if "loss" in line.model_fields_set}, say
+        )
         for path, expected in ((run_dir.unit_importance, refreshes), (run_dir.unit_movement, refreshes - {0})):
             found = {line.step for line in _keep_until(path, first_step, LogLine, say)}
             _say_what_is_lost(path, expected - found, say)

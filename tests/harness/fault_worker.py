@@ -53,8 +53,8 @@ class Injector:
 
     def seen(self, event: str) -> None:
         with self._lock:
-            if self._busy:  # what the fault itself writes
-                return
+            if self._busy or (event == "files" and not self.counts["words"]):
+                return  # what the fault itself writes, or a rank for which nobody waits but a launcher
             self.counts[event] += 1
             if not self._is_mine or (event, self.counts[event]) != (self._fault.event, self._fault.at):
                 return

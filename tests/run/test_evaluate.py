@@ -17,7 +17,7 @@ from harness.launching import adept
 from harness.packing import write_records
 from harness.plain_evaluation import chosen, document_sums
 from harness.questions import made_up_questions
-from harness.spoiling import changed_json, unmarked
+from harness.spoiling import changed_json, marked_anew
 from harness.trained_run import TrainedRun
 from harness.workspace import Workspace
 from safetensors.numpy import load_file as load_arrays
@@ -62,7 +62,8 @@ def test_a_loss_that_is_no_number_is_refused_by_corpus_and_tensor_and_nothing_is
 ) -> None:
     copy = trained_run.copied(tmp_path)
     spoil, words = SPOILED[kind]
-    spoil(unmarked(copy.files.export))
+    spoil(copy.files.export)
+    marked_anew(copy.files.export)
     copy.files.evaluation.unlink()
     ledger = copy.files.ledger.read_bytes()
     result = adept(ranks, "eval", copy.config(), "--json")
@@ -174,7 +175,8 @@ def test_the_evaluation_of_the_base_is_good_for_another_run_that_has_its_files_a
     first = trained_run.copied(tmp_path)
     other = tmp_path / "other"
     shutil.copytree(first.files.export, other / "export")
-    with_weight(TENSOR, lambda tensor: tensor * 0.5)(unmarked(other / "export"))
+    with_weight(TENSOR, lambda tensor: tensor * 0.5)(other / "export")
+    marked_anew(other / "export")
     for path in (first.files.base_evaluation, first.files.base_document_losses):
         shutil.copy2(path, other)
     record = json.loads(first.files.ledger.read_text())
