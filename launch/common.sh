@@ -31,30 +31,15 @@ find_programs() {
     || die "no deepspeed next to $python or on PATH; activate the environment of adept-ds or set ADEPT_PYTHON"
 }
 
-# Compiled extensions get a directory of their own for each environment: torch does not separate versions of Python
-# and torch by itself once TORCH_EXTENSIONS_DIR is set.
-use_private_extensions_dir() {
-  local tag
-  tag="$(printf '%s %s %s' "$python" "$(uname -m)" "${DS_ACCELERATOR:-auto}" | cksum | cut -d ' ' -f 1)"
-  : "${TORCH_EXTENSIONS_DIR:=${XDG_CACHE_HOME:-$HOME/.cache}/adept_ds/torch_extensions/$tag}"
-  export TORCH_EXTENSIONS_DIR
-  mkdir -p "$TORCH_EXTENSIONS_DIR"
-  remove_stale_locks "$TORCH_EXTENSIONS_DIR"
-}
-
-# A killed build leaves a file `lock` in which every later start waits for ever. No build takes 30 minutes.
-remove_stale_locks() {
-  local lock
-  while IFS= read -r lock; do
-    rm -f -- "$lock"
-    printf '%s: removed %s, left by a build that was killed\n' "$(basename "$0")" "$lock" >&2
-  done < <(find "$1" -maxdepth 3 -type f -name lock -mmin +30 2>/dev/null)
-}
-
-# Ranks of a surrounding launcher must not reach the launcher that is started here.
+# Ranks of a surrounding launcher must not reach the launcher that is started here. By ADEPT_LAUNCHER (process, its
+# namespace, machine) ranks know this script, and stop with a checkpoint when it is gone, whatever killed it.
 start_launch() {
+  local namespace machine
+  namespace="$(readlink /proc/self/ns/pid 2>/dev/null || true)"
+  machine="$(cat /proc/sys/kernel/random/boot_id 2>/dev/null || uname -n)"
+  ADEPT_LAUNCHER="$$,${namespace//[!0-9]/},$machine"
   ADEPT_LAUNCH_ID="$(od -An -N8 -tx1 /dev/urandom | tr -d ' \n')"
-  export ADEPT_LAUNCH_ID
+  export ADEPT_LAUNCHER ADEPT_LAUNCH_ID
   export PYTHONPATH="$repo${PYTHONPATH:+:$PYTHONPATH}"
   unset RANK WORLD_SIZE LOCAL_RANK LOCAL_SIZE LOCAL_WORLD_SIZE
 }

@@ -15,7 +15,8 @@
 #   DS_ACCELERATOR        default cpu where no accelerator exists, else DeepSpeed's own choice
 #   MASTER_PORT           default a free port
 #   OMP_NUM_THREADS       default cores / NUM_RANKS
-#   TORCH_EXTENSIONS_DIR  default a directory below ${XDG_CACHE_HOME:-~/.cache}/adept_ds/torch_extensions
+#   TORCH_EXTENSIONS_DIR  each environment builds in a directory of its own below it (default
+#                         ${XDG_CACHE_HOME:-~/.cache}/adept_ds/torch_extensions)
 set -euo pipefail
 # shellcheck source=launch/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -77,7 +78,6 @@ if [[ -z "${OMP_NUM_THREADS:-}" ]]; then
   cores="$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)"
   export OMP_NUM_THREADS=$((cores > num_ranks ? cores / num_ranks : 1))
 fi
-use_private_extensions_dir
 port="${MASTER_PORT:-$(free_port)}"
 start_launch
 

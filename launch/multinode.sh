@@ -55,7 +55,7 @@ write_env_file() {
         ;;
     esac
   done
-  for name in ADEPT_LAUNCH_ID ${ADEPT_EXPORT:-}; do
+  for name in ADEPT_LAUNCHER ADEPT_LAUNCH_ID ${ADEPT_EXPORT:-}; do
     [[ "$name" =~ ^[A-Za-z_][A-Za-z0-9_]*$ ]] || die "ADEPT_EXPORT: '$name' is not the name of a variable"
     print_variable "$name"
   done
@@ -112,7 +112,6 @@ for argument in "$@"; do
 done
 
 find_programs
-use_private_extensions_dir
 start_launch
 master=(--master_port "${MASTER_PORT:-$((20000 + RANDOM % 10000))}")
 [[ -z "${MASTER_ADDR:-}" ]] || master+=(--master_addr "$MASTER_ADDR")
@@ -132,8 +131,17 @@ set -m
 DS_ENV_FILE="$env_file" "$deepspeed" --hostfile "$hostfile" --launcher pdsh --force_multi "${master[@]}" \
   --log_level critical --no_local_rank --module adept_ds "${arguments[@]}" </dev/null &
 launcher=$!
+# Where this host has no ranks, none sees this script end. Job control keeps the watch apart from what kills the script.
+(
+  trap - INT TERM HUP USR1 EXIT
+  while kill -0 "$$" 2>/dev/null; do sleep 1; done
+  rm -f -- "$env_file"
+  signal_hosts TERM
+) >/dev/null 2>&1 &
+watch=$!
 set +m
 
 code=0
 wait_for "$launcher" || code=$?
+kill -s TERM -- "-$watch" 2>/dev/null || true
 exit "$code"

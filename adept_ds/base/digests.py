@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeInt, model_validator
 
-from adept_ds.base.errors import InputError
+from adept_ds.base.errors import InputError, MachineError
 from adept_ds.base.progress import Meter, ProgressCallback
 from adept_ds.base.records import Record
 
@@ -125,7 +125,7 @@ class FileDigests:
         Args:
             on_bytes: called with the number of bytes of each chunk that is read.
         """
-        return self.remembered("sha256", [path], lambda: _read(path, on_bytes))
+        return self.remembered("sha256", [path], lambda: sha256_of(path, on_bytes))
 
     def files(self, paths: Sequence[Path], progress: ProgressCallback | None = None) -> list[str]:
         """Digests of many files, in the given order."""
@@ -161,7 +161,7 @@ class FileDigests:
             read += num_bytes
             meter.advance(num_bytes, path.name)
 
-        digest = self._find("sha256", [path], lambda: _read(path, advance))
+        digest = self._find("sha256", [path], lambda: sha256_of(path, advance))
         meter.advance(max(0, size - read), path.name)  # what was remembered
         return digest
 
@@ -191,7 +191,7 @@ class FileDigests:
         self.__dict__.pop("_known", None)
         self._known.update(self._news)
         self._news = {}
-        with suppress(OSError):  # where nothing can be written, files are read again
+        with suppress(OSError, MachineError):  # where nothing can be written, files are read again
             _Cache.of(self._known.values()).save(self._cache)
 
 
@@ -204,7 +204,15 @@ def tree_files(directory: Path) -> list[Path]:
     return sorted(found, key=lambda file: file.relative_to(directory).as_posix())
 
 
-def _read(path: Path, on_bytes: Callable[[int], None] | None) -> str:
+def sha256_of(path: Path, on_bytes: Callable[[int], None] | None = None) -> str:
+    """Of the bytes of a file, read now.
+
+    Args:
+        on_bytes: called with the number of bytes of each chunk.
+
+    Raises:
+        InputError: it cannot be read.
+    """
     digest = hashlib.sha256()
     try:
         with path.open("rb") as file:

@@ -1,7 +1,7 @@
 """What can end a command, and the exit code each end has.
 
-0 done; 2 bad input (`InputError`); 3 stopped on request, and nothing lost (`StopRequestedError`);
-anything else is a bug and shows its traceback.
+0 done; 2 bad input (`InputError`); 3 stopped on request, and nothing lost (`StopRequestedError`); 4 the machine failed
+(`MachineError`); anything else is a bug and shows its traceback.
 """
 
 from __future__ import annotations
@@ -10,6 +10,9 @@ EXIT_BAD_INPUT = 2
 
 
 EXIT_STOPPED = 3
+
+
+EXIT_MACHINE = 4
 
 MOST_CHARACTERS = 1000
 """Of a message about input."""
@@ -27,8 +30,20 @@ class InputError(AdeptError, ValueError):
     def __init__(self, message: str) -> None:
         """Whatever of the input stands in it: line breaks and control characters are escaped, and what is long is cut
         in its middle, since it begins with the key and ends with the remedy."""
-        line = "".join(char if char.isprintable() else repr(char)[1:-1] for char in message)
-        super().__init__(line if len(line) <= MOST_CHARACTERS else f"{line[:_BEGINNING]} ... {line[-_END:]}")
+        super().__init__(_one_line(message))
+
+
+class DamagedError(InputError):
+    """What was written is not there as it was written. Who can makes it again, or goes on without it."""
+
+    def __init__(self, reason: str, remedy: str = "") -> None:
+        """`remedy` is for the user, where nobody can."""
+        super().__init__(f"{reason}; {remedy}" if remedy else reason)
+        self.reason = str(InputError(reason))
+
+
+class UnreachedError(InputError):
+    """Rank 0 is not where it should be: on its own host rank 1 says so."""
 
 
 class NonFiniteLossError(InputError):
@@ -36,7 +51,28 @@ class NonFiniteLossError(InputError):
 
 
 class StopRequestedError(AdeptError):
-    """A signal asked the run to stop; training wrote a checkpoint first, other stages are done again."""
+    """A signal asked the run to stop; training wrote a checkpoint first, long stages what they had done."""
+
+
+class MachineError(AdeptError):
+    """A disk is full or broken, or a rank was lost: neither the input nor the program is at fault. What was written
+    before is whole, and the same command goes on from there. The message is one line, as that of an `InputError`."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(_one_line(message))
+
+
+class LostRankError(AdeptError):
+    """Another rank has ended, or hangs, so that this one cannot go on.
+
+    Attributes:
+        line: what the user has to know; None where it was said already, by that rank or another one of this host.
+        code: of the exit: that of the lost rank where it ended by itself, else `EXIT_MACHINE`.
+    """
+
+    def __init__(self, line: str | None, code: int = EXIT_MACHINE) -> None:
+        super().__init__(line or "another rank has ended, and said why")
+        self.line, self.code = line, code
 
 
 class UnitMismatchError(AdeptError):
@@ -45,3 +81,8 @@ class UnitMismatchError(AdeptError):
 
 class LayoutError(AdeptError):
     """DeepSpeed's partitions are not laid out as the version that this program was written against lays them out."""
+
+
+def _one_line(message: str) -> str:
+    line = "".join(char if char.isprintable() else repr(char)[1:-1] for char in message)
+    return line if len(line) <= MOST_CHARACTERS else f"{line[:_BEGINNING]} ... {line[-_END:]}"

@@ -9,17 +9,79 @@ from __future__ import annotations
 import errno
 import fcntl
 import glob
+import itertools
 import json
 import math
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from adept_ds.base.errors import InputError
+from adept_ds.base.errors import AdeptError, InputError, MachineError
+
+_FAILURES = {
+    errno.ENOSPC: "no space left on",
+    errno.EDQUOT: "disk quota exceeded on",
+    errno.EFBIG: "file size limit reached by",
+    errno.EIO: "input/output error on",
+    errno.EROFS: "read-only file system at",
+    errno.ESTALE: "stale file handle of",
+}
+"""Of what lies below a file: nobody's input is wrong, and no line of the program."""
+
+_BY_TEXT = tuple((os.strerror(number), number) for number in _FAILURES)
+"""Libraries that are not Python's say it in words."""
+
+_FULL_BELOW = 1 << 20
+"""Bytes."""
+
+_TEMPORARY = re.compile(r"(?<![^/])\.([^/]+)\.[0-9a-f]{32}\.tmp(?![^/])")
+"""A name that `temporary_name` made, and the one that it stands for."""
+
+
+@contextmanager
+def writing(path: Path | None = None) -> Iterator[None]:
+    """Whatever is written inside, by whichever library, belongs to `path`; None: to what an error itself names.
+
+    Raises:
+        MachineError: the disk is full, or fails otherwise; the message names `path`.
+    """
+    try:
+        yield
+    except AdeptError:
+        raise
+    except Exception as error:
+        failure = disk_failure(error, path)
+        if failure is None:
+            raise
+        raise MachineError(failure) from None
+
+
+def disk_failure(error: Exception, path: Path | None = None) -> str | None:
+    """What to say of an error that is a full or failing disk's, as in `writing`; None: it is something else."""
+    named = path or getattr(error, "filename", None)
+    if isinstance(error, OSError):
+        number = error.errno
+    else:
+        number = next((number for words, number in _BY_TEXT if words in str(error)), None)
+        if number is None and "inline_container" in str(error) and path:
+            # All that torch.save says is that positions do not fit.
+            number = errno.ENOSPC if _is_full(path) else errno.EIO
+    if number not in _FAILURES:
+        return None
+    remedy = "make room there" if number in (errno.ENOSPC, errno.EDQUOT) else "look at its file system"
+    where = "'" + _TEMPORARY.sub(r"\1", str(named)) + "'" if named else "the disk"
+    return f"{_FAILURES[number]} {where}; {remedy}, and run the same command again"
+
+
+def _is_full(path: Path) -> bool:
+    there = next(place for place in (path, *path.absolute().parents) if place.exists())
+    return shutil.disk_usage(there).free < _FULL_BELOW
 
 
 def write_text(path: Path, text: str) -> None:
@@ -27,19 +89,35 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Readers, now or after a crash, see the old file or the new one, never half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = temporary_name(path)
-    try:
-        with temporary.open("wb") as file:
+    """Readers, now or after a crash, see the old file or the new one, never half of it. Raises as `writing`."""
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _new_file(path) as temporary, temporary.open("wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
+        sync(path.parent)
+
+
+@contextmanager
+def _new_file(path: Path) -> Iterator[Path]:
+    """A temporary name that becomes `path` when the block ends without error, and leaves nothing otherwise."""
+    temporary = temporary_name(path)
+    try:
+        yield temporary
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    sync(path.parent)
+
+
+def write_all(file: FileIO, content: bytes | memoryview) -> int:
+    """Write to a file without a buffer, which may take less than it is given; the number of bytes."""
+    left = memoryview(content).cast("B")
+    size = len(left)
+    while left:
+        left = left[file.write(left) :]
+    return size
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -94,22 +172,33 @@ class NewDirectory:
 
     Raises:
         InputError: its place is taken.
+        MachineError: as `writing`.
     """
 
     def __init__(self, path: Path, approve: Approval | None = None) -> None:
         self._path, self._approve = path, approve
         self._check_place()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        remove_abandoned(path.parent, path.name)
         self.temporary = temporary_name(path)
         self._lock = lock_of(self.temporary)
-        self._held: int | None = os.open(self._lock, os.O_RDWR | os.O_CREAT, 0o600)
+        self._held: int | None = None
+        try:
+            with writing(path):
+                self._begin()
+        except BaseException:
+            self.discard()
+            raise
+
+    def _begin(self) -> None:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        remove_abandoned(self._path.parent, self._path.name)
+        self._held = os.open(self._lock, os.O_RDWR | os.O_CREAT, 0o600)
         _try_lock(self._held)
         self.temporary.mkdir()
 
     def publish(self) -> None:
         """Let it take its real name; what stood there before is replaced, if it may be."""
-        sync_tree(self.temporary)
+        with writing(self._path):
+            sync_tree(self.temporary)
         self._check_place()
         if is_filled(self._path):
             old = temporary_name(self._path)
@@ -147,7 +236,8 @@ def new_directory(path: Path, approve: Approval | None = None) -> Iterator[Path]
     """Fill a `NewDirectory`; it takes its real name only when the block ends without error."""
     new = NewDirectory(path, approve)
     try:
-        yield new.temporary
+        with writing(path):
+            yield new.temporary
         new.publish()
     except BaseException:
         new.discard()
@@ -157,15 +247,17 @@ def new_directory(path: Path, approve: Approval | None = None) -> Iterator[Path]
 def link_file(source: Path, target: Path) -> None:
     """A second name for a file that is never written into again; a copy where the file system has none.
 
-    What is there already stays: whoever began this was killed.
+    What is there already stays: whoever began this was killed. Raises as `writing`.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if target.exists():
-        return
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
+    with writing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if target.exists():
+            return
+        try:
+            os.link(source, target)
+        except OSError:
+            with _new_file(target) as temporary:
+                shutil.copy2(source, temporary)
 
 
 def link_tree(source: Path, target: Path, leave_out: Collection[str] = ()) -> None:
@@ -174,6 +266,12 @@ def link_tree(source: Path, target: Path, leave_out: Collection[str] = ()) -> No
         name = file.relative_to(source).as_posix()
         if file.is_file() and name not in leave_out:
             link_file(file, target / name)
+
+
+def aside(path: Path, why: str) -> Path:
+    """A free name beside `path` for what has to make room there: 'export.kept1'."""
+    names = (path.with_name(f"{path.name}.{why}{number}") for number in itertools.count(1))
+    return next(name for name in names if not os.path.lexists(name))
 
 
 def is_filled(path: Path) -> bool:
@@ -219,6 +317,11 @@ def sync(path: Path) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+def share(path: Path) -> None:
+    """Let a file be read by whoever may read its directory: safetensors writes files for their owner alone."""
+    path.chmod(path.parent.stat().st_mode & 0o666)
 
 
 def temporary_name(path: Path) -> Path:

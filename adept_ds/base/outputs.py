@@ -8,13 +8,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from adept_ds.base.errors import InputError
+from pydantic import Field, model_validator
+
+from adept_ds.base.digests import Digest, sha256_of
+from adept_ds.base.errors import DamagedError, InputError
 from adept_ds.base.files import is_filled, lock_of, new_directory, sync_tree, temporary_name
+from adept_ds.base.proofs import DigestOf, FileProof, InnerName, check_file
 from adept_ds.base.records import Record
 
 MARK_NAME = ".adept_output.json"
@@ -34,6 +39,14 @@ class OutputMark(Record):
     command: Command
     files: dict[str, tuple[int, int]]
     """Path in the directory -> size in bytes, and time of modification in nanoseconds."""
+    sha256: dict[InnerName, Digest] = Field(default_factory=dict)
+    """Of the same files; older outputs have none."""
+
+    @model_validator(mode="after")
+    def _of_the_same_files(self) -> OutputMark:
+        if self.sha256 and self.sha256.keys() != self.files.keys():
+            raise ValueError("sizes and digests are of different files")
+        return self
 
     @classmethod
     def remedy(cls) -> str:
@@ -82,6 +95,25 @@ def is_untouched(directory: Path, command: Command) -> bool:
     return True
 
 
+def check_as_written(directory: Path, digest_of: DigestOf = sha256_of, remedy: str = "") -> None:
+    """Every file that a command wrote there has the bytes that it had; where nothing says which, it may be as it is.
+
+    Args:
+        digest_of: by default a file is read.
+
+    Raises:
+        DamagedError: naming the first that has not, and `remedy`.
+    """
+    if not (directory / MARK_NAME).is_file():
+        return
+    try:
+        mark = OutputMark.load(directory / MARK_NAME)
+        for name, digest in mark.sha256.items():
+            check_file(directory, name, FileProof(size=mark.files[name][0], sha256=digest), digest_of)
+    except DamagedError as error:
+        raise DamagedError(error.reason, remedy) from None
+
+
 @contextmanager
 def new_output(out: Path, command: Command, *, overwrite: bool = False) -> Iterator[Path]:
     """Fill a directory that appears, marked as an output of `command`, only when the block ends without error.
@@ -93,7 +125,9 @@ def new_output(out: Path, command: Command, *, overwrite: bool = False) -> Itera
         yield folder
         sync_tree(folder)  # first: network file systems settle times only then
         stamps = {name: _stamp(folder / name) for name in _files_in(folder)}
-        OutputMark(command=command, files=stamps).save(folder / MARK_NAME)
+        with ThreadPoolExecutor() as pool:
+            digests = dict(zip(stamps, pool.map(sha256_of, map(folder.joinpath, stamps)), strict=True))
+        OutputMark(command=command, files=stamps, sha256=digests).save(folder / MARK_NAME)
 
 
 def _check_names(inputs: Mapping[str, Path]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -15,11 +16,37 @@ _NON_TERMINAL_SECONDS = 15.0
 """Without a terminal (a log file, CI), progress is a line every so often."""
 
 
-class ProgressBar:
-    """A rich bar on a terminal, occasional lines elsewhere, nothing on other ranks than 0."""
+class Doing(NamedTuple):
+    """What a process is at."""
 
-    def __init__(self, title: str, console: Console, silent: bool) -> None:
-        self._title = title
+    words: str
+    """'training (last at step 5/7)'"""
+    since: float
+    """Monotonic seconds: when it last went on."""
+    together: bool
+    """All ranks do it, and none goes on without the others."""
+
+
+def what_is_done() -> Doing:
+    """Now, or before it ended, for whoever asks from another thread."""
+    return _DOING[-1]
+
+
+_DOING = [Doing("starting", 0.0, False)]
+"""Of the bars that are open, the innermost last. The first is of none: what was done before, which is over."""
+
+
+class ProgressBar:
+    """A rich bar on a terminal, occasional lines elsewhere, nothing on other ranks than 0.
+
+    Args:
+        together: all ranks report this progress, and none goes on without the others.
+    """
+
+    def __init__(self, title: str, console: Console, silent: bool, together: bool = False) -> None:
+        self._title, self._together = title, together
+        self._depth = len(_DOING)
+        _DOING.append(Doing(title, time.monotonic(), together))
         self._console = console
         self._silent = silent
         self._last_line = time.monotonic()
@@ -42,6 +69,7 @@ class ProgressBar:
 
     def __call__(self, share: float, text: str = "") -> None:
         """Move to `share` (0 to 1) of the work, with a few words beside the bar."""
+        self._note(text)
         if self._silent:
             return
         if self._bar is not None:
@@ -51,9 +79,19 @@ class ProgressBar:
             self._console.print(f"  {self._title} {share:4.0%}  {text}")
 
     def close(self) -> None:
+        words = _DOING[-1].words
+        del _DOING[self._depth :]
+        if self._depth == 1:
+            _DOING[0] = _DOING[0]._replace(words=words)
+        _DOING[-1] = _DOING[-1]._replace(since=time.monotonic())
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
+
+    def _note(self, text: str) -> None:
+        where, _, _ = text.partition("  ")
+        words = f"{self._title} (last at {where})" if where else self._title
+        _DOING[self._depth :] = [Doing(words, time.monotonic(), self._together)]
 
 
 class Meter:
@@ -79,3 +117,8 @@ class Meter:
                 progress(start + share * (1 - start), text)
 
         return advance
+
+
+def by_batch(report: ProgressCallback) -> Callable[[int, int], None]:
+    """The same, called with the number of a batch that begins, and how many there are."""
+    return lambda number, count: report(number / count, f"batch {number + 1} of {count}")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from adept_ds.base.errors import InputError
+from adept_ds.base.errors import DamagedError
 from adept_ds.base.files import write_json
 
 if TYPE_CHECKING:
@@ -33,14 +33,14 @@ class Record(BaseModel):
         """Read a file.
 
         Raises:
-            InputError: it is not there, or not such a record; the message names the place in it and the remedy.
+            DamagedError: it is not there, or not such a record; the message names the place in it and the remedy.
         """
         try:
             return cls.model_validate_json(path.read_bytes())
         except OSError as error:
-            raise InputError(f"'{path}' cannot be read ({error.strerror}); {cls.remedy()}") from None
+            raise DamagedError(f"'{path}' cannot be read ({error.strerror})", cls.remedy()) from None
         except ValidationError as error:
-            raise InputError(f"'{path}' is damaged ({first_mistake(error)}); {cls.remedy()}") from None
+            raise DamagedError(f"'{path}' is damaged ({first_mistake(error)})", cls.remedy()) from None
 
     def save(self, path: Path) -> None:
         write_json(path, self.to_json())

@@ -23,6 +23,11 @@ class RunDirectory:
         return self.root / "config.yaml"
 
     @property
+    def lock(self) -> Path:
+        """Of whoever writes here; lock.json beside it says who that is."""
+        return self.root / "lock"
+
+    @property
     def ledger(self) -> Path:
         """Which stage was made from which inputs."""
         return self.root / "stages.json"
@@ -36,6 +41,11 @@ class RunDirectory:
     def digests(self) -> Path:
         """What is known of files by content."""
         return self.root / "cache" / "digests.json"
+
+    @property
+    def unfinished(self) -> Path:
+        """What stages that take long have done so far."""
+        return self.root / "cache" / "unfinished"
 
     @property
     def layer_importance(self) -> Path:
@@ -91,6 +101,16 @@ class RunDirectory:
     def anchor_text(self) -> Path:
         """Tokens of the text that the base wrote for `anchor.text: sampled`."""
         return self.root / "anchor_text.safetensors"
+
+    @property
+    def given_up(self) -> Path:
+        """Learning rates with which training broke down."""
+        return self.root / "given_up.json"
+
+    @property
+    def guard(self) -> Path:
+        """That the guard has ended training."""
+        return self.root / "guard.json"
 
     @property
     def checkpoints(self) -> Path:

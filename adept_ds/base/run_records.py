@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -142,6 +142,25 @@ class RunSummary(Record):
         return "move it away; only this overview is lost"
 
 
+class GivenUp(Record):
+    """Learning rates with which training broke down (given_up.json): a checkpoint of one may go on with a lower one."""
+
+    lr: tuple[NonNegativeFloat, ...] = ()
+
+    @classmethod
+    def remedy(cls) -> str:
+        return "move it away, and give train.lr as it was"
+
+    @classmethod
+    def of(cls, path: Path) -> GivenUp:
+        """Without a file, none was."""
+        return cls.load(path) if path.is_file() else cls()
+
+    def may_lower(self, before: Any, now: float) -> bool:
+        """Whether what was trained with the rate `before` may go on with `now`."""
+        return before in self.lr and now < min(self.lr)
+
+
 class LogLine(Record):
     """What every line of a run's logs has (metrics.jsonl, unit_importance.jsonl, unit_movement.jsonl)."""
 
@@ -152,6 +171,14 @@ class LogLine(Record):
     @classmethod
     def remedy(cls) -> str:
         return "correct this line, or remove it"
+
+
+class GuardLine(Record):
+    """Of a line of metrics.jsonl about what the guard has measured, as far as the program sums it up."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    forgotten: bool
 
 
 class MetricsLine(LogLine):
@@ -165,6 +192,9 @@ class MetricsLine(LogLine):
     tokens_per_second: float = 0.0
     mfu: float = 0.0
     refresh_seconds: float | None = None
+    guard: GuardLine | None = None
+    skipped: str | None = None
+    """Why the step was not taken (see `training.skipping`)."""
     anchor: float | None = None
     """Mean per predicted token of its anchor sequences."""
     anchor_tokens: NonNegativeInt = 0
@@ -187,10 +217,11 @@ class MetricsLine(LogLine):
 L = TypeVar("L", bound=LogLine)
 
 
-def read_log(path: Path, kind: type[L]) -> Iterator[tuple[bytes, L]]:
+def read_log(path: Path, kind: type[L], say: Callable[[str], None] = lambda line: None) -> Iterator[tuple[bytes, L]]:
     """The lines of a log, if it is there: each as it stands there, and what it says.
 
-    The last one is left out if a crash cut it short.
+    Args:
+        say: is told when the last one is left out, since a crash cut it short.
 
     Raises:
         InputError: another line is damaged; the message names it.
@@ -203,5 +234,6 @@ def read_log(path: Path, kind: type[L]) -> Iterator[tuple[bytes, L]]:
             yield line, kind.model_validate_json(line)
         except ValidationError as error:
             if number == len(lines) and error.errors()[0]["type"] == "json_invalid":
+                say(f"'{path}' ends in half a line: left out")
                 return
             raise InputError(f"'{path}' line {number} is damaged ({first_mistake(error)}); {kind.remedy()}") from None

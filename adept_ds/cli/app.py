@@ -14,10 +14,23 @@ from typing import NoReturn
 
 import typer
 
-from adept_ds.base.errors import EXIT_BAD_INPUT, EXIT_STOPPED, AdeptError, InputError, StopRequestedError
+from adept_ds.base.errors import (
+    EXIT_BAD_INPUT,
+    EXIT_MACHINE,
+    EXIT_STOPPED,
+    AdeptError,
+    InputError,
+    LostRankError,
+    MachineError,
+    StopRequestedError,
+    UnreachedError,
+)
+from adept_ds.base.files import disk_failure
+from adept_ds.base.lifeline import end_with
 from adept_ds.base.version import __version__
 from adept_ds.cli import compare, delta, diagnose, dial, model_files, run
 from adept_ds.cli.forms import either, on_config_only
+from adept_ds.ranks.launchers import launcher_processes
 
 app = typer.Typer(
     name="adept",
@@ -95,6 +108,7 @@ def main() -> None:
     """Entry point: maps errors to exit codes."""
     # The deepspeed launcher hands --local_rank to the program; the environment says the same.
     arguments = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank=")]
+    end_with(launcher_processes(os.environ))
     try:
         code = app(arguments, standalone_mode=False)
         if code:  # Typer makes Ctrl-C a value that is returned
@@ -104,15 +118,26 @@ def main() -> None:
     except typer.Abort:
         sys.exit(130)
     except InputError as error:
-        _complain(str(error))
+        _complain(str(error), by_rank_1=isinstance(error, UnreachedError))
         sys.exit(EXIT_BAD_INPUT)
     except StopRequestedError as stop:
         _complain(f"{stop}; run the same command again to go on")
         sys.exit(EXIT_STOPPED)
+    except MachineError as error:
+        _complain(str(error))
+        sys.exit(EXIT_MACHINE)
+    except LostRankError as lost:
+        if lost.line:
+            _say(lost.line)
+        _leave(lost.code)
     except AdeptError as error:
         _complain(str(error), every_rank=True)
         sys.exit(1)
     except OSError as error:
+        failure = disk_failure(error)
+        if failure:
+            _say(failure)
+            _leave(EXIT_MACHINE)
         if error.errno != errno.ENAMETOOLONG:
             _show_bug(error)
         _complain(str(InputError(f"'{error.filename}' is too long for the name of a file; give another one")))
@@ -128,17 +153,24 @@ def main() -> None:
 
 def _show_bug(error: Exception) -> NoReturn:
     _complain(f"unexpected {type(error).__name__}\n{traceback.format_exc()}", every_rank=True)
-    # A peer may be waiting in a collective for this rank: leave without waiting for it.
+    _leave(1)
+
+
+def _leave(code: int) -> NoReturn:
+    """Without waiting for a peer, which may be waiting in a collective for this rank."""
     sys.stderr.flush()
-    os._exit(1)
+    os._exit(code)
 
 
-def _complain(message: str, *, every_rank: bool = False) -> None:
+def _complain(message: str, *, every_rank: bool = False, by_rank_1: bool = False) -> None:
     """One line on stderr; by default once per host, so that a launcher's ranks do not repeat each other."""
     rank, local_rank = os.environ.get("RANK", "0"), os.environ.get("LOCAL_RANK", "0")
-    if every_rank or local_rank == "0":
-        prefix = f"adept[rank {rank}]" if every_rank and os.environ.get("WORLD_SIZE", "1") != "1" else "adept"
-        print(f"{prefix}: {message}", file=sys.stderr, flush=True)  # noqa: T201
+    if every_rank or local_rank == "0" or (by_rank_1 and rank == "1"):
+        _say(message, f"adept[rank {rank}]" if every_rank and os.environ.get("WORLD_SIZE", "1") != "1" else "adept")
+
+
+def _say(message: str, prefix: str = "adept") -> None:
+    print(f"{prefix}: {message}", file=sys.stderr, flush=True)  # noqa: T201
 
 
 def _is_usage_error(error: Exception) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,6 +14,7 @@ import typer
 from adept_ds.base.errors import AdeptError, InputError
 from adept_ds.base.files import json_text
 from adept_ds.base.terminal import Terminal
+from adept_ds.base.writer_lock import WriterLock
 from adept_ds.cli.forms import JsonOption
 from adept_ds.ranks.launchers import rank_from_environment
 from adept_ds.ranks.stopping import StopRequest
@@ -64,8 +66,9 @@ def compare(
     terminal = Terminal(sys.stdout)
     if as_json or cell is not None:
         terminal.mute()
-    with StopRequest().listening() as stop:
-        session = _Session(checked, scale, only or [], terminal, stop, as_json)
+    lock = WriterLock(checked.directory.lock, "study_dir")
+    with StopRequest(lock.ends).listening() as stop:
+        session = _Session(checked, scale, only or [], terminal, stop, lock, as_json)
         if cell is not None:
             session.show_cell(cell)
         elif submit:
@@ -95,21 +98,21 @@ class _Session:
         only: list[str],
         terminal: Terminal,
         stop: StopRequest,
+        lock: WriterLock,
         as_json: bool,
     ) -> None:
         self._checked, self._scale, self._only, self._as_json = checked, scale, only, as_json
-        self._terminal, self._stop = terminal, stop
+        self._terminal, self._stop, self._lock = terminal, stop, lock
 
     def run(self, *, stop_on_failure: bool) -> None:
         from adept_ds.study.executing import Executor
-        from adept_ds.study.lock import locked
         from adept_ds.study.rates import measure_rates
         from adept_ds.study.running import StudyRun
 
         study = self._checked.study
-        with locked(self._checked.directory.lock, self._terminal) as lock:
+        with self._lock.held(partial(self._terminal.waiting, "compare")):
             plan = self._plan()
-            executor = Executor(study.ranks, study.threads, lock, self._stop)
+            executor = Executor(study.ranks, study.threads, self._stop)
             state = self._state(plan)
             if self._checked.tells_time:
                 plan.rates = measure_rates(plan, executor, state.shared, self._terminal)

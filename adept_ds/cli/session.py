@@ -10,14 +10,16 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adept_ds.base.errors import AdeptError, InputError, StopRequestedError
-from adept_ds.base.files import NewDirectory, json_text
+from adept_ds.base.files import NewDirectory, json_text, writing
 from adept_ds.base.run_dir import RunDirectory
 from adept_ds.base.terminal import Terminal, capture_output
+from adept_ds.base.writer_lock import WriterLock
 from adept_ds.config.resolved import ResolvedConfig
 from adept_ds.ranks.launchers import LaunchedRank
 from adept_ds.ranks.stopping import StopRequest
@@ -32,11 +34,13 @@ def run_session(settings: ResolvedConfig, launched: LaunchedRank, *, as_json: bo
     """Everything that a stage of a run needs; what libraries print goes to the run's logs."""
     log = settings.run_dir.log(launched.rank)
     try:
-        log.parent.mkdir(parents=True, exist_ok=True)
+        with writing(log):
+            log.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         root = settings.run_dir.root
         raise InputError(f"run_dir: '{root}' cannot be written ({error.strerror}); choose another") from None
-    with _joined(log, launched, settings, as_json) as (ranks, terminal, stop):
+    lock = WriterLock(settings.run_dir.lock, "run_dir")
+    with _joined(log, launched, settings, as_json, lock) as (ranks, terminal, stop):
         from adept_ds.run.context import Context
 
         yield Context.of(settings, ranks, terminal, stop)
@@ -109,23 +113,41 @@ def show(terminal: Terminal, as_json: bool, result: Any, as_text: Callable[[], N
 
 @contextmanager
 def _joined(
-    log: Path, launched: LaunchedRank, settings: ResolvedConfig, as_json: bool
+    log: Path, launched: LaunchedRank, settings: ResolvedConfig, as_json: bool, lock: WriterLock | None = None
 ) -> Iterator[tuple[Ranks, Terminal, StopRequest]]:
-    with capture_output(log, is_main=launched.is_main) as terminal, _keep_trace(), StopRequest().listening() as stop:
+    with capture_output(log, is_main=launched.is_main) as terminal, _keep_trace(), ExitStack() as stack:
         _tame_libraries()
         if as_json:
             terminal.mute()
+
+        def hold() -> None:
+            if lock is not None:
+                stack.enter_context(lock.held(partial(terminal.waiting, "run_dir")))
+
+        if launched.world_size == 1:  # of several ranks the first one takes it, when they have met
+            hold()
+        minutes = settings.config.dist_timeout_minutes
         with terminal.console.status("starting"):
             from adept_ds.ranks.groups import join, leave
+            from adept_ds.ranks.watch import watched
 
-            ranks = join(launched, settings.config.dist_timeout_minutes)
+            say = partial(terminal.waiting, "start") if launched.speaks else _log
+            ranks = join(launched, minutes, say)
             import adept_ds.run.context  # noqa: F401 - takes seconds
-        try:
-            yield ranks, terminal, stop
-        except StopRequestedError:
-            leave()  # all ranks do: they have agreed to stop
-            raise
-        leave()  # not after another error: it would wait for peers that wait for this rank
+        with watched(launched, minutes, terminal.complain, log.parent), writing():
+            if launched.world_size > 1:
+                ranks.on_main(hold)
+            stop = stack.enter_context(StopRequest(lock.ends if lock else lambda: None).listening())
+            try:
+                yield ranks, terminal, stop
+            except StopRequestedError:
+                leave()  # all ranks do: they have agreed to stop
+                raise
+            leave()  # not after another error: it would wait for peers that wait for this rank
+
+
+def _log(text: str) -> None:
+    sys.stderr.write(f"{text}\n")
 
 
 @contextmanager

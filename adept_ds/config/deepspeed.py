@@ -75,6 +75,9 @@ _LEAF = "a leaf module that reads nothing but frozen layers is released before i
 _RENAMED = "rank 0 renames a checkpoint once it is saved, and sees no other host's disk"
 
 
+_WRITTEN = "a run writes the files of checkpoints itself, and says in a manifest what they are"
+
+
 _REMOVED = "DeepSpeed has removed it, and refuses to start while it is there"
 
 
@@ -141,6 +144,8 @@ UNSUPPORTED = (
     Unsupported("data_efficiency.data_routing.random_ltd.enabled", _SAMPLERS),
     Unsupported("hybrid_engine.enabled", "it replaces the engine"),
     Unsupported("checkpoint.writer.decoupled", "a checkpoint would be published before it is whole"),
+    Unsupported("checkpoint.writer", _WRITTEN, (None, {}), run_only=True),
+    Unsupported("checkpoint.checkpoint_serialization", _WRITTEN, (None, True), run_only=True),
     Unsupported("datastates_ckpt", "a checkpoint would be published before it is whole"),
     Unsupported("checkpoint.use_node_local_storage", _RENAMED, run_only=True),
     Unsupported("checkpoint.load_universal", "a run resumes from its own checkpoints as they are", run_only=True),

@@ -53,6 +53,11 @@ class DialSection(Section):
 
     @property
     def fewest_documents(self) -> int:
-        """Of a general source, in each half: of fewer, that all rise or fall alike is likelier by chance (2^-n) than
-        `confidence` leaves to it, and a bootstrap claims more than they can say."""
-        return math.ceil(math.log2(1 / (1 - self.confidence)))
+        """Of a general source, in each half."""
+        return fewest_documents(self.confidence)
+
+
+def fewest_documents(confidence: float) -> int:
+    """That a limit needs: of fewer, that all rise or fall alike is likelier by chance (2^-n) than `confidence` leaves
+    to it, and a bootstrap claims more than they can say."""
+    return math.ceil(math.log2(1 / (1 - confidence)))

@@ -6,7 +6,7 @@ is in, what DeepSpeed's file says or how a batch falls on ranks.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -49,8 +49,20 @@ class ResolvedConfig:
 
     @property
     def zero_stage(self) -> int:
+        return int(self._zero["stage"])
+
+    @property
+    def offload(self) -> Literal["none", "optimizer", "parameters", "both"]:
+        """What ZeRO keeps on the host."""
+        parts = {"optimizer": "offload_optimizer", "parameters": "offload_param"}
+        there = [part for part, key in parts.items() if (self._zero.get(key) or {}).get("device", "none") != "none"]
+        return "both" if len(there) > 1 else there[0] if there else "none"  # type: ignore[return-value]
+
+    @property
+    def _zero(self) -> Mapping[str, Any]:
         assert self.deepspeed is not None
-        return int(self.deepspeed["zero_optimization"]["stage"])
+        section: Mapping[str, Any] = self.deepspeed["zero_optimization"]
+        return section
 
 
 def resolve(config: Config, purpose: Purpose, num_ranks: int = 1) -> ResolvedConfig:

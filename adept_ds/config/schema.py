@@ -12,9 +12,11 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from adept_ds.config.anchor_section import AnchorSection
+from adept_ds.config.checkpoint_section import CheckpointSection
 from adept_ds.config.data_section import DataSection
 from adept_ds.config.dial_section import DialSection
 from adept_ds.config.eval_section import EvalSection
+from adept_ds.config.guard_section import GuardSection
 from adept_ds.config.known_methods import DEFAULT_METHOD, AnyMethod, known_methods, with_presets
 from adept_ds.config.layer_sections import ExpandSection, ProbeSection
 from adept_ds.config.method import without_effect
@@ -55,12 +57,16 @@ class Config(Section):
     importance: ImportanceSection = ImportanceSection()
     lr_policy: LrPolicySection = LrPolicySection()
     train: TrainSection = TrainSection()
+    checkpoint: CheckpointSection = CheckpointSection()
     export: ExportSection = ExportSection()
     eval: EvalSection = EvalSection()
     dial: DialSection | None = Field(
         None, description="how far what was learned is turned up, {} with defaults; absent: as far as it was trained"
     )
     anchor: AnchorSection | None = Field(None, description="keeps outputs on general text; see docs/anchors.md")
+    guard: GuardSection | None = Field(
+        None, description="what is done when general text gets worse, {} with defaults; see docs/guard.md"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -88,7 +94,7 @@ class Config(Section):
             tree["probe"] = {key: value for key, value in tree["probe"].items() if key not in _KEYS_OF_DELTAS}
         if self.dial is not None and not self.method.makes_copies:
             tree["dial"] = {key: value for key, value in tree["dial"].items() if key not in _DIAL_OF_COPIES}
-        absent = {key for key in ("preset", "dial", "anchor") if getattr(self, key) is None}
+        absent = {key for key in ("preset", "dial", "anchor", "guard") if getattr(self, key) is None}
         unused = without_effect(self.method) | absent
         return {key: value for key, value in tree.items() if key not in unused}
 
@@ -164,6 +170,23 @@ class Config(Section):
         if given and not self.method.makes_copies:
             raise ValueError(
                 f"dial.{min(given)}: has no effect with method: {self.method.name}, which makes no copies; remove it"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _guard_has_what_it_measures(self) -> Config:
+        if self.guard is None:
+            return self
+        for key in ("general_eval", "domain_eval"):
+            if not getattr(self.data, key):
+                raise ValueError(
+                    f"guard: measures losses on general and on domain text, but data.{key} is empty: list held-out "
+                    "files there, or remove the section guard"
+                )
+        if not self.train.eval_every:
+            raise ValueError(
+                "guard: measures when training is evaluated, but train.eval_every is 0: raise it, or remove the "
+                "section guard"
             )
         return self
 

@@ -28,7 +28,11 @@ class TrainSection(Section):
     clip_grad_norm: float = Field(1.0, ge=0, le=1e30, description="0 switches clipping off")
     seed: Seed = Field(0, description="of the order of training data and of dropout, and of nothing else")
     checkpoint_every: Count = 500
-    keep_checkpoints: Count = Field(2, description="the newest so many checkpoints stay")
+    keep_checkpoints: Count = Field(
+        2,
+        description="the newest so many checkpoints stay, two at least: the weights of the last may prove broken; see "
+        "checkpoint.keep_every",
+    )
     eval_every: int = Field(
         500,
         ge=0,
@@ -63,8 +67,26 @@ class TrainSection(Section):
         0.0, ge=0, lt=1, description="probability with which a training step goes around a copy; all ranks alike"
     )
 
+    max_skipped: Count = Field(
+        10,
+        description="so many steps in a row that are skipped, since their loss or gradient is no number, end the run",
+    )
+    spike_sigma: float | None = Field(
+        None,
+        gt=0,
+        le=1e6,
+        description="skip a step whose loss, or norm of the gradient, is so many standard deviations above the mean of "
+        "the last spike_window steps, such as 6; absent: only what is no number is skipped",
+    )
+    spike_window: int = Field(128, ge=2, le=10**6, description="spike_sigma: steps that a step is compared with")
+
     @model_validator(mode="after")
     def _every_key_has_an_effect(self) -> TrainSection:
+        if "spike_window" in self.model_fields_set and self.spike_sigma is None:
+            raise ValueError(
+                f"spike_window: {self.spike_window} has no effect without spike_sigma: remove it, or set spike_sigma, "
+                "such as 6"
+            )
         if "decay_ratio" in self.model_fields_set and self.schedule != "wsd":
             raise ValueError(
                 f"decay_ratio: {self.decay_ratio} belongs to schedule: wsd, but schedule is {self.schedule}: "
@@ -80,6 +102,7 @@ class TrainSection(Section):
         tree: dict[str, Any] = serialize(self)
         unused = {"warmup_steps"} if self.warmup_steps is None else {"warmup_ratio"}
         unused |= set() if self.schedule == "wsd" else {"decay_ratio"}
+        unused |= {"spike_sigma", "spike_window"} if self.spike_sigma is None else set()
         return {key: value for key, value in tree.items() if key not in unused}
 
     @property

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from bisect import insort
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
@@ -21,6 +23,9 @@ from adept_ds.data.tables import dataset_rows, disk_bytes, parquet_rows
 from adept_ds.data.text_files import decoded
 
 T = TypeVar("T")
+
+Place = tuple[int, int]
+"""A file of a source, and a record in it."""
 
 _PLACES = 3
 """Bad records that are named."""
@@ -61,19 +66,38 @@ class TextSource:
 
 
 class BadRecords:
-    """Records of a source that could not be read: counted and skipped, as long as there are few."""
+    """Records of a source that could not be read: counted and skipped, as long as there are few.
 
-    def __init__(self, source: TextSource) -> None:
+    Args:
+        count: of those that were found before.
+        first: of these; see `up_to`.
+    """
+
+    def __init__(self, source: TextSource, count: int = 0, first: Sequence[tuple[Place, str]] = ()) -> None:
         self._key, self._allowed = source.key, source.max_bad_records
-        self.count = 0
-        self.places: list[str] = []
-        """The first of them, each with what was found."""
+        self.count = count
+        self._first = list(first)
+        self._found: list[Place] = []
 
-    def add(self, place: str, reason: str) -> None:
-        """Raises `InputError`: this is one more than `data.max_bad_records` allows."""
+    @property
+    def places(self) -> list[str]:
+        """The first of them, each with what was found."""
+        return [text for _, text in self._first]
+
+    def add(self, place: str, reason: str, following: Place = (0, 0)) -> None:
+        """One more.
+
+        Args:
+            following: what comes after it, as in `Piece`.
+
+        Raises:
+            InputError: this is one more than `data.max_bad_records` allows.
+        """
         self.count += 1
-        if len(self.places) < _PLACES:
-            self.places.append(f"{place}: {reason if len(reason) <= 300 else reason[:297] + '...'}")
+        self._found.append(following)
+        text = f"{place}: {reason if len(reason) <= 300 else reason[:297] + '...'}"
+        insort(self._first, (following, text), key=itemgetter(0))
+        del self._first[_PLACES:]
         if self.count <= self._allowed:
             return
         if not self._allowed:
@@ -82,6 +106,11 @@ class BadRecords:
             f"{self._key}: {self.count} bad records are more than data.max_bad_records ({self._allowed}) allows; "
             f"the first: {' | '.join(self.places)}"
         )
+
+    def up_to(self, place: Place) -> tuple[int, list[tuple[Place, str]]]:
+        """How many there are before this place, and the first of them: reading is ahead of what is done with it."""
+        ahead = sum(following > place for following in self._found)
+        return self.count - ahead, [entry for entry in self._first if entry[0] <= place]
 
 
 def read_pieces(
@@ -195,7 +224,7 @@ class _FileReader:
             try:
                 converted = convert(parse(record), place)
             except ValueError as error:
-                self.bad.add(place, str(error))
+                self.bad.add(place, str(error), (self.number, index + 1))
                 continue
             yield place, index, converted
 

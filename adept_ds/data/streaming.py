@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import itertools
 import shutil
-import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
@@ -23,8 +22,10 @@ from pathlib import Path
 import numpy as np
 from pydantic import NonNegativeInt, PositiveInt, ValidationError
 
+from adept_ds.base.background import in_background
 from adept_ds.base.errors import InputError
 from adept_ds.base.files import new_directory, write_text
+from adept_ds.base.proofs import Sealed
 from adept_ds.base.records import Record
 from adept_ds.data.blocks import Batch, Blocks
 from adept_ds.data.documents import BadRecords, TextSource, read_pieces
@@ -32,7 +33,7 @@ from adept_ds.data.mixture import shares_before
 from adept_ds.data.order import endless_order
 from adept_ds.data.packing import Packing, fit_documents
 from adept_ds.data.tokenising import TokenisedPiece, tokenise
-from adept_ds.data.tokens import TokenFile, Tokenisation, TokenWriter
+from adept_ds.data.tokens import TokenFile, Tokenisation, TokenWriter, is_there
 from adept_ds.ranks.collectives import Ranks
 
 _WINDOW_TOKENS = 1 << 25
@@ -51,7 +52,7 @@ class Cursor(Record):
     """So many of the document that begins there are behind."""
 
 
-class Window(Record):
+class Window(Sealed):
     """A stretch of blocks of the endless text."""
 
     number: NonNegativeInt
@@ -166,11 +167,11 @@ class WindowMaker:
         while not any(block in window for window in self._windows):
             self._make_next()
         window = next(window for window in self._windows if block in window)
-        if not self.path(window).is_dir():
+        if not is_there(self.path(window), self._tokenisation):
             self._write(window.number, window.first, window.begins)
         self._remove_all_but(range(window.number - 1, window.number + 2))
         if window.number + 1 == len(self._windows):
-            self._coming = _in_background(self._make_next)
+            self._coming = in_background(self._make_next)
         return window
 
     def path(self, window: Window) -> Path:
@@ -205,7 +206,7 @@ class WindowMaker:
                 writer.finish()
             file = TokenFile.open(folder)
             whole = len(fit_documents(file, self._room)) if self._packing.documents else file.manifest.tokens // unit
-        return Window(number=number, first=first, blocks=whole, begins=begins, ends=self._at)
+        return Window(number=number, first=first, blocks=whole, begins=begins, ends=self._at).sealed()
 
     def _remembered(self) -> list[Window]:
         """Those that were made before, from the first on; what is damaged is found out again."""
@@ -216,26 +217,13 @@ class WindowMaker:
             try:
                 window = Window.model_validate_json(line)
             except ValidationError:
-                break
+                window = None
             expected = (len(windows), sum(known.blocks for known in windows))
-            if (window.number, window.first) != expected:
+            if window is None or (window.number, window.first) != expected:
+                self._tokenisation.say(f"'{path}' line {len(windows) + 1} is damaged: found out again")
                 break
             windows.append(window)
         return windows
-
-
-def _in_background(action: Callable[[], Window]) -> Future[Window]:
-    """By a thread that the end of the process does not wait for."""
-    outcome = Future[Window]()
-
-    def run() -> None:
-        try:
-            outcome.set_result(action())
-        except BaseException as error:
-            outcome.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()
-    return outcome
 
 
 @dataclass(frozen=True)

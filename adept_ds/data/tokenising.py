@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
-import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -16,6 +14,7 @@ from multiprocessing import get_context
 import numpy as np
 
 from adept_ds.base.errors import AdeptError, InputError
+from adept_ds.base.lifeline import end_with
 from adept_ds.data.pieces import Piece
 from adept_ds.data.tokenizer import TextTokenizer
 
@@ -136,14 +135,7 @@ def _become_worker(tokenizer: TextTokenizer, parent: int) -> None:
     _tokenizer = tokenizer
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there are as many processes as there shall be
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-
-
-def _end_with(parent: int) -> None:
-    """A parent that was killed leaves nobody behind."""
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(1)
+    end_with([parent])
 
 
 def _tokenise_here(pieces: Sequence[Piece]) -> list[TokenisedPiece]:

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from adept_ds.base.dial_record import DialRecord
 from adept_ds.base.errors import InputError
-from adept_ds.base.outputs import check_output, new_output
+from adept_ds.base.outputs import check_as_written, check_output, new_output
 from adept_ds.base.progress import Meter, ProgressCallback
 from adept_ds.base.records import first_mistake
 from adept_ds.base.run_dir import EXPANSION_NAME, RunDirectory
@@ -70,6 +70,8 @@ def pack_copies(
     inputs = {"RUN|ADAPTED": source} | ({"--base": base} if base else {})
     check_output(destination, "delta pack", inputs, overwrite=overwrite)
     directory = _model_in(source)
+    if directory != source:  # what a run made, and nobody worked on
+        check_as_written(directory, remedy="`adept export CONFIG` makes it again, and keeps this one aside")
     model = AdaptedModel.load(directory, base)
     _check_as_trained(model)
     applied = _chosen_package(model, only)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from adept_ds.base.errors import InputError
+from adept_ds.base.lifeline import end_with
 from adept_ds.base.records import Record
 from adept_ds.base.run_records import Scores
 
@@ -44,23 +45,27 @@ class HarnessRequest(Record):
 
 
 class HarnessResult(Record):
-    """Scores, or why there are none."""
+    """Scores, or why there are none; written anew after each task."""
 
     scores: Scores = {}  # noqa: RUF012 - a record does not change
+    tasks: tuple[str, ...] = ()
+    """That were scored."""
+    is_whole: bool = False
     complaint: str | None = None
 
 
-def run_harness(request: HarnessRequest, waiting: Callable[[], None]) -> Scores:
+def run_harness(request: HarnessRequest, waiting: Callable[[], None], kept: Path | None = None) -> Scores:
     """The scores of each task, as lm-eval names them.
 
     Args:
         waiting: called every so often until it is done; an error that it raises ends the work.
+        kept: a file in which scores are kept, task by task; what is there is not scored again.
 
     Raises:
         InputError: lm-eval does not know a task, or its data is not at hand.
     """
     with tempfile.TemporaryDirectory() as folder:
-        asked, answered = Path(folder) / "request.json", Path(folder) / "result.json"
+        asked, answered = Path(folder) / "request.json", kept or Path(folder) / "result.json"
         request.save(asked)
         command = [sys.executable, "-m", "adept_ds.evaluation.harness", str(asked), str(answered)]
         environment = {name: value for name, value in os.environ.items() if name not in _OF_RANKS}
@@ -72,12 +77,19 @@ def run_harness(request: HarnessRequest, waiting: Callable[[], None]) -> Scores:
         finally:
             process.kill()
             process.wait()
-        if not answered.is_file():
-            raise InputError(f"lm-eval ended with exit code {process.returncode}; the log says why")
-        result = HarnessResult.load(answered)
+        result = _so_far(answered)
     if result.complaint is not None:
         raise InputError(result.complaint)
+    if not result.is_whole:
+        raise InputError(f"lm-eval ended with exit code {process.returncode}; the log says why")
     return result.scores
+
+
+def _so_far(file: Path) -> HarnessResult:
+    try:
+        return HarnessResult.load(file)
+    except InputError:
+        return HarnessResult()
 
 
 def _wait(process: subprocess.Popen[bytes]) -> None:
@@ -91,15 +103,22 @@ def _wait(process: subprocess.Popen[bytes]) -> None:
 
 
 def main() -> None:
-    request, answer = HarnessRequest.load(Path(sys.argv[1])), Path(sys.argv[2])
+    end_with([os.getppid()])
+    score(HarnessRequest.load(Path(sys.argv[1])), Path(sys.argv[2]))
+
+
+def score(request: HarnessRequest, answer: Path) -> None:
+    """Write the `HarnessResult`; what of it is there already is taken over."""
+    so_far = _so_far(answer).model_copy(update={"complaint": None})
+    so_far.save(answer)
     try:
-        result = HarnessResult(scores=_scores(request))
+        result = _scored(request, so_far, answer)
     except InputError as error:
-        result = HarnessResult(complaint=str(error))
+        result = so_far.model_copy(update={"complaint": str(error)})
     result.save(answer)
 
 
-def _scores(request: HarnessRequest) -> Scores:
+def _scored(request: HarnessRequest, so_far: HarnessResult, answer: Path) -> HarnessResult:
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
@@ -108,7 +127,7 @@ def _scores(request: HarnessRequest) -> Scores:
     for name, key in request.tasks.items():
         _check_task(manager, name, key)
     if request.model is None:
-        return {}
+        return HarnessResult(is_whole=True)
     from lm_eval.models.huggingface import HFLM
 
     model = HFLM(
@@ -119,13 +138,17 @@ def _scores(request: HarnessRequest) -> Scores:
         max_length=request.max_length,
         add_bos_token=request.add_bos_token,
     )
-    scores: Scores = {}
+    scores, done = dict(so_far.scores), so_far.tasks
     for name in request.tasks:
+        if name in so_far.tasks:
+            continue
         found = simple_evaluate(model, tasks=[name], task_manager=manager, log_samples=False, bootstrap_iters=1000)
         assert found is not None  # on the only rank
         counts = found["n-samples"]
         scores |= {task: _measures(of, counts.get(task)) for task, of in found["results"].items()}
-    return scores
+        done = (*done, name)
+        HarnessResult(scores=scores, tasks=done).save(answer)
+    return HarnessResult(scores=scores, tasks=done, is_whole=True)
 
 
 def _check_task(manager: Any, name: str, key: str) -> None:

@@ -14,6 +14,7 @@ from adept_ds.base.run_records import Accuracy, CorpusLoss, SourceLoss
 from adept_ds.data.document_rows import DocumentRows, JoinedRows
 from adept_ds.evaluation.row_losses import Evaluator
 from adept_ds.models.frozen_prefix import FrozenPrefix
+from adept_ds.ranks.unfinished import Work
 
 
 class SourceName(NamedTuple):
@@ -45,14 +46,16 @@ def document_losses(
     held_out: HeldOut,
     progress: ProgressCallback | None = None,
     prefix: FrozenPrefix | None = None,
+    work: Work | None = None,
 ) -> DocumentLosses:
     """Raises `NonFiniteLossError`, on every rank, that names the corpus.
 
     Args:
         prefix: of the layers that are the same in all models whose losses are asked for; for these documents alone.
+        work: where they are kept, pass by pass.
     """
     rows = JoinedRows(tuple(held_out.values()))
-    losses = rows.split(evaluator.losses(rows, progress, prefix))
+    losses = rows.split(evaluator.losses(rows, progress, prefix, work))
     found = {name: documents.by_document(of) for (name, documents), of in zip(held_out.items(), losses, strict=True)}
     for name, sums in found.items():
         if not math.isfinite(total := float(sums.sum())):

@@ -24,6 +24,7 @@ from adept_ds.data.questions import Question
 from adept_ds.data.tokenizer import TextTokenizer
 from adept_ds.evaluation.row_losses import Evaluator
 from adept_ds.models.directory import ModelDirectory
+from adept_ds.ranks.unfinished import Work
 
 K = TypeVar("K")
 
@@ -69,14 +70,21 @@ def questions_among(source: TextSource, ids: np.ndarray) -> list[Question]:
 
 
 def accuracies(
-    evaluator: Evaluator, sets: Mapping[K, QuestionSet], progress: ProgressCallback | None = None
+    evaluator: Evaluator,
+    sets: Mapping[K, QuestionSet],
+    progress: ProgressCallback | None = None,
+    work: Work | None = None,
 ) -> dict[K, Accuracy]:
-    """Of each set; the same on every rank."""
+    """Of each set; the same on every rank.
+
+    Args:
+        work: where losses of choices are kept, pass by pass.
+    """
     if not sets:
         return {}
     rows = ChoiceRows.joined([found.rows for found in sets.values()])
     ends = np.cumsum([len(found.rows.tokens) for found in sets.values()])
-    likelihoods = np.split(-evaluator.losses(rows, progress), ends[:-1])
+    likelihoods = np.split(-evaluator.losses(rows, progress, work=work), ends[:-1])
     return {name: _accuracy(found.questions, of) for (name, found), of in zip(sets.items(), likelihoods, strict=True)}
 
 

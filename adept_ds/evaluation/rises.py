@@ -17,6 +17,7 @@ import numpy as np
 
 from adept_ds.base.dial_record import HalfLosses, LossChange
 from adept_ds.base.errors import InputError
+from adept_ds.base.guard_record import RiseLimits
 from adept_ds.base.resampling import SAMPLES, SEED, Stratum, resampled_losses
 from adept_ds.data.document_rows import DocumentRows
 from adept_ds.evaluation.held_out import DocumentLosses, HeldOut, SourceName
@@ -45,16 +46,27 @@ class SourceRises(NamedTuple):
 def loss_change(sources: Sequence[SourceRises], confidence: float, *, samples: int = SAMPLES) -> LossChange:
     """Of these sources together."""
     tokens, base, losses = (np.concatenate(columns) for columns in zip(*sources, strict=True))
-    strata = [Stratum(of.tokens, (of.losses - of.base)[np.newaxis]) for of in sources]
-    resampled = resampled_losses(strata, samples, SEED)[:, 0]
     total = int(tokens.sum())
     return LossChange(
         loss=float(losses.sum()) / total,
         rise=float((losses - base).sum()) / total,
-        limit=float(np.quantile(resampled, confidence)),
+        limit=float(np.quantile(_resampled(sources, samples), confidence)),
         tokens=total,
         documents=len(tokens),
     )
+
+
+def rise_limits(source: SourceRises, confidence: float, *, samples: int = SAMPLES) -> RiseLimits:
+    """Of a source, with both limits: each is one-sided at `confidence`."""
+    lower, upper = np.quantile(_resampled([source], samples), [1 - confidence, confidence])
+    rise = float((source.losses - source.base).sum()) / int(source.tokens.sum())
+    return RiseLimits(rise=rise, lower=float(lower), upper=float(upper))
+
+
+def _resampled(sources: Sequence[SourceRises], samples: int) -> np.ndarray:
+    """[samples] float64: rises over documents that are drawn anew."""
+    strata = [Stratum(of.tokens, (of.losses - of.base)[np.newaxis]) for of in sources]
+    return resampled_losses(strata, samples, SEED)[:, 0]
 
 
 @dataclass(frozen=True)
@@ -79,14 +91,27 @@ class Pairs:
             domain=loss_change(of_domain, self.confidence),
         )
 
+    def limits(self, losses: DocumentLosses, half: Half) -> dict[str, RiseLimits]:
+        """Of every general source, by its name."""
+        general = [name for name in self.held_out if name.corpus == "general"]
+        return {name.source: rise_limits(self._source(name, losses, half), self.confidence) for name in general}
+
+    def domain_loss(self, losses: DocumentLosses, half: Half) -> float:
+        """Per token, over all sources of the domain together."""
+        of_domain = [self._source(name, losses, half) for name in self.held_out if name.corpus == "domain"]
+        return sum(float(of.losses.sum()) for of in of_domain) / sum(int(of.tokens.sum()) for of in of_domain)
+
     def _source(self, name: SourceName, losses: DocumentLosses, half: Half) -> SourceRises:
         documents = self.held_out[name]
         mine = _that_count(documents, half)
         return SourceRises(documents.tokens[mine], self.base[name][mine], losses[name][mine])
 
 
-def check_halves(held_out: HeldOut, fewest: int) -> None:
+def check_halves(held_out: HeldOut, fewest: int, section: str = "dial") -> None:
     """Every general source has so many documents in both halves, and the domain has any.
+
+    Args:
+        section: of the configuration, that needs them.
 
     Raises:
         InputError: naming the source and how many it has.
@@ -96,13 +121,14 @@ def check_halves(held_out: HeldOut, fewest: int) -> None:
         if min(of.values()) < fewest:
             raise InputError(
                 f"{name.key}: source '{name.source}' has {_told(of)} documents among those that are evaluated, where "
-                f"dial.confidence takes at least {fewest} of each: give more documents, or raise data.eval_sequences"
+                f"{section}.confidence takes at least {fewest} of each: give more documents, or raise "
+                "data.eval_sequences"
             )
     domain = _counts([documents for name, documents in held_out.items() if name.corpus == "domain"])
     if not min(domain.values()):
         raise InputError(
-            f"data.domain_eval: {_told(domain)} documents are among those that are evaluated, where the dial needs "
-            "both: give more documents, or raise data.eval_sequences"
+            f"data.domain_eval: {_told(domain)} documents are among those that are evaluated, where the {section} "
+            "needs both: give more documents, or raise data.eval_sequences"
         )
 
 

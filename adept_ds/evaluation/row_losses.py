@@ -14,11 +14,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from adept_ds.base.progress import ProgressCallback
+from adept_ds.base.progress import ProgressCallback, by_batch
 from adept_ds.data.document_rows import Rows
 from adept_ds.data.order import FILLER
 from adept_ds.models.frozen_prefix import FrozenPrefix
 from adept_ds.ranks.collectives import Ranks
+from adept_ds.ranks.unfinished import Work
 
 
 @dataclass(frozen=True)
@@ -33,27 +34,31 @@ class Evaluator:
     """Of a batch, with padding; but a batch has one row at least."""
 
     def losses(
-        self, rows: Rows, progress: ProgressCallback | None = None, prefix: FrozenPrefix | None = None
+        self,
+        rows: Rows,
+        progress: ProgressCallback | None = None,
+        prefix: FrozenPrefix | None = None,
+        work: Work | None = None,
     ) -> np.ndarray:
         """[rows] float64, nats: the same on every rank.
 
         Args:
             prefix: of the model's layers that never change; for these very rows.
+            work: where they are kept, pass by pass.
         """
+        work = work or Work()
         batches = token_batches(rows.lengths, self.batch_tokens)
-        found = np.zeros(len(rows.lengths))
+        found = work.tensor("losses", len(rows.lengths))
         passes = -(-len(batches) // self.ranks.world_size)
         with torch.no_grad():
-            for number in range(passes):
-                if progress:
-                    progress(number / passes, f"pass {number} of {passes}")
+            for number in work.steps(passes, by_batch(progress) if progress else None):
                 place = number * self.ranks.world_size + self.ranks.rank
                 batch = batches[place] if place < len(batches) else [FILLER]
                 with prefix.at(number) if prefix else nullcontext():
                     losses = self.model(*rows.batch(batch).to(self.device))
                 if place < len(batches):
-                    found[batch] = losses.double().cpu().numpy()
-        return self.ranks.sum(torch.from_numpy(found)).numpy()
+                    found[batch] = losses.double().cpu()
+        return self.ranks.sum(found).numpy()
 
     def largest_batch(self, rows: Rows) -> int:
         """Tokens of a batch of these rows, with padding, at most."""

@@ -70,8 +70,8 @@ class Adept(Method):
             texts[" for the domain"] = preparation.domain_text
         found = []
         for side, text in texts.items():
-            with preparation.together(f"estimating importance{side}") as bar:
-                found.append(estimate_importance(engine, registry, text(), preparation.ranks, bar))
+            with preparation.together(f"estimating importance{side}") as (bar, work):
+                found.append(estimate_importance(engine, registry, text(), preparation.ranks, bar, work=work))
                 check_start(found[-1])
         release(engine)
         return Importances(*found)

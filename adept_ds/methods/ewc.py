@@ -50,4 +50,5 @@ class Ewc(WithGeneralText):
             StartWeights(training.start.model, resolve_precision(training.config.train.precision)),
             self.strength,
             lambda: training.general_text(self.sequences, self.batch_sequences),
+            training.together,
         )

@@ -62,13 +62,14 @@ class Parenting(WholeModel):
         from adept_ds.training.role_rule import RoleRule
         from adept_ds.units.importance import estimate_importance
 
-        estimate = partial(estimate_importance, training.engine, training.registry, ranks=training.ranks)
+        engine, registry, ranks = training.engine, training.registry, training.ranks
         general, domain = training.general_text(), training.domain_text()
         importance = training.config.importance
         return RoleRule(
             training.unit_lr,
-            lambda: estimate(general),
-            lambda: estimate(domain),
+            partial(estimate_importance, engine, registry, general, ranks),
+            partial(estimate_importance, engine, registry, domain, ranks),
+            training.together,
             important=self.important,
             rates={"general": 0.0, "domain": 1.0, "shared": self.shared_rate, "idle": self.idle_rate},
             every=importance.every,

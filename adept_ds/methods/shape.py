@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from adept_ds.models.frozen_prefix import FrozenPrefix
     from adept_ds.models.loading import Trains
     from adept_ds.ranks.collectives import Ranks
+    from adept_ds.ranks.unfinished import LongWork
     from adept_ds.training.rule import TrainingRule
     from adept_ds.units.registry import UnitRegistry
     from adept_ds.units.unit_lr import UnitLR
@@ -72,6 +73,8 @@ class Training:
     domain_text: TextSample
     """Of `data.domain`; not where it is streamed."""
     frozen_prefix: PrefixOf
+    together: LongWork
+    """For what comes before the first step."""
 
     @property
     def registry(self) -> UnitRegistry:
@@ -92,8 +95,7 @@ class Preparation:
     """Of `data.domain`; not where it is streamed."""
     ranks: Ranks
     announce: Callable[[str], None]
-    together: Callable[[str], Any]
-    """A context manager that gives a progress callback: `with preparation.together('estimating') as bar`."""
+    together: LongWork
 
 
 class Method(MethodSection):

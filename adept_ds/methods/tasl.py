@@ -71,6 +71,7 @@ class Tasl(WithGeneralText):
             training.unit_lr,
             training.ranks,
             lambda: training.general_text(self.sequences, self.batch_sequences),
+            training.together,
             smoothing=self.smoothing,
             every=self.observe_every,
             important=self.important,

@@ -40,6 +40,12 @@ def take_device(local_rank: int) -> str:
     return str(accelerator.communication_backend_name())
 
 
+def bound_device() -> torch.device | None:
+    """To which the process group is bound at once, as DeepSpeed does it; None: not on this kind of device."""
+    hangs = "2.6.0" < torch.__version__ < "2.7.1"  # pytorch #153960
+    return current_device() if device_name() == "cuda" and not hangs else None
+
+
 def resolve_precision(precision: str) -> torch.dtype:
     """Of `train.precision`: `auto` is bf16 on an accelerator, where it is fast, and fp32 on a CPU, where bf16 is not.
 

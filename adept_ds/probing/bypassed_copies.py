@@ -24,6 +24,7 @@ from adept_ds.models.directory import ModelDirectory
 from adept_ds.models.head_loss import IGNORED_LABEL
 from adept_ds.probing.passes import PassProgress, table_by_sequence
 from adept_ds.probing.sweep import install_layer_sweep, stacks
+from adept_ds.ranks.unfinished import Work
 from adept_ds.zero.build import EngineSettings, build_forward_engine
 from adept_ds.zero.engine import release
 from adept_ds.zero.gathered import gather_layers_whole
@@ -90,13 +91,20 @@ class CopySweep:
         self._model, self._device = build_forward_engine(engines, model_dir, prepare)
 
     def over(
-        self, sample: Sample, *, micro_batch_size: int, check: ProgressCallback, move: ProgressCallback
+        self,
+        sample: Sample,
+        *,
+        micro_batch_size: int,
+        check: ProgressCallback,
+        move: ProgressCallback,
+        work: Work | None = None,
     ) -> CopyPasses:
         """One sweep over a text; the same on every rank.
 
         Args:
             micro_batch_size: sequences per rank that are swept together.
             check, move: see `PassProgress`.
+            work: where the passes are kept.
 
         Raises:
             NonFiniteLossError: the adapted model's loss is no number.
@@ -120,6 +128,7 @@ class CopySweep:
                 micro_batch_size=micro_batch_size,
                 device=self._device,
                 progress=progress,
+                work=work,
             )
         losses = table[:, :num_variants]
         return CopyPasses(

@@ -6,11 +6,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
+from adept_ds.base.progress import ProgressCallback, by_batch
 from adept_ds.models.directory import ModelDirectory
 from adept_ds.models.loading import Trains
 from adept_ds.ranks.collectives import Ranks
+from adept_ds.ranks.unfinished import Work
 from adept_ds.units.registry import Unit, UnitRegistry
 from adept_ds.units.unit_sums import GradientBatches, UnitSums, grad_squared
 from adept_ds.zero.build import EngineSettings, build_training_engine
@@ -38,23 +38,26 @@ def unit_gradients(
     batches: GradientBatches,
     *,
     seed: int,
-    progress: Callable[[float, str], None],
+    progress: ProgressCallback,
+    work: Work,
 ) -> UnitGradients:
     """One backward pass over a text, which is one global batch; the same on every rank, at every ZeRO stage.
 
     No gradient is gathered: each rank squares the slices that it holds, and n_units sums are all-reduced.
+
+    Args:
+        work: where it is kept.
     """
     engine = build_training_engine(engines, model_dir, trains, seed=seed)
     ranks: Ranks = engines.ranks
     try:
         registry = make_units(parameter_shapes(engine.module), engine.module.config)
         unit_sums = UnitSums(engine, registry, ranks, grad_squared)
-        total, count = torch.zeros(len(registry), dtype=torch.float64), len(batches.global_batches())
+        total = work.tensor("total", len(registry))
         with gradients_outside_training(engine):
-            for number in range(count):
-                progress(number / count, f"batch {number + 1} of {count}")
-                total += unit_sums.of_batch(batches, number)[0]
-        mean_squares = ranks.sum(total) / (registry.sizes * count)
+            for _, sums, _ in unit_sums.of_batches(batches, work, by_batch(progress)):
+                total += sums
+        mean_squares = ranks.sum(total) / (registry.sizes * len(batches.global_batches()))
         return UnitGradients(registry.units, tuple(mean_squares.sqrt().tolist()))
     finally:
         release(engine)

@@ -12,7 +12,6 @@ weight, the slice is summed there, and one vector of M numbers per batch is all-
 
 from __future__ import annotations
 
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,6 +31,7 @@ from adept_ds.probing.selection import Cost
 from adept_ds.probing.sweep import bypass_losses, install_layer_sweep
 from adept_ds.probing.taps import install_taps
 from adept_ds.ranks.collectives import Ranks
+from adept_ds.ranks.unfinished import Work
 from adept_ds.units.registry import UnitRegistry
 from adept_ds.units.unit_sums import GradientBatches, Score, UnitSums, grad_squared, weight_times_grad
 from adept_ds.zero.build import EngineSettings, build_forward_engine, build_training_engine
@@ -64,8 +64,8 @@ class Probe:
         return GradientBatches(sample.blocks, sample.indices, section.batch_sequences, section.micro_batch_size)
 
 
-Passes = tuple[torch.Tensor, torch.Tensor, float]
-"""Losses [sequences] and scores [sequences or batches, layers], float64, and the seconds that the passes took."""
+Passes = tuple[torch.Tensor, torch.Tensor]
+"""Losses [sequences] and scores [sequences or batches, layers], float64."""
 
 
 class Estimator(ABC):
@@ -80,14 +80,18 @@ class Estimator(ABC):
     depends_on: tuple[str, ...] = ()
     """Keys of the section `probe`, beyond those that all share, with which scores change."""
 
-    def score(self, probe: Probe, progress: PassProgress) -> LayerScores:
-        """What this says about every layer; the same on every rank."""
-        losses, scores, seconds = self.passes(probe, progress)
+    def score(self, probe: Probe, progress: PassProgress, work: Work) -> LayerScores:
+        """What this says about every layer; the same on every rank.
+
+        Args:
+            work: where the passes are kept, so that what was begun goes on.
+        """
+        losses, scores = self.passes(probe, progress, work)
         sample = probe.sample
         return LayerScores(
             method=name_of(self),
             by_sequence=self.by_sequence,
-            seconds=seconds,
+            seconds=work.seconds,
             losses=losses.numpy(),
             tokens=torch.tensor(sample.tokens(), dtype=torch.float64).numpy(),
             sources=torch.tensor(sample.sources, dtype=torch.int64).numpy(),
@@ -96,7 +100,7 @@ class Estimator(ABC):
         )
 
     @abstractmethod
-    def passes(self, probe: Probe, progress: PassProgress) -> Passes:
+    def passes(self, probe: Probe, progress: PassProgress, work: Work) -> Passes:
         """Run the model over the sample; every rank gets the whole tables."""
 
 
@@ -105,7 +109,7 @@ class Mask(Estimator):
 
     measures = "delta loss (nats) with layer bypassed"
 
-    def passes(self, probe: Probe, progress: PassProgress) -> Passes:
+    def passes(self, probe: Probe, progress: PassProgress, work: Work) -> Passes:
         section, family = probe.section, probe.model.family
 
         def prepare(model: torch.nn.Module) -> None:
@@ -113,7 +117,6 @@ class Mask(Estimator):
             gather_layers_whole(model, family.layer_modules(model))
 
         model, device = build_forward_engine(probe.engines, probe.model, prepare)
-        start = time.perf_counter()
         losses = bypass_losses(
             model,
             probe.model.num_layers,
@@ -122,10 +125,10 @@ class Mask(Estimator):
             micro_batch_size=section.micro_batch_size,
             device=device,
             progress=progress,
+            work=work,
         )
-        seconds = time.perf_counter() - start
         release(model)
-        return losses[:, 0], losses[:, 1:] - losses[:, :1], seconds
+        return losses[:, 0], losses[:, 1:] - losses[:, :1]
 
 
 class Taylor(Estimator):
@@ -133,7 +136,7 @@ class Taylor(Estimator):
 
     measures = "delta loss (nats), first-order estimate"
 
-    def passes(self, probe: Probe, progress: PassProgress) -> Passes:
+    def passes(self, probe: Probe, progress: PassProgress, work: Work) -> Passes:
         products: dict[int, torch.Tensor] = {}
         family, num_layers = probe.model.family, probe.model.num_layers
 
@@ -151,7 +154,6 @@ class Taylor(Estimator):
             losses.sum().backward()
             return torch.stack([losses.detach().double(), *(products.pop(i) for i in range(num_layers))], dim=1)
 
-        start = time.perf_counter()
         table = table_by_sequence(
             forward,
             probe.sample,
@@ -160,10 +162,10 @@ class Taylor(Estimator):
             micro_batch_size=probe.section.micro_batch_size,
             device=device,
             progress=progress,
+            work=work,
         )
-        seconds = time.perf_counter() - start
         release(model)
-        return table[:, 0], table[:, 1:], seconds
+        return table[:, 0], table[:, 1:]
 
 
 class WeightGradients(Estimator):
@@ -176,31 +178,26 @@ class WeightGradients(Estimator):
     def __init__(self, element_score: Score, measures: str) -> None:
         self._element_score, self.measures = element_score, measures
 
-    def passes(self, probe: Probe, progress: PassProgress) -> Passes:
+    def passes(self, probe: Probe, progress: PassProgress, work: Work) -> Passes:
         layers = layers_train(probe.model.family, range(probe.model.num_layers))
         engine = build_training_engine(probe.engines, probe.model, layers, seed=probe.seed)
         registry = _layers_as_units(probe.model.family, engine.module)
         unit_sums = UnitSums(engine, registry, probe.ranks, self._element_score)
-        batches = probe.batches
-        losses = torch.zeros(len(probe.sample), dtype=torch.float64)
-        sums, count = [], len(batches.global_batches())
-        start, first = time.perf_counter(), 0
+        batches, global_batches = probe.batches, probe.batches.global_batches()
+        losses = work.tensor("losses", len(probe.sample))
+        sums = work.tensor("sums", len(global_batches), len(registry))
         with gradients_outside_training(engine):
-            for number, batch in enumerate(batches.global_batches()):
-                progress.batch(number, count)
-                scores, row_losses = unit_sums.of_batch(batches, number)
+            for number, scores, row_losses in unit_sums.of_batches(batches, work, progress.batch):
                 if number == 0:
                     check_losses(row_losses, probe.ranks)
-                sums.append(scores)
-                positions = _rows_of_rank(first, len(batch), batches.micro_batch_size, probe.ranks)
+                sums[number] = scores
+                first, count = number * batches.batch_sequences, len(global_batches[number])
+                positions = _rows_of_rank(first, count, batches.micro_batch_size, probe.ranks)
                 for position, loss in zip(positions, row_losses, strict=True):
                     if position != FILLER:
                         losses[position] = loss.double()
-                first += len(batch)
-        table = probe.ranks.sum(torch.stack(sums))
-        seconds = time.perf_counter() - start
         release(engine)
-        return probe.ranks.sum(losses), table, seconds
+        return probe.ranks.sum(losses), probe.ranks.sum(sums)
 
 
 ESTIMATORS: dict[str, Estimator] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -12,6 +13,7 @@ from adept_ds.data.blocks import Batch
 from adept_ds.data.mixture import Sample
 from adept_ds.data.order import FILLER, rank_batches
 from adept_ds.ranks.collectives import Ranks
+from adept_ds.ranks.unfinished import Work
 
 
 class PassProgress:
@@ -63,24 +65,29 @@ def table_by_sequence(
     micro_batch_size: int,
     device: torch.device | str,
     progress: PassProgress | None = None,
+    work: Work | None = None,
 ) -> torch.Tensor:
     """What `forward(batch)` says about each row, [rows, width], for every sequence of the sample.
 
     Every rank takes its share of the sequences and gets the whole table, [sequences, width] float64. Each entry comes
     from one rank, so sums over the table do not depend on who computed what.
 
+    Args:
+        work: where it is kept, batch by batch.
+
     Raises:
         NonFiniteLossError: the first column of the first batch, the model's own loss, is no number.
     """
-    table = torch.zeros(len(sample), width, dtype=torch.float64)
+    work = work or Work()
     batches = rank_batches(range(len(sample)), ranks.rank, ranks.world_size, micro_batch_size)
-    for number, positions in enumerate(batches):
-        if progress:
-            progress.batch(number, len(batches))
-        rows = forward(sample.batch(positions).to(device)).double().cpu()
+    found = work.tensor("rows", len(batches), micro_batch_size, width)
+    for number in work.steps(len(batches), progress.batch if progress else None):
+        rows = forward(sample.batch(batches[number]).to(device)).double().cpu()
         if number == 0:
             check_losses(rows[:, 0], ranks)
-        for row, position in zip(rows, positions, strict=True):
-            if position != FILLER:
-                table[position] = row
+        found[number] = rows
+    table = torch.zeros(len(sample), width, dtype=torch.float64)
+    for row, position in zip(found.flatten(0, 1), itertools.chain(*batches), strict=True):
+        if position != FILLER:
+            table[position] = row
     return ranks.sum(table)

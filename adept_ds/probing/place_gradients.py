@@ -15,7 +15,6 @@ while general text passes; beside that, one layer's gradient at a time is whole.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 
 import torch
@@ -30,6 +29,7 @@ from adept_ds.probing.places import PlaceScores, TextRecord
 from adept_ds.probing.result import SourceRecord
 from adept_ds.probing.silent_copies import imagine_copies
 from adept_ds.ranks.collectives import Ranks
+from adept_ds.ranks.unfinished import State, Unfinished, Work
 from adept_ds.zero.build import EngineSettings, build_forward_engine
 from adept_ds.zero.engine import release
 from adept_ds.zero.gathered import gather_layers_whole
@@ -44,18 +44,22 @@ def weigh_places(
     micro_batch_size: int,
     check: ProgressCallback,
     move: ProgressCallback,
+    unfinished: Unfinished | None = None,
 ) -> PlaceScores:
     """Gain and harm at every place; the same on every rank, and to rounding at any number of ranks.
 
     Args:
         micro_batch_size: sequences per rank that pass together.
         check, move: see `PassProgress`.
+        unfinished: where what was done of either text is kept, gradients included.
 
     Raises:
         NonFiniteLossError: a loss or a gradient is no number.
     """
     ranks, num_layers = engines.ranks, model_dir.num_layers
-    places = _Places(num_layers, ranks)
+    unfinished = unfinished or Unfinished()
+    of_domain_text, of_general_text = unfinished.work("domain text"), unfinished.work("general text")
+    places = _Places(num_layers, ranks, of_domain_text.state, of_general_text.state)
 
     def prepare(model: torch.nn.Module) -> None:
         imagine_copies(model, model_dir.family, places.take)
@@ -69,10 +73,10 @@ def weigh_places(
         losses.sum().backward()
         return losses.detach().unsqueeze(1)
 
-    def passed(sample: Sample, title: str, begin: float) -> TextRecord:
+    def passed(sample: Sample, work: Work, title: str, begin: float) -> TextRecord:
         progress = PassProgress(num_layers, _half(check, begin, title), _half(move, begin, title))
         losses = table_by_sequence(
-            forward, sample, 1, ranks, micro_batch_size=micro_batch_size, device=device, progress=progress
+            forward, sample, 1, ranks, micro_batch_size=micro_batch_size, device=device, progress=progress, work=work
         )
         if not losses.isfinite().all():
             raise NonFiniteLossError(f"probe: the model's loss on the {title} is NaN or infinite")
@@ -84,19 +88,21 @@ def weigh_places(
             sources=tuple(SourceRecord(**facts) for facts in sample.facts()),
         )
 
-    start = time.perf_counter()
     try:
-        of_domain = passed(domain, "domain text", 0.0)
-        gains = places.gains() / of_domain.tokens
-        of_general = passed(general, "general text", 0.5)
+        of_domain = passed(domain, of_domain_text, "domain text", 0.0)
+        gains = places.gains(device) / of_domain.tokens
+        of_general = passed(general, of_general_text, "general text", 0.5)
         harms = places.harms() / of_general.tokens
-        seconds = time.perf_counter() - start
     finally:
         release(model)
     if not (gains.isfinite().all() and harms.isfinite().all()):
         raise NonFiniteLossError("probe: a gradient of a silent copy is NaN or infinite")
     return PlaceScores(
-        domain=of_domain, general=of_general, gains=tuple(gains.tolist()), harms=tuple(harms.tolist()), seconds=seconds
+        domain=of_domain,
+        general=of_general,
+        gains=tuple(gains.tolist()),
+        harms=tuple(harms.tolist()),
+        seconds=of_domain_text.seconds + of_general_text.seconds,
     )
 
 
@@ -110,38 +116,42 @@ def _half(report: ProgressCallback, begin: float, title: str) -> ProgressCallbac
 class _Places:
     """Sums over the gradients of silent copies, slice by slice: first those of the domain, then of general text."""
 
-    def __init__(self, num_layers: int, ranks: Ranks) -> None:
-        self._layers, self._ranks = range(num_layers), ranks
-        self._sums: dict[int, torch.Tensor] = {}
+    def __init__(self, num_layers: int, ranks: Ranks, sums: State, products: State) -> None:
+        """Args:
+        sums, products: where they are kept, "layer 0" and so on.
+        """
+        self._layers, self._ranks = [f"layer {layer}" for layer in range(num_layers)], ranks
+        self._sums = sums
         """By layer: this rank's slice of the gradient of the domain's summed loss, [slice] float32."""
-        self._signs: dict[int, torch.Tensor] = {}
+        self._signs: dict[str, torch.Tensor] = {}
         """[slice] int8"""
-        self._products: dict[int, torch.Tensor] = {}
-        """<sign(g_d), g_g> over this rank's slice, of the summed loss; scalars on the device, float64."""
-        self._use: Callable[[int, torch.Tensor], None] = self._add
+        self._products = products
+        """<sign(g_d), g_g> over this rank's slice, of the summed loss; scalars, float64."""
+        self._use: Callable[[str, torch.Tensor], None] = self._add
 
     def take(self, layer: int, gradient: torch.Tensor) -> None:
         """Of one micro-batch's summed loss, on every rank: [elements] float32."""
-        self._use(layer, self._ranks.slice_of_sum(gradient))
+        self._use(self._layers[layer], self._ranks.slice_of_sum(gradient))
 
-    def gains(self) -> torch.Tensor:
+    def gains(self, device: torch.device | str) -> torch.Tensor:
         """|g|_1 of the summed loss by layer, [layers] float64. What comes in afterwards is general text's."""
-        found = torch.stack([self._sums[layer].abs().sum(dtype=torch.float64) for layer in self._layers])
-        # Popped one by one: signs and sums are never there all at once.
-        self._signs = {layer: self._sums.pop(layer).sign().to(torch.int8) for layer in self._layers}
+        found = []
+        for layer in self._layers:
+            whole = self._sums.pop(layer).to(device)  # one by one: signs and sums are never there all at once
+            found.append(whole.abs().sum(dtype=torch.float64))
+            self._signs[layer] = whole.sign().to(torch.int8)
         self._use = self._multiply
-        return self._ranks.sum(found)
+        return self._ranks.sum(torch.stack(found))
 
     def harms(self) -> torch.Tensor:
         """-<sign(g_d), g> of the summed loss by layer, [layers] float64."""
         return -self._ranks.sum(torch.stack([self._products[layer] for layer in self._layers]))
 
-    def _add(self, layer: int, part: torch.Tensor) -> None:
-        if layer in self._sums:
-            self._sums[layer] += part
-        else:
-            self._sums[layer] = part
+    def _add(self, layer: str, part: torch.Tensor) -> None:
+        known = self._sums.get(layer)
+        self._sums[layer] = part if known is None else known.to(part.device).add_(part)
 
-    def _multiply(self, layer: int, part: torch.Tensor) -> None:
+    def _multiply(self, layer: str, part: torch.Tensor) -> None:
         product = (self._signs[layer] * part).sum(dtype=torch.float64)
-        self._products[layer] = self._products[layer] + product if layer in self._products else product
+        known = self._products.get(layer)
+        self._products[layer] = product if known is None else known.to(part.device) + product

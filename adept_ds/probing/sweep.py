@@ -22,6 +22,7 @@ from adept_ds.data.mixture import Sample
 from adept_ds.models.families import Family
 from adept_ds.probing.passes import PassProgress, table_by_sequence
 from adept_ds.ranks.collectives import Ranks
+from adept_ds.ranks.unfinished import Work
 
 
 def bypass_losses(
@@ -33,12 +34,14 @@ def bypass_losses(
     micro_batch_size: int,
     device: torch.device | str,
     progress: PassProgress | None = None,
+    work: Work | None = None,
 ) -> torch.Tensor:
     """Summed token loss of every sequence: of the model, and of the model without each layer. [sequences, M + 1]
 
     Args:
         model: returns the loss sums of the whole stack, [(num_layers + 1) * rows] (see `install_layer_sweep`).
         micro_batch_size: sequences per rank that are swept together.
+        work: where the passes are kept.
     """
 
     def forward(batch: Batch) -> torch.Tensor:
@@ -46,7 +49,14 @@ def bypass_losses(
 
     with torch.no_grad():
         return table_by_sequence(
-            forward, sample, num_layers + 1, ranks, micro_batch_size=micro_batch_size, device=device, progress=progress
+            forward,
+            sample,
+            num_layers + 1,
+            ranks,
+            micro_batch_size=micro_batch_size,
+            device=device,
+            progress=progress,
+            work=work,
         )
 
 

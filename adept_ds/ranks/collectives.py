@@ -7,11 +7,14 @@ between the devices: `slice_of_sum`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from adept_ds.base.errors import AdeptError, InputError
+from adept_ds.base.files import writing
 
 if TYPE_CHECKING:
     import torch
@@ -29,8 +32,10 @@ class Ranks:
     """Ranks on this host."""
     control: Any = None
     """Group of the small collectives below (see `groups`)."""
-    patient: Any = None
-    """For `on_main`: the others wait while rank 0 packs a large corpus or writes a large model."""
+    of_main: Any = None
+    """Group in which the others wait for what `on_main` does."""
+    sign_of_life: float = 10.0
+    """Seconds between two signs of life of rank 0's meanwhile."""
 
     @property
     def is_main(self) -> bool:
@@ -95,44 +100,79 @@ class Ranks:
     def on_main(self, action: Callable[[], T]) -> T:
         """Run `action` on rank 0 and give every rank its result; an error there ends `on_main` everywhere.
 
-        For work that belongs to one process (writing files, looking at the disk). Without this, an error on rank 0
-        leaves the others waiting in a collective until the timeout.
+        For work that belongs to one process (writing files, looking at the disk), however long it takes: rank 0 tells
+        the others every few seconds that it is still there, and they wait for its next word until the timeout. Without
+        this, an error on rank 0 leaves the others waiting in a collective.
 
         Raises:
             AdeptError: as on rank 0; for any other error there, which rank 0 itself raises as it is, its text.
         """
-        outcome: list[Any] = [None, None]
+        outcome: tuple[T | None, AdeptError | None] | None = None
         unexpected: Exception | None = None
         if self.is_main:
-            try:
-                outcome[0] = action()
-            except AdeptError as error:
-                outcome[1] = error
-            except Exception as error:
-                unexpected = error
-                outcome[1] = AdeptError(f"rank 0 failed: {type(error).__name__}: {error}")
+            with self._telling_the_others():
+                try:
+                    with writing():
+                        outcome = action(), None
+                except AdeptError as error:
+                    outcome = None, error
+                except Exception as error:
+                    unexpected = error
+                    outcome = None, AdeptError(f"rank 0 failed: {type(error).__name__}: {error}")
+            self._word_of_main(outcome)
+        while outcome is None:
+            outcome = self._word_of_main(None)
+        result, failure = outcome
+        if unexpected is not None:
+            raise unexpected
+        if failure is not None:
+            raise failure
+        return result  # type: ignore[return-value]
+
+    @contextmanager
+    def _telling_the_others(self) -> Iterator[None]:
+        """On rank 0: while it works alone, a thread gives signs of life."""
+        if self.world_size == 1:
+            yield
+            return
+        done = threading.Event()
+
+        def tell() -> None:
+            with suppress(RuntimeError):  # a rank is gone: the next word will fail where it is seen
+                while not done.wait(self.sign_of_life):
+                    self._word_of_main(None)
+
+        thread = threading.Thread(target=tell, name="sign of life", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
+
+    def _word_of_main(self, word: Any) -> Any:
+        """What rank 0 says, on every rank; None: it is still at work."""
+        words = [word]
         if self.world_size > 1:
             import torch
 
-            torch.distributed.broadcast_object_list(outcome, src=0, group=self.patient)
-        if unexpected is not None:
-            raise unexpected
-        if outcome[1] is not None:
-            raise outcome[1]
-        return outcome[0]
+            torch.distributed.broadcast_object_list(words, src=0, group=self.of_main)
+        return words[0]
 
     def on_each(self, action: Callable[[], T], remedy: str) -> T:
         """Run `action`, which reads files, on every rank; where one of them cannot, all end with the same error.
 
         Raises:
-            InputError: naming the first rank that failed, and `remedy`.
+            InputError: naming the first rank that failed, and `remedy` where its error names none.
         """
         result, complaint = None, ""
         try:
             result = action()
+        except InputError as error:
+            complaint = str(error)  # which names a remedy itself
         except Exception as error:
-            complaint = f"{type(error).__name__}: {error}"
+            complaint = f"{type(error).__name__}: {error}; {remedy}"
         failed = [(rank, text) for rank, text in enumerate(self.gather(complaint)) if text]
         if failed:
-            raise InputError(f"rank {failed[0][0]}: {failed[0][1]}; {remedy}")
+            raise InputError(f"rank {failed[0][0]}: {failed[0][1]}")
         return result  # type: ignore[return-value]

@@ -5,19 +5,30 @@ from __future__ import annotations
 import datetime
 import os
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from adept_ds.base.errors import InputError
 from adept_ds.ranks.collectives import Ranks
+from adept_ds.ranks.extensions import own_builds
 from adept_ds.ranks.launchers import LaunchedRank
+from adept_ds.ranks.meeting import meet
 
-_PATIENCE = datetime.timedelta(hours=24)
 
-
-def join(launched: LaunchedRank, timeout_minutes: float = 30.0) -> Ranks:
+def join(
+    launched: LaunchedRank, timeout_minutes: float = 30.0, say: Callable[[str], None] = lambda text: None
+) -> Ranks:
     """Join the process group through DeepSpeed, as the rank that the launcher announced.
 
     A peer that dies silently ends the run after `timeout_minutes`.
+
+    Args:
+        say: what is waited for.
+
+    Raises:
+        InputError: ranks do not find each other, or cannot connect.
     """
     os.environ.update(
         RANK=str(launched.rank),
@@ -32,18 +43,30 @@ def join(launched: LaunchedRank, timeout_minutes: float = 30.0) -> Ranks:
     import deepspeed
     import torch.distributed as dist
 
-    from adept_ds.models.device import take_device
+    from adept_ds.models.device import bound_device, take_device
 
     timeout = datetime.timedelta(minutes=timeout_minutes)
     backend = take_device(launched.local_rank)
+    own_builds(say if launched.local_rank == 0 else lambda text: None)  # who waits on a host waits for the same
     # One of a run that crashed here would be taken for this run's.
     _remove_shared_buffer(launched)
+    store = meet(launched, timeout_minutes, say)
+    with _naming_interfaces():
+        dist.init_process_group(
+            backend,
+            store=store,
+            rank=launched.rank,
+            world_size=launched.world_size,
+            timeout=timeout,
+            device_id=bound_device() if launched.world_size > 1 else None,
+        )
+        control, of_main = control_group(timeout), dist.new_group(backend="gloo", timeout=timeout)
+        dist.barrier(control)
     deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False, timeout=timeout)
-    control = control_group(timeout)
     dist.barrier(control)
     _remove_shared_buffer(launched)
-    patient = dist.new_group(backend="gloo", timeout=_PATIENCE)
-    return Ranks(launched.rank, launched.world_size, launched.local_size, control, patient)
+    sign_of_life = min(10.0, 60 * timeout_minutes / 3)
+    return Ranks(launched.rank, launched.world_size, launched.local_size, control, of_main, sign_of_life)
 
 
 def joined() -> Ranks:
@@ -70,6 +93,18 @@ def control_group(timeout: datetime.timedelta | None = None) -> Any:
     import torch.distributed as dist
 
     return dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo", timeout=timeout)
+
+
+@contextmanager
+def _naming_interfaces() -> Iterator[None]:
+    """Ranks that have met at the store now connect with each other, by whichever network each of them chose."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise InputError(
+            f"the ranks have met, but cannot connect with each other ({str(error).splitlines()[0][:200]}); set "
+            "GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to the interface that connects their hosts"
+        ) from None
 
 
 def _remove_shared_buffer(launched: LaunchedRank) -> None:

@@ -10,7 +10,10 @@ import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import psutil
+
 from adept_ds.base.errors import InputError
+from adept_ds.base.lifeline import announced_launcher
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,11 @@ class LaunchedRank:
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    @property
+    def speaks(self) -> bool:
+        """Whether it says for whom it waits: one on each host, and on that of rank 0 also who waits for it."""
+        return self.local_rank == 0 or self.rank == 1
 
 
 @dataclass(frozen=True)
@@ -63,6 +71,14 @@ _LAUNCHERS = (
     ),
 )
 
+_STARTED_BY = {
+    "CROSS_SIZE": 2,  # deepspeed's launcher on this host, and who started that
+    "TORCHELASTIC_RUN_ID": 1,
+    "OMPI_COMM_WORLD_RANK": 1,
+    "MPI_LOCALRANKID": 1,
+}
+"""What a launcher sets for its ranks, and how many generations above them belong to it; Slurm ends steps by itself."""
+
 
 def rank_from_environment(env: Mapping[str, str]) -> LaunchedRank:
     """Derive who this process is from a launcher's environment variables; one process when there are none.
@@ -85,6 +101,18 @@ def rank_from_environment(env: Mapping[str, str]) -> LaunchedRank:
     local_size = next((_first_number(key, env[key]) for key in launcher.local_size if key in env), world_size)
     address, port = _master(env, is_one_host=local_size >= world_size)
     return LaunchedRank(rank, world_size, local_rank, local_size, address, port, launcher.name)
+
+
+def launcher_processes(env: Mapping[str, str]) -> list[int]:
+    """Processes without which a rank shall not go on (see `base.lifeline`); none for one that a user started.
+
+    Whoever announced itself; and of deepspeed, torchrun and MPI the parent, which on other hosts than that of the
+    launcher stands for it. Ranks that a script of the user's started with variables of its own may outlive it.
+    """
+    generations = next((count for mark, count in _STARTED_BY.items() if mark in env), 0)
+    parents = [parent.pid for parent in psutil.Process().parents()[:generations]] if generations else []
+    announced = announced_launcher(env)
+    return parents if announced is None else [announced, *parents]
 
 
 def _number(env: Mapping[str, str], key: str) -> int:

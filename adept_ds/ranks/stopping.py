@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,12 +15,16 @@ from adept_ds.ranks.collectives import Ranks
 class StopRequest:
     """Set by USR1 (Slurm's warning before the end), TERM or INT.
 
-    Training goes on to the end of its step and writes a checkpoint; the other stages write nothing before they are
-    done, so they end at their next step of progress.
+    Training goes on to the end of its step and writes a checkpoint; the other stages end at their next step of
+    progress, and those that take long keep what they have done (see `unfinished`).
+
+    Args:
+        on_request: called once, when the first signal comes.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, on_request: Callable[[], None] = lambda: None) -> None:
         self.requested = False
+        self._on_request = on_request
 
     @contextmanager
     def listening(self) -> Iterator[StopRequest]:
@@ -54,4 +58,6 @@ class StopRequest:
     def _on_signal(self, number: int, frame: Any) -> None:
         if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.requested = True
+        if not self.requested:
+            self.requested = True
+            self._on_request()

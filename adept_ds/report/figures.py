@@ -202,6 +202,35 @@ def _draw_evals(run: RunFiles, figure: Figure) -> None:
         axes.legend(loc="best")
 
 
+def _draw_guard(run: RunFiles, figure: Figure) -> None:
+    """What the domain has gained, and how far each general source has certainly risen, by step."""
+    found = [(record["step"], record["guard"]) for record in run.metrics if record.get("guard")]
+    if not found:
+        return
+    limit = (run.config.get("guard") or {}).get("max_general_rise", 0.0)
+    steps = [step for step, _ in found]
+    figure.set_size_inches(WIDTH, 3.4)
+    left, right = figure.subplots(1, 2)
+    left.plot(steps, [of["domain"] for _, of in found], color=BLUE, marker="o")
+    left.set(xlabel="optimizer step", ylabel="loss on validation documents (nats)")
+    left.set_title("domain text", loc="left", weight="bold")
+    right.axhline(limit, color=INK, linestyle="--", linewidth=1, label=f"max_general_rise ({limit:g})")
+    names = list(dict.fromkeys(name for _, of in found for name in of["general"]))
+    for name, color in zip(names, (GREEN, COPY, GREY) * len(names), strict=False):
+        points = [(step, of["general"][name]) for step, of in found if name in of["general"]]
+        at = [step for step, _ in points]
+        right.plot(at, [of["rise"] for _, of in points], color=color, marker="o", label=name)
+        lower, upper = ([of[key] for _, of in points] for key in ("lower", "upper"))
+        right.fill_between(at, lower, upper, color=color, alpha=0.18, linewidth=0)
+    highest = {step: max(of["general"].values(), key=lambda one: one["lower"]) for step, of in found if of["forgotten"]}
+    if highest:
+        lows = [of["lower"] for of in highest.values()]
+        right.plot(list(highest), lows, color=INK, marker="x", linestyle="", label="found forgotten")
+    right.set(xlabel="optimizer step", ylabel="rise above the base (nats)")
+    right.set_title("general text", loc="left", weight="bold")
+    right.legend(loc="best")
+
+
 def _multipliers(run: RunFiles) -> tuple[list[float], list[str], dict[int, Any]]:
     """Steps, names of units within a copy, and for each copy a grid of multipliers (units x steps)."""
     refreshes = run.refreshes[:: math.ceil(len(run.refreshes) / MAX_COLUMNS) or 1]
@@ -306,7 +335,7 @@ FIGURES |= {"places": _draw_places}
 FIGURES |= {"methods": _draw_methods, "stack": _draw_stack}
 
 
-FIGURES |= {"training": lambda run, figure: _draw_panels(run, figure, LOSS), "evals": _draw_evals}
+FIGURES |= {"training": lambda run, figure: _draw_panels(run, figure, LOSS), "evals": _draw_evals, "guard": _draw_guard}
 
 
 FIGURES |= {"dial": _draw_dial}

@@ -190,11 +190,26 @@ class SummaryShape(Shape):
     copy_dropout: float | None = None
 
 
+class RiseShape(Shape):
+    rise: float
+    lower: float
+    upper: float
+
+
+class GuardShape(Shape):
+    """Of a line of metrics.jsonl"""
+
+    general: dict[str, RiseShape] = {}
+    domain: float
+    forgotten: bool = False
+
+
 class MetricsShape(Shape):
     """A line of metrics.jsonl; series pick the numbers that they show."""
 
     step: float
     eval: dict[str, LossShape] | None = None
+    guard: GuardShape | None = None
 
 
 class UnitShape(Shape):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save
 
@@ -16,6 +19,8 @@ from adept_ds.methods.shape import Start
 from adept_ds.models.anchor_passes import AnchorPasses
 from adept_ds.models.flops import count_anchor_flops
 from adept_ds.models.next_token import NextToken
+from adept_ds.ranks.collectives import Ranks
+from adept_ds.ranks.unfinished import Unfinished
 from adept_ds.run.context import Context
 from adept_ds.run.ledger import Stage
 from adept_ds.training.anchor import Anchor
@@ -23,7 +28,7 @@ from adept_ds.training.sampled_text import Writer
 from adept_ds.zero.build import build_forward_engine
 from adept_ds.zero.engine import Engine, release
 
-_TOKENS = "tokens"
+_TOKENS, _TOKEN = "tokens", np.int32
 
 
 def anchor_text_stage(run: Context) -> None:
@@ -31,7 +36,7 @@ def anchor_text_stage(run: Context) -> None:
     section = run.settings.config.anchor
     if section is None or section.text != "sampled":
         return
-    run.ledger.once(_stage(run, section), lambda: _sample(run, section))
+    run.ledger.once(_stage(run, section), partial(_sample, run, section))
 
 
 def make_anchor(run: Context, engine: Engine, start: Start) -> Anchor | None:
@@ -55,15 +60,25 @@ def make_anchor(run: Context, engine: Engine, start: Start) -> Anchor | None:
 def _text(run: Context, section: AnchorSection) -> AnchorText:
     config, ranks = run.settings.config, run.ranks
     if section.text == "sampled":
-        file = run.run_dir.anchor_text
-        remedy = f"move '{file}' away, and the base writes it again"
-        blocks = Blocks.of_rows(ranks.on_each(lambda: load_file(file)[_TOKENS].numpy(), remedy))
+        blocks = read_anchor_text(run.run_dir.anchor_text, ranks)
         indices = tuple(range(len(blocks)))
     else:
         sample = run.corpora.anchor.sample(section.sequences, config.probe.seed)
         blocks, indices = sample.blocks, sample.indices
     _, rows = anchor_shape(config, ranks.world_size)
     return AnchorText(blocks, indices, config.anchored, rows, config.train.seed)
+
+
+def read_anchor_text(file: Path, ranks: Ranks) -> Blocks:
+    """What the base wrote. Raises `InputError`, on every rank: it is damaged."""
+
+    def read() -> np.ndarray:
+        tokens: np.ndarray = load_file(file)[_TOKENS].numpy()
+        if tokens.ndim != 2 or not tokens.size or tokens.dtype != _TOKEN or tokens.min() < 0:
+            raise ValueError(f"{_TOKENS}: {tokens.dtype}{tokens.shape}, or a negative number")
+        return tokens
+
+    return Blocks.of_rows(ranks.on_each(read, f"move '{file}' away, and the base writes it again"))
 
 
 def _stage(run: Context, section: AnchorSection) -> Stage:
@@ -81,7 +96,7 @@ def _stage(run: Context, section: AnchorSection) -> Stage:
     return Stage("anchor_text", run.run_dir.anchor_text, inputs)
 
 
-def _sample(run: Context, section: AnchorSection) -> None:
+def _sample(run: Context, section: AnchorSection, unfinished: Unfinished) -> None:
     config, base = run.settings.config, run.settings.model
     begins_with, next_token = first_token(base), None
     assert begins_with is not None
@@ -93,8 +108,10 @@ def _sample(run: Context, section: AnchorSection) -> None:
     model, device = build_forward_engine(run.engines, base, prepare)
     assert next_token is not None
     writer = Writer(model, next_token.begin, begins_with, device, run.ranks)
-    with run.progress.together("writing anchor text") as bar:
-        tokens = writer.write(section.sequences, config.data.seq_len, config.probe.seed, bar)
+    doing = "writing anchor text"
+    with run.progress.together(doing) as bar:
+        work = unfinished.work(doing)
+        tokens = writer.write(section.sequences, config.data.seq_len, config.probe.seed, bar, work)
     release(model)
     run.ranks.on_main(lambda: write_bytes(run.run_dir.anchor_text, save({_TOKENS: tokens})))
     run.terminal.stage("anchor", f"the base wrote {len(tokens)} sequences of {config.data.seq_len} tokens")

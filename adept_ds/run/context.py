@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
+from typing import Any
 
 import torch
+from rich.markup import escape
 
-from adept_ds.base.digests import FileDigests
+from adept_ds.base.digests import FileDigests, json_digest
 from adept_ds.base.run_dir import RunDirectory
 from adept_ds.base.terminal import Terminal
+from adept_ds.base.version import __version__
 from adept_ds.config.resolved import ResolvedConfig
 from adept_ds.models.device import resolve_precision
 from adept_ds.models.loading import check_architecture
 from adept_ds.ranks.collectives import Ranks
 from adept_ds.ranks.stopping import StopRequest
+from adept_ds.ranks.unfinished import Unfinished
 from adept_ds.run.corpora import Corpora
 from adept_ds.run.identity import Identity
-from adept_ds.run.ledger import Ledger
+from adept_ds.run.ledger import Keep, Ledger, plain
 from adept_ds.run.progress import StageProgress
 from adept_ds.zero.build import EngineSettings
 
@@ -33,6 +37,8 @@ class Context:
     corpora: Corpora
     ledger: Ledger
     identity: Identity
+    keep: Keep
+    """For stages that are not of the ledger."""
 
     @classmethod
     def of(cls, settings: ResolvedConfig, ranks: Ranks, terminal: Terminal, stop: StopRequest) -> Context:
@@ -40,9 +46,15 @@ class Context:
             for model in filter(None, (settings.model, settings.reference_model)):
                 check_architecture(model)
         progress = StageProgress(terminal, stop, ranks)
-        ledger = Ledger(settings.run_dir.ledger, ranks)
-        identity = Identity(FileDigests(settings.run_dir.digests), progress)
-        return cls(settings, ranks, terminal, progress, Corpora(settings, progress), ledger, identity)
+        keep = partial(_keep, settings, ranks, terminal)
+        digests = FileDigests(settings.run_dir.digests)
+
+        def say(stage: str, line: str) -> None:
+            terminal.stage(stage, escape(line))
+
+        ledger = Ledger(settings.run_dir.ledger, ranks, keep, digests.file, say)
+        identity = Identity(digests, progress)
+        return cls(settings, ranks, terminal, progress, Corpora(settings, progress), ledger, identity, keep)
 
     @cached_property
     def precision(self) -> torch.dtype:
@@ -61,3 +73,21 @@ class Context:
     def unchanged(self, stage: str) -> None:
         """Say that a stage was not run again."""
         self.terminal.stage(stage, "[dim]unchanged, not run again[/]")
+
+
+def _keep(settings: ResolvedConfig, ranks: Ranks, terminal: Terminal, stage: str, made_of: Any) -> Unfinished:
+    """Numbers differ in their last bits where they are computed in another way: what was done so is no part of them."""
+    config = settings.config
+    how = {
+        "ranks": ranks.world_size,
+        "deepspeed": settings.deepspeed,
+        "batches": [config.probe.micro_batch_size, config.probe.max_stack_tokens, config.train.micro_batch_size],
+        "precision": config.train.precision,
+        "versions": [__version__, torch.__version__],
+    }
+    digest = json_digest(plain([made_of, how]))
+
+    def say(text: str) -> None:
+        terminal.stage(stage.partition("_")[0], escape(text))
+
+    return Unfinished(settings.run_dir.unfinished / stage, digest, ranks, say)

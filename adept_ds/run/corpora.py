@@ -8,6 +8,8 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Literal
 
+from rich.markup import escape
+
 from adept_ds.base.digests import FileDigests
 from adept_ds.base.errors import InputError
 from adept_ds.config.corpus_entries import CorpusFiles, CorpusSource, corpus_sources
@@ -237,4 +239,9 @@ class Corpora:
         tokenizer = TextTokenizer(
             settings.model.path, bos=data.bos, special_tokens_in_text=data.special_tokens_in_text, bos_per=bos_per
         )
-        return Tokenisation(tokenizer, settings.run_dir.tokens, FileDigests(settings.run_dir.digests), data.workers)
+        return Tokenisation(
+            tokenizer, settings.run_dir.tokens, FileDigests(settings.run_dir.digests), data.workers, self._say
+        )
+
+    def _say(self, line: str) -> None:
+        self.progress.terminal.stage("data", escape(line))

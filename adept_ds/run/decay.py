@@ -18,7 +18,8 @@ from adept_ds.run.context import Context
 from adept_ds.run.prerequisites import check_decays
 from adept_ds.run.start import find_start
 from adept_ds.run.train import training_manifest, training_settings
-from adept_ds.training.checkpoint import adopt_checkpoint, check_same_ranks, check_same_training, check_whole
+from adept_ds.training.checkpoint import check_same_training, verify
+from adept_ds.training.checkpoint_choice import adopt_checkpoint
 
 
 def begin_branch(run: Context, trunk: Config, step: int) -> None:
@@ -27,21 +28,19 @@ def begin_branch(run: Context, trunk: Config, step: int) -> None:
     One that has checkpoints has begun. To be called on every rank.
 
     Raises:
-        InputError: the trunk has no such checkpoint, or it was not trained as `trunk` says, or with other ranks.
+        InputError: the trunk has no such checkpoint, or not a whole one, or it was not trained as `trunk` says.
     """
     source, target = RunDirectory(trunk.run_dir), run.run_dir
     if run.ranks.on_main(lambda: checkpoint_steps(target.checkpoints)):
         return
     run.ranks.on_main(lambda: _take_over_stages(trunk, step, source, target))
-    found = find_start(run)
+    found, checkpoint = find_start(run), source.checkpoints / checkpoint_tag(step)
+    verify(checkpoint, run.ranks)
 
     def take_over_training() -> None:
         trained = training_settings(trunk, run.identity, found.start.layers)
         expected = training_manifest(run, found.fingerprint, trained, step)
         check_same_training(source.checkpoints, expected)
-        check_same_ranks(source.checkpoints, expected)
-        checkpoint = source.checkpoints / checkpoint_tag(step)
-        check_whole(checkpoint)
         _copy_logs(source, target)
         write_text(target.config, dump_config(run.settings.config))
         settings = training_settings(run.settings.config, run.identity, found.start.layers)

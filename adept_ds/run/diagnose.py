@@ -25,6 +25,7 @@ from adept_ds.models.loading import layers_train
 from adept_ds.probing.bypassed_copies import CopyPasses, CopySweep
 from adept_ds.probing.copy_gradients import UnitGradients, unit_gradients
 from adept_ds.probing.result import LayerImportance
+from adept_ds.ranks.unfinished import Unfinished
 from adept_ds.report.diagnosis import (
     CopiedLayer,
     Diagnosis,
@@ -68,14 +69,15 @@ def diagnose_stage(run: Context, sequences: int | None = None) -> Diagnosis:
     from_files = run.ranks.on_main(lambda: _from_files(run, expansion))  # where a damaged file shows, before all else
     passes: dict[str, CopyPasses] = {}
     gradients: UnitGradients | None = None
+    unfinished = run.keep("diagnose", made_of)
     if expansion is None:
         name = run.settings.config.method.name
         run.terminal.stage("diagnose", f"method {name} makes no copies: only how its units moved is looked at")
     else:
-        adapted = run.ranks.on_main(lambda: ModelDirectory.read(trained_model(run.settings.config)))
+        adapted = run.ranks.on_main(lambda: _adapted(run))
         with naming_what_is_not_finite(run, adapted):
-            passes = _sweep(run, adapted, expansion, sequences)
-            gradients = _gradients(run, adapted, expansion, sequences)
+            passes = _sweep(run, adapted, expansion, sequences, unfinished)
+            gradients = _gradients(run, adapted, expansion, sequences, unfinished)
 
     def conclude() -> Diagnosis:
         facts = _facts(run, made_of, from_files, expansion, passes, gradients)
@@ -87,7 +89,16 @@ def diagnose_stage(run: Context, sequences: int | None = None) -> Diagnosis:
         run.terminal.stage("diagnose", f"{_summary(diagnosis)}: {path}")
         return diagnosis
 
-    return run.ranks.on_main(conclude)
+    diagnosis = run.ranks.on_main(conclude)
+    unfinished.remove()
+    return diagnosis
+
+
+def _adapted(run: Context) -> ModelDirectory:
+    """Raises `DamagedError`: it is not as it was written."""
+    model = trained_model(run.settings.config)
+    run.identity.check_as_written(model, "`adept export CONFIG` makes it again, and keeps this one aside")
+    return ModelDirectory.read(model)
 
 
 def diagnose_if_it_failed(run: Context) -> None:
@@ -126,7 +137,7 @@ def _digest_of_inputs(run: Context, sequences: int | None) -> str:
     inputs = {
         "version": __version__,
         "adapted": adapted,
-        "config": config.model_dump(mode="json", exclude={"run_dir", "model", "deepspeed"}),
+        "config": config.model_dump(mode="json", exclude={"run_dir", "model", "deepspeed", "checkpoint"}),
         "corpora": [run.identity.corpus(key, entries) for key, entries in corpora.items()],
         "reading": reading_settings(config.data),
         "sequences": sequences,
@@ -163,21 +174,26 @@ def _sample(held_out: EvalSet, sequences: int | None) -> Sample:
     return Sample(held_out.blocks, indices, (0,) * len(indices), (1.0,), (held_out.name,))
 
 
-def _sweep(run: Context, adapted: ModelDirectory, expansion: Expansion, sequences: int | None) -> dict[str, CopyPasses]:
+def _sweep(
+    run: Context, adapted: ModelDirectory, expansion: Expansion, sequences: int | None, unfinished: Unfinished
+) -> dict[str, CopyPasses]:
     """By corpus."""
     section, found = run.settings.config.probe, dict[str, CopyPasses]()
     samples = {held_out.name: _sample(held_out, sequences) for held_out in run.corpora.held_out}
     sweep = CopySweep(run.engines, adapted, expansion.copy_indices, max_stack_tokens=section.max_stack_tokens)
     for name, sample in samples.items():
-        with run.terminal.progress(f"bypassing copies on {name} text") as bar:
-            check = run.progress.stop.checked("diagnosing", bar, run.ranks)
-            found[name] = sweep.over(sample, micro_batch_size=section.micro_batch_size, check=check, move=bar)
+        doing = f"bypassing copies on {name} text"
+        with run.terminal.progress(doing) as bar:
+            check, work = run.progress.stop.checked("diagnosing", bar, run.ranks), unfinished.work(doing)
+            found[name] = sweep.over(
+                sample, micro_batch_size=section.micro_batch_size, check=check, move=bar, work=work
+            )
     sweep.close()
     return found
 
 
 def _gradients(
-    run: Context, adapted: ModelDirectory, expansion: Expansion, sequences: int | None
+    run: Context, adapted: ModelDirectory, expansion: Expansion, sequences: int | None, unfinished: Unfinished
 ) -> UnitGradients | None:
     """Of the domain's held-out text; None without any."""
     domain = next((held_out for held_out in run.corpora.held_out if held_out.name == "domain"), None)
@@ -191,9 +207,12 @@ def _gradients(
         # Whatever the run's units are: a head is made of what was silent and of what was not.
         return build_registry(family, shapes, copies, "matrix", model_config)
 
-    with run.progress.together("gradients on domain text") as bar:
-        trains = layers_train(family, copies)
-        return unit_gradients(run.engines, adapted, trains, units, batches, seed=config.train.seed, progress=bar)
+    doing = "gradients on domain text"
+    with run.progress.together(doing) as bar:
+        trains, work = layers_train(family, copies), unfinished.work(doing)
+        return unit_gradients(
+            run.engines, adapted, trains, units, batches, seed=config.train.seed, progress=bar, work=work
+        )
 
 
 def _facts(

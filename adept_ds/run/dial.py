@@ -16,8 +16,11 @@ from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import Any
 
+from rich.markup import escape
+
 from adept_ds.base.dial_record import Alphas, DialPosition, DialRecord, label_of
 from adept_ds.base.digests import json_digest
+from adept_ds.base.errors import DamagedError
 from adept_ds.base.resampling import SAMPLES
 from adept_ds.config.dial_section import DialSection
 from adept_ds.data.document_rows import JoinedRows
@@ -30,6 +33,7 @@ from adept_ds.evaluation.row_losses import Evaluator
 from adept_ds.methods.shape import method_of
 from adept_ds.models.directory import ModelDirectory
 from adept_ds.models.frozen_prefix import FrozenPrefix
+from adept_ds.ranks.unfinished import Unfinished
 from adept_ds.run.context import Context
 from adept_ds.run.evaluate import base_losses, held_out_texts
 from adept_ds.run.kept_losses import KeptLosses, Measured
@@ -47,11 +51,20 @@ def dial_stage(run: Context) -> DialRecord:
         InputError: a source has too few documents, or a loss is no number.
     """
     stage = Stage("dial", run.run_dir.dial, lambda: _inputs(run))
-    if not run.ledger.once(stage, lambda: _choose(run)):
+    if not run.ledger.once(stage, partial(_choose, run)):
         run.unchanged("dial")
     record = run.ranks.on_main(lambda: DialRecord.load(run.run_dir.dial))
     run.terminal.stage("dial", f"alpha {label_of(record.chosen)}: {record.reason}")
     return record
+
+
+def _kept(run: Context, made_of: str) -> KeptLosses:
+    """What was evaluated before."""
+    try:
+        return KeptLosses.load(run.run_dir.dial_losses, made_of)
+    except DamagedError as error:
+        run.terminal.stage("dial", escape(f"{error.reason}: positions are evaluated again"))
+        return KeptLosses(made_of)
 
 
 def check_dial_texts(run: Context) -> None:
@@ -61,7 +74,7 @@ def check_dial_texts(run: Context) -> None:
         check_halves(run.corpora.held_out_documents, section.fewest_documents)
 
 
-def _choose(run: Context) -> None:
+def _choose(run: Context, unfinished: Unfinished) -> None:
     section, begun = _section(run), time.monotonic()
     check_dial_texts(run)
     trained = run.ranks.on_main(lambda: ModelDirectory.read(run.run_dir.trained))
@@ -76,9 +89,9 @@ def _choose(run: Context) -> None:
     # Rank 0 alone decides where to look next: ranks that computed it by themselves could disagree in a last bit.
     course, before = _Course(turns, pairs), 0.0
     made_of = run.ranks.on_main(lambda: json_digest(_measured_of(run)))
-    kept = run.ranks.on_main(lambda: KeptLosses.load(run.run_dir.dial_losses, made_of))
+    kept = run.ranks.on_main(lambda: _kept(run, made_of))
     kept.add((0.0,), Measured(pairs.base, 0.0))  # bit for bit
-    with _evaluations(run, trained) as evaluate:
+    with _evaluations(run, trained, unfinished) as evaluate:
         trial = run.ranks.on_main(course.first)
         while trial is not None:
             measured = kept.of(trial.alphas)
@@ -155,7 +168,9 @@ class _Course:
 
 
 @contextmanager
-def _evaluations(run: Context, trained: ModelDirectory) -> Iterator[Callable[[Alphas], Measured]]:
+def _evaluations(
+    run: Context, trained: ModelDirectory, unfinished: Unfinished
+) -> Iterator[Callable[[Alphas], Measured]]:
     """Of a model that is turned from position to position; it is loaded when the first one is asked for."""
     held_out, kind = run.corpora.held_out_documents, method_of(run.settings.config).dial
     with ExitStack() as stack:
@@ -167,13 +182,13 @@ def _evaluations(run: Context, trained: ModelDirectory) -> Iterator[Callable[[Al
             return evaluator, dial, _prefix(run, evaluator, trained) if kind == "copies" else None
 
         def evaluate(alphas: Alphas) -> Measured:
-            begun = time.monotonic()
             evaluator, dial, prefix = loaded()
             dial.turn(alphas_by_parameter(dial, trained, alphas))
             title = f"dial at alpha {label_of(alphas)}"
+            work = unfinished.work(title)
             with naming_what_is_not_finite(run, trained), run.progress.together(title) as bar:
-                losses = document_losses(evaluator, held_out, bar, prefix)
-            return Measured(losses, time.monotonic() - begun)
+                losses = document_losses(evaluator, held_out, bar, prefix, work)
+            return Measured(losses, work.seconds)
 
         yield evaluate
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from adept_ds.evaluation.held_out import DocumentLosses, HeldOut, SourceName, by
 from adept_ds.evaluation.questions import accuracies
 from adept_ds.methods.shape import method_of
 from adept_ds.models.directory import ModelDirectory
+from adept_ds.ranks.unfinished import Unfinished
 from adept_ds.run.context import Context
 from adept_ds.run.identity import reading_settings
 from adept_ds.run.ledger import Stage
@@ -52,7 +54,7 @@ def _losses(run: Context, adapted: ModelDirectory) -> Evaluation:
     files = run.run_dir
     evaluate_base(run)
     stage = Stage("eval", files.evaluation, lambda: _inputs(run, adapted), also=(files.document_losses,))
-    if not run.ledger.once(stage, lambda: _evaluate_adapted(run, adapted)):
+    if not run.ledger.once(stage, partial(_evaluate_adapted, run, adapted)):
         run.unchanged("eval")
     return run.ranks.on_main(lambda: Evaluation.load(files.evaluation))
 
@@ -66,7 +68,7 @@ def evaluate_base(run: Context) -> None:
         lambda: {"model": run.identity.model(run.settings.model), **held_out_texts(run)},
         also=(files.base_document_losses,),
     )
-    run.ledger.once(stage, lambda: _evaluate_base(run))
+    run.ledger.once(stage, partial(_evaluate_base, run))
 
 
 def base_losses(run: Context) -> DocumentLosses:
@@ -93,26 +95,37 @@ def evaluate_model(run: Context, model_dir: ModelDirectory, title: str) -> dict[
     return found.by_corpus(run.corpora.held_out_documents)
 
 
-def find(run: Context, model_dir: ModelDirectory, title: str, positions: Sequence[float] = (1.0,)) -> list[Found]:
+def find(
+    run: Context,
+    model_dir: ModelDirectory,
+    title: str,
+    positions: Sequence[float] = (1.0,),
+    unfinished: Unfinished | None = None,
+) -> list[Found]:
     """Losses and accuracies of a model at each position of the dial (1: as it is), the first of which is 1.
+
+    Args:
+        unfinished: where they are kept, pass by pass.
 
     Raises:
         InputError: a loss is no finite number; the message names the corpus, and the tensor that is to blame.
     """
     held_out, questions = run.corpora.held_out_documents, run.corpora.held_out_questions
+    unfinished = unfinished or Unfinished()
     with evaluator_of(run, model_dir) as evaluator:  # after texts: a mistake in one shows before a model is loaded
         found = []
         for where in turned(run, evaluator, model_dir, title, positions):
             with naming_what_is_not_finite(run, model_dir), run.progress.together(where) as bar:
-                losses = document_losses(evaluator, held_out, bar)
-            with run.progress.together(f"{where}: questions") as bar:
-                found.append(Found(losses, accuracies(evaluator, questions, bar)))
+                losses = document_losses(evaluator, held_out, bar, work=unfinished.work(where))
+            asking = f"{where}: questions"
+            with run.progress.together(asking) as bar:
+                found.append(Found(losses, accuracies(evaluator, questions, bar, unfinished.work(asking))))
         return found
 
 
-def _evaluate_base(run: Context) -> None:
+def _evaluate_base(run: Context, unfinished: Unfinished) -> None:
     held_out = run.corpora.held_out_documents
-    (found,) = find(run, run.settings.model, "evaluating base")
+    (found,) = find(run, run.settings.model, "evaluating base", unfinished=unfinished)
 
     def write() -> None:
         _write_losses(run.run_dir.base_document_losses, held_out, {"base": found.losses})
@@ -121,9 +134,9 @@ def _evaluate_base(run: Context) -> None:
     run.ranks.on_main(write)
 
 
-def _evaluate_adapted(run: Context, adapted: ModelDirectory) -> None:
+def _evaluate_adapted(run: Context, adapted: ModelDirectory, unfinished: Unfinished) -> None:
     held_out, dial = run.corpora.held_out_documents, run.settings.config.eval.dial
-    found, *between = find(run, adapted, "evaluating adapted", (1.0, *dial))
+    found, *between = find(run, adapted, "evaluating adapted", (1.0, *dial), unfinished)
     positions = dict(zip(dial, between, strict=True))
 
     def write() -> None:
@@ -177,5 +190,8 @@ def _read_losses(path: Path, held_out: HeldOut, model: str) -> DocumentLosses:
 
 
 def _exported(run: Context) -> ModelDirectory:
-    check_ready(run.settings.config, "eval")
-    return ModelDirectory.read(run.run_dir.export)
+    config, export = run.settings.config, run.run_dir.export
+    check_ready(config, "eval")
+    makes = "export" if config.dial is None else "dial"
+    run.identity.check_as_written(export, f"`adept {makes} CONFIG` makes it again, and keeps this one aside")
+    return ModelDirectory.read(export)

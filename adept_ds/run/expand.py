@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from adept_ds.base.errors import InputError
+from rich.markup import escape
+
+from adept_ds.base.errors import DamagedError, InputError
 from adept_ds.base.run_dir import checkpoint_steps
 from adept_ds.models.tokenizer_files import tokenizer_fingerprint
 from adept_ds.probing.places import PlaceBenefits
@@ -18,12 +20,16 @@ from adept_ds.probing.selection import layers_without_probe
 from adept_ds.run.context import Context
 from adept_ds.run.prerequisites import check_expands, check_probed, check_ready
 from adept_ds.run.replacing import keep_aside
-from adept_ds.training.checkpoint import newest_manifest
+from adept_ds.training.checkpoint import check_whole
+from adept_ds.training.checkpoint_choice import choose
 from adept_ds.weights.base_files import BaseFiles
 from adept_ds.weights.expansion import Expansion, expand_checkpoint
 from adept_ds.weights.fingerprints import config_digest
 
 _LAYERS = "layers"
+
+MADE_AGAIN = "`adept expand CONFIG` makes it again, and keeps this one aside"
+"""What to do with an expanded model that is damaged."""
 
 
 def expand_stage(run: Context) -> Expansion:
@@ -36,7 +42,10 @@ def expand_stage(run: Context) -> Expansion:
     selected, expanded = run.ranks.on_main(lambda: selected_layers(run)), run.run_dir.expanded
 
     def make() -> bool:
-        if run.run_dir.expansion.is_file():
+        damage = _damage(run)
+        if damage is not None:
+            run.terminal.stage("expand", escape(f"{damage.reason}: made again"))
+        elif run.run_dir.expansion.is_file():
             different = _differences(run, selected)
             if not different:
                 return False
@@ -64,6 +73,9 @@ def current_expansion(run: Context) -> Expansion:
 
     def find() -> Expansion:
         check_ready(run.settings.config, "train")
+        damage = _damage(run)
+        if damage is not None:
+            raise damage
         different = _differences(run, selected_layers(run))
         if different:
             _refuse_if_trained(run, different)
@@ -84,10 +96,20 @@ def check_same_model(run: Context, selected: Sequence[int] | None = None) -> Non
     Raises:
         InputError: it is another one, or they are others.
     """
-    if run.run_dir.expansion.is_file() and checkpoint_steps(run.run_dir.checkpoints):
+    if run.run_dir.expansion.is_file() and checkpoint_steps(run.run_dir.checkpoints) and not _damage(run):
         different = _differences(run, selected)
         if different:
             _refuse_if_trained(run, different)
+
+
+def _damage(run: Context) -> DamagedError | None:
+    """What of the expanded model is not as it was written: then it says nothing, and is made again."""
+    try:
+        if run.run_dir.expansion.is_file():
+            run.identity.check_as_written(run.run_dir.expanded, MADE_AGAIN)
+    except DamagedError as error:
+        return error
+    return None
 
 
 def _differences(run: Context, selected: Sequence[int] | None = None) -> list[str]:
@@ -114,7 +136,7 @@ def _made_of(run: Context) -> dict[str, Any]:
 def _refuse_if_trained(run: Context, different: Sequence[str]) -> None:
     """Raises `InputError`, with the way to go on, if checkpoints need the expanded model that is there."""
     checkpoints, expansion = run.run_dir.checkpoints, Expansion.read(run.run_dir.expanded)
-    newest = newest_manifest(checkpoints)
+    newest = choose(checkpoints, checkpoint_steps(checkpoints), check_whole).manifest
     if newest is None or newest.fingerprint != expansion.fingerprint:
         return
     if _LAYERS in different:

@@ -14,19 +14,22 @@ from typing import Any
 import torch
 
 from adept_ds.base.dial_record import label_of
-from adept_ds.base.errors import InputError
-from adept_ds.base.outputs import check_output
+from adept_ds.base.errors import DamagedError, InputError
+from adept_ds.base.outputs import check_as_written, check_output
 from adept_ds.base.progress import ProgressCallback
 from adept_ds.base.run_dir import EXPANSION_NAME, checkpoint_tag, manifest_of
 from adept_ds.config.known_methods import parse_method
 from adept_ds.methods.shape import Method
 from adept_ds.models.directory import ModelDirectory
+from adept_ds.ranks.collectives import Ranks
+from adept_ds.ranks.unfinished import Unfinished
 from adept_ds.run.context import Context
+from adept_ds.run.expand import MADE_AGAIN
 from adept_ds.run.ledger import Stage
 from adept_ds.run.prerequisites import exported_step
 from adept_ds.run.replacing import keep_aside
 from adept_ds.run.start import start_directory
-from adept_ds.training.checkpoint import CheckpointManifest, check_same_start, check_whole
+from adept_ds.training.checkpoint import CheckpointManifest, check_same_start, check_whole, verify
 from adept_ds.weights.expansion import Expansion
 from adept_ds.weights.export import export_checkpoint, tag_of
 from adept_ds.weights.fingerprints import fingerprint_of, hash_tensors
@@ -71,7 +74,7 @@ def export_turned(run: Context, alphas: Sequence[float], step: int | None = None
         with run.progress.on_main("turning") as bar:
             write_turned(run_dir.trained, run_dir.export, alphas, None if makes_copies else base, bar, overwrite=True)
 
-    if run.ledger.once(Stage("export", run_dir.export, inputs), lambda: run.ranks.on_main(write)):
+    if run.ledger.once(Stage("export", run_dir.export, inputs), lambda _: run.ranks.on_main(write)):
         run.terminal.stage("export", f"at alpha {label_of(tuple(alphas))} in {run_dir.export}")
     else:
         run.unchanged("export")
@@ -92,10 +95,12 @@ def _as_trained(run: Context, name: str, destination: Path, step: int | None, st
         if stale is not None:
             stale.unlink(missing_ok=True)
         keep_aside(run, destination, "export")
+        if start == run.run_dir.expanded:
+            run.identity.check_as_written(start, MADE_AGAIN)
         with run.progress.on_main("exporting") as bar:
             return _export(start, checkpoint, destination, dtype, bar, overwrite=True)
 
-    def make() -> None:
+    def make(_: Unfinished) -> None:
         nonlocal trained
         trained = run.ranks.on_main(write)
 
@@ -132,6 +137,7 @@ def export_learned(
     """
     check_output(destination, "export", {"CHECKPOINT": checkpoint, "--base": start}, overwrite=overwrite)
     directory = tag_of(checkpoint)
+    check_as_written(start, remedy=Expansion.remedy())
     if manifest_of(directory).is_file():
         manifest = CheckpointManifest.load(manifest_of(directory))
         if manifest.fingerprint != _fingerprint(start):
@@ -149,6 +155,11 @@ def _export(
     overwrite: bool,
 ) -> int:
     method, model = _trained_with(checkpoint), ModelDirectory.read(start)
+    if manifest_of(checkpoint).is_file():
+        try:
+            verify(checkpoint, Ranks())
+        except DamagedError as error:
+            raise DamagedError(error.reason, CheckpointManifest.remedy()) from None
 
     def learned(trained: dict[str, torch.Tensor]) -> Iterable[tuple[str, torch.Tensor]]:
         return method.learned(trained, model, checkpoint) if method else trained.items()

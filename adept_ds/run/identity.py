@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from adept_ds.base.digests import FileDigests
+from adept_ds.base.outputs import check_as_written
 from adept_ds.base.progress import Meter
 from adept_ds.config.corpus_entries import CorpusFiles, corpus_sources
 from adept_ds.config.corpus_files import find_files
@@ -60,6 +61,21 @@ class Identity:
         return self.digests.remembered(
             "tensors", [*files, index] if index.is_file() else files, lambda: self._hash_weights(directory)
         )
+
+    def check_as_written(self, directory: Path, remedy: str = "") -> None:
+        """What a command wrote there is as it was.
+
+        Raises:
+            DamagedError: naming the first file that is not, and `remedy`.
+        """
+        files = directory.iterdir() if directory.is_dir() else ()
+        with self.progress.on_main(f"reading {directory.name}") as bar:
+            meter = Meter(sum(file.stat().st_size for file in files if file.is_file()), bar)
+
+            def digest_of(file: Path) -> str:
+                return self.digests.file(file, lambda num_bytes: meter.advance(num_bytes, file.name))
+
+            check_as_written(directory, digest_of, remedy)
 
     def _hash_weights(self, directory: Path) -> str:
         tensors = stored_tensors(directory)

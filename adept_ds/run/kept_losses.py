@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from adept_ds.base.dial_record import Alphas, label_of
+from adept_ds.base.digests import json_digest
+from adept_ds.base.errors import DamagedError
 from adept_ds.base.files import write_bytes
 from adept_ds.evaluation.held_out import DocumentLosses, SourceName
 
@@ -34,7 +38,13 @@ class KeptLosses:
 
     @classmethod
     def load(cls, path: Path, made_of: str) -> KeptLosses:
-        """Those in a file; none if it is not there, of something else, or damaged: they are only found again."""
+        """Those in a file; none if it is not there, or of something else.
+
+        Raises:
+            DamagedError: it is not as it was written; they are only to be found again.
+        """
+        if not path.is_file():
+            return cls(made_of)
         try:
             with safe_open(path, framework="numpy") as file:
                 metadata = file.metadata() or {}
@@ -45,9 +55,12 @@ class KeptLosses:
                 for name in file.keys():  # noqa: SIM118 - safe_open is not a mapping
                     label, corpus, source = name.split("/", 2)
                     losses[label][SourceName(corpus, source)] = file.get_tensor(name)
-        except (OSError, SafetensorError, ValueError, KeyError):
-            return cls(made_of)
-        return cls(made_of, {label: Measured(losses[label], seconds[label]) for label in seconds})  # type: ignore[arg-type]
+            found = cls(made_of, {label: Measured(losses[label], seconds[label]) for label in seconds})  # type: ignore[arg-type]
+            if metadata.get("check") not in (None, found._digest()):
+                raise ValueError("losses were changed after they were written")
+        except (OSError, SafetensorError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise DamagedError(f"'{path}' is damaged ({error})") from None
+        return found
 
     def of(self, alphas: Alphas) -> Measured | None:
         return self.positions.get(label_of(alphas))
@@ -57,6 +70,16 @@ class KeptLosses:
 
     def save(self, path: Path) -> None:
         """Whole, or as it was."""
-        tensors = {f"{label}/{name}": of for label, at in self.positions.items() for name, of in at.losses.items()}
-        seconds = {label: at.seconds for label, at in self.positions.items()}
-        write_bytes(path, save(tensors, metadata={"made_of": self.made_of, "seconds": json.dumps(seconds)}))
+        metadata = {"made_of": self.made_of, "seconds": json.dumps(self._seconds()), "check": self._digest()}
+        write_bytes(path, save(self._tensors(), metadata=metadata))
+
+    def _tensors(self) -> dict[str, np.ndarray]:
+        return {f"{label}/{name}": of for label, at in self.positions.items() for name, of in at.losses.items()}
+
+    def _seconds(self) -> dict[str, float]:
+        return {label: at.seconds for label, at in self.positions.items()}
+
+    def _digest(self) -> str:
+        """Of all that is kept."""
+        tensors = {name: [str(of.dtype), sha256(of.tobytes()).hexdigest()] for name, of in self._tensors().items()}
+        return json_digest([self.made_of, self._seconds(), tensors])

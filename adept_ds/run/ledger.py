@@ -1,7 +1,8 @@
-"""Which stage was made from which inputs: what a run need not do again.
+"""Which stage was made from which inputs, and what came out: what a run need not do again.
 
 A stage declares its inputs and its output once. Rank 0 alone looks at the disk and decides for all: with a network file
-system that lags, ranks that looked by themselves would disagree, and wait for each other.
+system that lags, ranks that looked by themselves would disagree, and wait for each other. An output that is not what
+the stage left, to the last bit, is made again.
 """
 
 from __future__ import annotations
@@ -12,11 +13,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
 from pydantic_core import from_json
 
-from adept_ds.base.errors import InputError
-from adept_ds.base.files import write_json
+from adept_ds.base.digests import Digest, sha256_of
+from adept_ds.base.errors import DamagedError
+from adept_ds.base.files import aside, write_json
+from adept_ds.base.outputs import check_as_written
+from adept_ds.base.proofs import DigestOf
+from adept_ds.base.records import Record
 from adept_ds.ranks.collectives import Ranks
+from adept_ds.ranks.unfinished import Unfinished
+
+
+class _Entry(Record):
+    """Of a stage. Older ones are what it was made of, and nothing else."""
+
+    made_of: Any
+    sha256: dict[str, Digest]
+    """Of the files among its outputs, by name; directories say themselves what they are."""
 
 
 @dataclass(frozen=True)
@@ -25,20 +40,46 @@ class Stage:
 
     name: str
     output: Path
+    """A file, or a directory that a command wrote (see `outputs.new_output`)."""
     inputs: Callable[[], Any]
     """Everything that decides what the output is, as JSON; called on rank 0."""
     also: tuple[Path, ...] = ()
-    """What is made beside the output, and belongs to it."""
+    """Files that are made beside the output, and belong to it."""
+
+    @property
+    def outputs(self) -> tuple[Path, ...]:
+        return (self.output, *self.also)
+
+
+Keep = Callable[[str, Any], Unfinished]
+"""From the name of a stage and what it is made of to where its works are kept until it is done."""
 
 
 class Ledger:
-    """The record of a run's stages (stages.json)."""
+    """The record of a run's stages (stages.json).
 
-    def __init__(self, file: Path, ranks: Ranks) -> None:
-        self._file, self._ranks = file, ranks
+    Args:
+        keep: says where the works of a stage are kept until it is done.
+        digest_of: of a file's bytes, which may be remembered.
+        say: is told, with the name of a stage, what is made again because it was damaged.
+    """
 
-    def once(self, stage: Stage, make: Callable[[], None]) -> bool:
-        """Run `make`, on every rank, unless the output was made from these very inputs; whether it was run."""
+    def __init__(
+        self,
+        file: Path,
+        ranks: Ranks,
+        keep: Keep = lambda name, made_of: Unfinished(),
+        digest_of: DigestOf = sha256_of,
+        say: Callable[[str, str], None] = lambda stage, line: None,
+    ) -> None:
+        self._file, self._ranks, self._keep, self._digest_of, self._say = file, ranks, keep, digest_of, say
+
+    def once(self, stage: Stage, make: Callable[[Unfinished], None]) -> bool:
+        """Run `make`, on every rank, unless the output was made from these very inputs; whether it was run.
+
+        Args:
+            make: may keep what it does on the way.
+        """
 
         def look() -> tuple[Any, bool]:
             inputs = plain(stage.inputs())
@@ -47,34 +88,54 @@ class Ledger:
         inputs, is_current = self._ranks.on_main(look)
         if is_current:
             return False
-        make()
-        self._ranks.on_main(lambda: write_json(self._file, self._recorded() | {stage.name: inputs}))
+        unfinished = self._keep(stage.name, inputs)
+        make(unfinished)
+
+        def record() -> None:
+            digests = {path.name: self._digest_of(path) for path in stage.outputs if path.is_file()}
+            entry = _Entry(made_of=inputs, sha256=digests)
+            write_json(self._file, self._recorded() | {stage.name: entry.to_json()})
+
+        self._ranks.on_main(record)
+        unfinished.remove()
         return True
 
-    def check(self) -> None:
-        """Raises `InputError`: the record is damaged."""
-        self._ranks.on_main(self._recorded)
-
     def _is_recorded(self, stage: Stage, inputs: Any) -> bool:
-        whole = all(path.exists() for path in (stage.output, *stage.also))
-        return whole and self._recorded().get(stage.name) == inputs
+        found = self._recorded().get(stage.name)
+        try:
+            entry = _Entry.model_validate(found)
+        except ValidationError:
+            entry = _Entry(made_of=found, sha256={})
+        if entry.made_of != inputs or not all(path.exists() for path in stage.outputs):
+            return False
+        try:
+            if stage.output.is_dir():
+                check_as_written(stage.output, self._digest_of)
+            for path in stage.outputs:
+                if entry.sha256 and path.is_file() and entry.sha256.get(path.name) != self._digest_of(path):
+                    raise DamagedError(f"'{path}' is not as it was written (its SHA-256 is another)")
+        except DamagedError as error:
+            self._say(stage.name, f"{error.reason}: made again")
+            return False
+        return True
 
     def _recorded(self) -> dict[str, Any]:
+        """One that is damaged is put aside: what it says is found out again."""
         if not self._file.is_file():
             return {}
         try:
             record = from_json(self._file.read_bytes(), allow_inf_nan=False)
+            if isinstance(record, dict):
+                return record
+            reason = "no JSON object"
         except (OSError, ValueError) as error:
-            raise self._damaged(str(error)) from None
-        if not isinstance(record, dict):
-            raise self._damaged("no JSON object")
-        return record
-
-    def _damaged(self, reason: str) -> InputError:
-        return InputError(
-            f"'{self._file}' is damaged ({reason}); move this one file away: layers are probed, and the trained model "
-            "exported and evaluated, once more, and training goes on from its checkpoints"
-        )
+            reason = str(error)
+        kept = aside(self._file, "damaged")
+        self._file.rename(kept)
+        lost = "layers are probed, and the trained model exported and evaluated, once more"
+        line = f"'{self._file}' is damaged ({reason}): kept as '{kept.name}'; {lost}"
+        self._say("stages", DamagedError(line).reason)
+        return {}
 
 
 def plain(value: Any) -> Any:

@@ -20,6 +20,7 @@ from adept_ds.run.dial import check_dial_texts, dial_stage
 from adept_ds.run.evaluate import eval_stage
 from adept_ds.run.expand import expand_stage
 from adept_ds.run.export import export_stage, export_trained, export_turned
+from adept_ds.run.guard import check_guard_texts
 from adept_ds.run.places import places_stage
 from adept_ds.run.probe import probe_stage
 from adept_ds.run.score_tasks import check_harness
@@ -29,11 +30,11 @@ from adept_ds.run.train import check_can_go_on, train_stage
 def run_all(run: Context) -> None:
     """All of them; inputs are packed first, where most mistakes show."""
     _ = run.precision  # refuses what the device cannot, before anything takes time
-    run.ledger.check()
     check_can_go_on(run)
     run.ranks.on_main(lambda: write_text(run.run_dir.config, dump_config(run.settings.config)))
     prepare_data(run)
     check_dial_texts(run)
+    check_guard_texts(run)
     check_harness(run)
     if run.settings.config.weighs_places:
         places_stage(run)

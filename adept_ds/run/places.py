@@ -7,6 +7,7 @@ from typing import Any
 from adept_ds.base.errors import InputError
 from adept_ds.probing.place_gradients import weigh_places
 from adept_ds.probing.places import PlaceBenefits, PlaceScores, choose_places
+from adept_ds.ranks.unfinished import Unfinished
 from adept_ds.run.context import Context
 from adept_ds.run.expand import check_same_model
 from adept_ds.run.identity import reading_settings
@@ -45,8 +46,8 @@ def _place_scores(run: Context) -> PlaceScores:
             "precision": config.train.precision,
         }
 
-    def make() -> None:
-        scores = _weigh(run)
+    def make(unfinished: Unfinished) -> None:
+        scores = _weigh(run, unfinished)
         run.ranks.on_main(lambda: scores.save(output))
 
     if not run.ledger.once(Stage("places", output, inputs), make):
@@ -65,7 +66,7 @@ def _read(run: Context) -> PlaceScores:
     return scores
 
 
-def _weigh(run: Context) -> PlaceScores:
+def _weigh(run: Context, unfinished: Unfinished) -> PlaceScores:
     probe, model = run.settings.config.probe, run.settings.model
     domain, general = (
         corpus.sample(probe.sequences, probe.seed) for corpus in (run.corpora.domain_of_probe, run.corpora.general)
@@ -73,5 +74,12 @@ def _weigh(run: Context) -> PlaceScores:
     with naming_what_is_not_finite(run, model), run.terminal.progress("weighing places") as bar:
         check = run.progress.stop.checked("probing", bar, run.ranks)
         return weigh_places(
-            run.engines, model, domain, general, micro_batch_size=probe.micro_batch_size, check=check, move=bar
+            run.engines,
+            model,
+            domain,
+            general,
+            micro_batch_size=probe.micro_batch_size,
+            check=check,
+            move=bar,
+            unfinished=unfinished,
         )

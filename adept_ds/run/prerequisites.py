@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from adept_ds.base.errors import InputError
+from adept_ds.base.guard_record import GuardStop
 from adept_ds.base.run_dir import EXPANSION_NAME, RunDirectory, checkpoint_steps
 from adept_ds.config.decaying import OPTION
 from adept_ds.config.resolved import Purpose, corpora_read
@@ -102,15 +103,29 @@ def check_decays(trunk: Config, step: int) -> None:
 
 
 def exported_step(config: Config, step: int | None = None) -> int:
-    """The step of the checkpoint that is exported: the newest, or the one that is asked for.
+    """The step of the checkpoint that is exported: the newest, or the best where the guard has ended training, or the
+    one that is asked for.
 
     Raises:
         InputError: there is none.
     """
-    checkpoints = RunDirectory(config.run_dir).checkpoints
+    checkpoints, stop = RunDirectory(config.run_dir).checkpoints, guard_stop(config)
     steps = checkpoint_steps(checkpoints)
     if not steps:
         raise InputError(f"export: '{checkpoints}' has no checkpoint; run `adept train CONFIG` first")
     if step is not None and step not in steps:
         raise InputError(f"--step: '{checkpoints}' has no checkpoint of step {step}; choose one of {steps}")
-    return steps[-1] if step is None else step
+    best = stop.best if stop and stop.best in steps else steps[-1]
+    return best if step is None else step
+
+
+def guard_stop(config: Config) -> GuardStop | None:
+    """Whether the guard has ended training, by its settings of now.
+
+    Raises:
+        InputError: it has, and nothing was good.
+    """
+    guard = config.guard
+    if guard is None or guard.action != "stop":
+        return None
+    return GuardStop.of(RunDirectory(config.run_dir).guard, guard.max_general_rise, guard.confidence)

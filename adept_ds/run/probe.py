@@ -20,6 +20,7 @@ from adept_ds.probing.passes import PassProgress
 from adept_ds.probing.result import LayerImportance
 from adept_ds.probing.scores import LayerScores
 from adept_ds.probing.stability import rank_correlations
+from adept_ds.ranks.unfinished import Unfinished, Work
 from adept_ds.run.context import Context
 from adept_ds.run.expand import check_same_model
 from adept_ds.run.identity import reading_settings
@@ -59,10 +60,8 @@ def compare_methods(run: Context, result: LayerImportance) -> dict[str, Any]:
     """All estimators on the probe's text (layer_methods.json), beside `result`, what `probe_stage` has just found."""
     probe, methods = _probe(run), {}
     for method in ESTIMATORS:
-        if method == result.method:
-            scores = run.ranks.on_main(lambda: LayerScores.load(run.run_dir.layer_scores()))
-        else:
-            scores = _passes(run, probe, method)
+        of_method = replace(probe, section=probe.section.model_copy(update={"method": method}))
+        scores = _layer_scores(run, of_method, probe.section.corpus, "" if method == result.method else method)
         selected = run.ranks.on_main(partial(select, probe, scores.deltas))
         methods[method] = {"deltas": scores.deltas, "selected": selected, "seconds": scores.seconds}
     found = {"methods": methods, "spearman": rank_correlations(methods)}
@@ -116,8 +115,8 @@ def _layer_scores(
             "precision": config.train.precision,
         }
 
-    def make() -> None:
-        scores = _passes(run, probe, section.method)
+    def make(unfinished: Unfinished) -> None:
+        scores = _passes(run, probe, unfinished.work(f"probing, {section.method}"))
         run.ranks.on_main(lambda: scores.save(output))
 
     if not run.ledger.once(Stage(f"probe{reference and '_'}{reference}", output, inputs), make):
@@ -125,8 +124,8 @@ def _layer_scores(
     return run.ranks.on_main(lambda: LayerScores.load(output))
 
 
-def _passes(run: Context, probe: Probe, method: str) -> LayerScores:
-    title = f"probing, {method}"
-    with naming_what_is_not_finite(run, probe.model), run.terminal.progress(title) as bar:
+def _passes(run: Context, probe: Probe, work: Work) -> LayerScores:
+    method = probe.section.method
+    with naming_what_is_not_finite(run, probe.model), run.terminal.progress(f"probing, {method}") as bar:
         check = run.progress.stop.checked("probing", bar, run.ranks)
-        return ESTIMATORS[method].score(probe, PassProgress(probe.model.num_layers, check, bar))
+        return ESTIMATORS[method].score(probe, PassProgress(probe.model.num_layers, check, bar), work)

@@ -23,7 +23,7 @@ class StageProgress:
     @contextmanager
     def together(self, doing: str) -> Iterator[ProgressCallback]:
         """Every rank reports; all end at the same step."""
-        with self.terminal.progress(doing) as bar:
+        with self.terminal.progress(doing, together=True) as bar:
             yield self.stop.checked(doing, bar, self.ranks)
 
     @contextmanager

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from itertools import count
 from pathlib import Path
 
-from adept_ds.base.files import is_filled
+from adept_ds.base.files import aside, is_filled
 from adept_ds.base.outputs import Command, is_untouched
 from adept_ds.run.context import Context
 
@@ -17,7 +16,6 @@ def keep_aside(run: Context, directory: Path, command: Command) -> None:
     """
     if not is_filled(directory) or directory.is_symlink() or is_untouched(directory, command):
         return
-    names = (directory.with_name(f"{directory.name}.kept{number}") for number in count(1))
-    aside = next(name for name in names if not name.exists())
-    directory.rename(aside)
-    run.terminal.stage(command, f"'{directory}' is not just as it was written: kept as '{aside.name}'")
+    kept = aside(directory, "kept")
+    directory.rename(kept)
+    run.terminal.stage(command, f"'{directory}' is not just as it was written: kept as '{kept.name}'")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from adept_ds.base.run_records import Accuracy, Scores, TaskScores
@@ -18,6 +19,7 @@ from adept_ds.evaluation.questions import QuestionSet, accuracies, longest_text
 from adept_ds.methods.shape import method_of
 from adept_ds.models.device import current_device
 from adept_ds.models.directory import ModelDirectory
+from adept_ds.ranks.unfinished import Unfinished
 from adept_ds.run.context import Context
 from adept_ds.run.identity import reading_settings
 from adept_ds.run.ledger import Stage
@@ -28,13 +30,13 @@ def tasks_stage(run: Context, adapted: ModelDirectory) -> TaskScores:
     """Of both models, and at the positions of `eval.dial` on files of questions."""
     files = run.run_dir
 
-    def score_base() -> None:
-        (scores,) = score_model(run, run.settings.model, "base")
+    def score_base(unfinished: Unfinished) -> None:
+        (scores,) = score_model(run, run.settings.model, "base", unfinished=unfinished)
         run.ranks.on_main(lambda: TaskScores(models={"base": scores}).save(files.base_task_scores))
 
-    def score_adapted() -> None:
+    def score_adapted(unfinished: Unfinished) -> None:
         dial = run.settings.config.eval.dial
-        scores = score_model(run, adapted, "adapted", (1.0, *dial))
+        scores = score_model(run, adapted, "adapted", (1.0, *dial), unfinished)
         names = ["adapted", *(f"alpha={alpha:g}" for alpha in dial)]
         of_base = run.ranks.on_main(lambda: TaskScores.load(files.base_task_scores)).models
         models = of_base | dict(zip(names, scores, strict=True))
@@ -49,17 +51,28 @@ def tasks_stage(run: Context, adapted: ModelDirectory) -> TaskScores:
     return run.ranks.on_main(lambda: TaskScores.load(files.task_scores))
 
 
-def score_model(run: Context, model: ModelDirectory, title: str, positions: Sequence[float] = (1.0,)) -> list[Scores]:
+def score_model(
+    run: Context,
+    model: ModelDirectory,
+    title: str,
+    positions: Sequence[float] = (1.0,),
+    unfinished: Unfinished | None = None,
+) -> list[Scores]:
     """Of a model as it is; then on files of questions, at the other positions of the dial.
+
+    Args:
+        unfinished: where answers are kept, pass by pass, and those to lm-eval task by task.
 
     Raises:
         InputError: a file has something else than questions; or as `run_harness`.
     """
     tasks = run.ranks.on_main(lambda: _tasks(run))
     sets = run.ranks.on_main(lambda: _question_sets(run, tasks))
-    found = [*_on_questions(run, sets, model, title, positions)] if sets else [{} for _ in positions]
+    kept = unfinished or Unfinished()
+    found = [*_on_questions(run, sets, model, title, positions, kept)] if sets else [{} for _ in positions]
     if tasks.harness:
-        found[0] |= run.ranks.on_main(lambda: _by_harness(run, tasks, model, f"asking {title} by lm-eval"))
+        asking = f"asking {title} by lm-eval"
+        found[0] |= run.ranks.on_main(lambda: _by_harness(run, tasks, model, asking, kept.file("lm_eval.json")))
     return found
 
 
@@ -76,12 +89,18 @@ def _question_sets(run: Context, tasks: TaskFiles) -> dict[str, QuestionSet]:
 
 
 def _on_questions(
-    run: Context, sets: dict[str, QuestionSet], model: ModelDirectory, title: str, positions: Sequence[float]
+    run: Context,
+    sets: dict[str, QuestionSet],
+    model: ModelDirectory,
+    title: str,
+    positions: Sequence[float],
+    unfinished: Unfinished,
 ) -> Iterator[Scores]:
     with evaluator_of(run, model) as evaluator:
         for where in turned(run, evaluator, model, f"asking {title}", positions):
             with run.progress.together(where) as bar:
-                yield {name: _scores(found) for name, found in accuracies(evaluator, sets, bar).items()}
+                found = accuracies(evaluator, sets, bar, unfinished.work(where))
+            yield {name: _scores(of_set) for name, of_set in found.items()}
 
 
 def _scores(found: Accuracy) -> dict[str, float]:
@@ -103,7 +122,9 @@ def check_harness(run: Context) -> None:
     run.ranks.on_main(check)
 
 
-def _by_harness(run: Context, tasks: TaskFiles, model: ModelDirectory | None, title: str) -> Scores:
+def _by_harness(
+    run: Context, tasks: TaskFiles, model: ModelDirectory | None, title: str, kept: Path | None = None
+) -> Scores:
     request = HarnessRequest(
         model=str(model.path) if model else None,
         tasks=tasks.harness,
@@ -115,7 +136,7 @@ def _by_harness(run: Context, tasks: TaskFiles, model: ModelDirectory | None, ti
         add_bos_token=run.corpora.tokenizer_of_documents.bos_id is not None,
     )
     with run.progress.on_main(title) as bar:
-        return run_harness(request, lambda: bar(0.0, ", ".join(tasks.harness)))
+        return run_harness(request, lambda: bar(0.0, ", ".join(tasks.harness)), kept)
 
 
 def _inputs(run: Context, models: Sequence[ModelDirectory]) -> dict[str, Any]:

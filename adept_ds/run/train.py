@@ -6,21 +6,25 @@ import functools
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
+from rich.markup import escape
 
-from adept_ds.base.errors import InputError, NonFiniteLossError
+from adept_ds.base.errors import DamagedError, InputError, NonFiniteLossError
 from adept_ds.base.files import remove_abandoned, write_json
-from adept_ds.base.run_dir import RunDirectory, checkpoint_steps, checkpoint_tag
-from adept_ds.base.run_records import MetricsLine, RunSummary, read_log
+from adept_ds.base.progress import ProgressCallback
+from adept_ds.base.run_dir import RunDirectory, checkpoint_steps
+from adept_ds.base.run_records import GivenUp, MetricsLine, RunSummary, read_log
 from adept_ds.base.version import __version__
 from adept_ds.config.loading import dump_config
 from adept_ds.config.method import EVERY_KEY
 from adept_ds.config.schema import Config
 from adept_ds.data.mixture import Mixture
+from adept_ds.evaluation.held_out import DocumentLosses
 from adept_ds.methods.shape import Preparation, Start, Training, method_of
 from adept_ds.models.device import peak_memory_bytes
 from adept_ds.models.directory import ModelDirectory
@@ -28,20 +32,24 @@ from adept_ds.models.families import silent_factors
 from adept_ds.models.flops import count_step_flops, measure_matmul_rate
 from adept_ds.models.frozen_prefix import FrozenPrefix
 from adept_ds.models.loading import Trains
+from adept_ds.ranks.unfinished import LongWork, Unfinished, Work
 from adept_ds.run.anchor import anchor_text_stage, make_anchor
 from adept_ds.run.context import Context
 from adept_ds.run.expand import check_same_model, selected_layers
+from adept_ds.run.guard import check_guard_texts, losses_of_base, make_guard
 from adept_ds.run.identity import Identity, reading_settings
 from adept_ds.run.ledger import plain
 from adept_ds.run.non_finite import check_finite, naming_what_is_not_finite
+from adept_ds.run.prerequisites import guard_stop, trained_model
 from adept_ds.run.start import find_start
 from adept_ds.training.checkpoint import (
     CheckpointManifest,
-    check_same_ranks,
+    change_of_shape,
     check_same_training,
     check_whole,
-    newest_manifest,
+    verify,
 )
+from adept_ds.training.checkpoint_choice import choose, set_aside
 from adept_ds.training.copy_dropout import CopyDropout
 from adept_ds.training.movement import UnitMovement
 from adept_ds.training.trainer import Trainer
@@ -59,6 +67,7 @@ _NOT_PART_OF_TRAINING = {
     "eval_every",
     "activation_checkpointing",
     "keep_gathered_gib",
+    "max_skipped",
 }
 """Keys of the train section that change how a run is done, but not what comes out."""
 
@@ -75,17 +84,36 @@ def train_stage(run: Context) -> None:
     settings = run.ranks.on_main(lambda: training_settings(config, run.identity, found.start.layers))
     manifest_at = partial(training_manifest, run, found.fingerprint, settings)
     run.ranks.on_main(lambda: remove_abandoned(run_dir.checkpoints))
-    first_step = run.ranks.on_main(lambda: _first_step(run, manifest_at))
-    if first_step == config.train.steps:
-        run.ranks.on_main(lambda: _complete_summary(run_dir))
-        run.terminal.stage("train", "[dim]finished before, not run again[/]")
-        return
+    first_step = _first_step(run, manifest_at)
+    unfinished = run.keep("train", [found.fingerprint, settings])
     if first_step:
-        run.terminal.stage("train", f"resuming after step {first_step}")
+        unfinished.remove()  # what comes before the first step
+    stop = run.ranks.on_main(lambda: guard_stop(config))
+    if first_step == config.train.steps or stop:
+        run.ranks.on_main(lambda: _complete_summary(run))
+        how = f"ended by the guard after step {stop.step}" if stop else "finished before"
+        run.terminal.stage("train", f"[dim]{how}, not run again[/]")
+        return
+    run.ranks.on_main(lambda: run_dir.guard.unlink(missing_ok=True))  # by settings that hold no more
+    if first_step:
+        change = run.ranks.on_main(lambda: change_of_shape(run_dir.checkpoints, manifest_at(first_step)))
+        run.terminal.stage("train", f"resuming after step {first_step}{change}")
+    check_guard_texts(run)
+    base = losses_of_base(run)
     begun = time.perf_counter()
     anchor_text_stage(run)
-    prepared = None if first_step else _prepare(run, found.start)
-    _train(run, found.start, manifest_at, first_step, prepared, time.perf_counter() - begun)
+    together = partial(_together, run, unfinished)
+    prepared = None if first_step else _prepare(run, found.start, together)
+    _train(run, found.start, manifest_at, first_step, prepared, time.perf_counter() - begun, together, base)
+    run.ranks.on_main(lambda: guard_stop(config))  # complains of an end with no good checkpoint
+    unfinished.remove()
+
+
+@contextmanager
+def _together(run: Context, unfinished: Unfinished, doing: str) -> Iterator[tuple[ProgressCallback, Work]]:
+    """See `LongWork`."""
+    with run.progress.together(doing) as bar:
+        yield bar, unfinished.work(doing)
 
 
 def _check_copy_dropout(config: Config, start: Start) -> None:
@@ -105,7 +133,8 @@ def check_can_go_on(run: Context) -> None:
     """
 
     def check() -> None:
-        newest = newest_manifest(run.run_dir.checkpoints)
+        checkpoints = run.run_dir.checkpoints
+        newest = choose(checkpoints, checkpoint_steps(checkpoints), check_whole).manifest
         if newest is None:
             return
         config, fingerprint, layers = run.settings.config, newest.fingerprint, None
@@ -115,7 +144,7 @@ def check_can_go_on(run: Context) -> None:
         else:
             fingerprint, layers = run.identity.weights(run.settings.model), known
         settings = training_settings(config, run.identity, layers)
-        _first_step(run, partial(training_manifest, run, fingerprint, settings))
+        _check_fits(run, newest, training_manifest(run, fingerprint, settings, newest.step))
 
     run.ranks.on_main(check)
 
@@ -126,21 +155,57 @@ def training_manifest(run: Context, fingerprint: str, settings: dict[str, Any], 
         step=step,
         world_size=run.ranks.world_size,
         zero_stage=run.settings.zero_stage,
+        offload=run.settings.offload,
+        precision=str(run.precision).removeprefix("torch."),
+        adept_ds=__version__,
         fingerprint=fingerprint,
         settings=settings,
     )
 
 
 def _first_step(run: Context, manifest_at: Callable[[int], CheckpointManifest]) -> int:
-    """After how many steps training goes on. Raises `InputError` if it cannot go on like this."""
+    """After how many steps training goes on: those of the newest checkpoint that is whole. On every rank.
+
+    What is going to be loaded, or exported, is read beforehand, to the last bit.
+
+    Raises:
+        InputError: it cannot go on like this, or no checkpoint is whole.
+    """
     checkpoints = run.run_dir.checkpoints
-    newest = max(checkpoint_steps(checkpoints), default=0)
-    if newest:
-        check_same_training(checkpoints, manifest_at(newest))
-        if newest < run.settings.config.train.steps:
-            check_same_ranks(checkpoints, manifest_at(newest))
-            check_whole(checkpoints / checkpoint_tag(newest))
-    return newest
+    steps = run.ranks.on_main(lambda: checkpoint_steps(checkpoints))
+    choice = run.ranks.on_main(lambda: choose(checkpoints, steps, check_whole))
+    if choice.step < run.settings.config.train.steps or not run.ranks.on_main(lambda: _is_exported(run)):
+        choice = choose(checkpoints, steps, partial(verify, ranks=run.ranks))
+
+    def settle() -> int:
+        if choice.manifest is not None:
+            _check_fits(run, choice.manifest, manifest_at(choice.step))
+        set_aside(checkpoints, choice, lambda line: run.terminal.stage("train", escape(line)))
+        return choice.step
+
+    return run.ranks.on_main(settle)
+
+
+def _is_exported(run: Context) -> bool:
+    """Whether the adapted model is there, as it was written."""
+    model = trained_model(run.settings.config)
+    try:
+        run.identity.check_as_written(model)
+    except DamagedError:
+        return False
+    return (model / "config.json").is_file()
+
+
+def _check_fits(run: Context, found: CheckpointManifest, expected: CheckpointManifest) -> None:
+    """Where training broke down with its rate, it may go on with a lower one.
+
+    Raises:
+        InputError: the checkpoint is of another training.
+    """
+    before, now = found.settings.get("train.lr"), expected.settings["train.lr"]
+    if GivenUp.of(run.run_dir.given_up).may_lower(before, now):
+        expected = expected.model_copy(update={"settings": expected.settings | {"train.lr": before}})
+    check_same_training(run.run_dir.checkpoints, expected)
 
 
 def training_settings(config: Config, identity: Identity, layers: Sequence[int] | None = None) -> dict[str, Any]:
@@ -161,6 +226,8 @@ def training_settings(config: Config, identity: Identity, layers: Sequence[int] 
         sections["lr_policy"] = config.lr_policy.model_dump(mode="json")
     anchor = config.anchor
     sections["anchor"] = anchor.model_dump(mode="json", exclude=_NOT_PART_OF_ANCHOR) if anchor else {"kind": None}
+    guard = config.guard if config.guard and config.guard.action == "slow" else None
+    sections["guard"] = guard.model_dump(mode="json") if guard else {"action": None}
     settings = {f"{section}.{key}": value for section, values in sections.items() for key, value in values.items()}
     settings["data.seq_len"] = data.seq_len
     settings["data.domain"] = identity.corpus("data.domain", data.domain)
@@ -169,6 +236,9 @@ def training_settings(config: Config, identity: Identity, layers: Sequence[int] 
     if anchor:
         settings["anchor.corpus"] = identity.corpus("anchor.corpus", anchor.corpus)
         settings["probe.seed"] = config.probe.seed
+    if guard:
+        settings["guard.every"] = config.train.eval_every
+        settings["data.general_eval"] = identity.corpus("data.general_eval", data.general_eval)
     if config.reads_general_text:
         settings["probe.corpus"] = identity.corpus("probe.corpus", config.probe.corpus)
         settings["probe.seq_len"] = config.probe.seq_len
@@ -178,7 +248,7 @@ def training_settings(config: Config, identity: Identity, layers: Sequence[int] 
     return dict(plain(settings))
 
 
-def _prepare(run: Context, start: Start) -> Any:
+def _prepare(run: Context, start: Start, together: LongWork) -> Any:
     """What the method computes before the engine that trains is there."""
     config = run.settings.config
 
@@ -196,7 +266,7 @@ def _prepare(run: Context, start: Start) -> Any:
         partial(_domain_text, run),
         run.ranks,
         partial(run.terminal.stage, "train"),
-        run.progress.together,
+        together,
     )
     with naming_what_is_not_finite(run, start.base):
         return method_of(config).prepare(preparation)
@@ -209,6 +279,8 @@ def _train(
     first_step: int,
     prepared: Any,
     preparation_seconds: float,
+    together: LongWork,
+    base: DocumentLosses | None,
 ) -> None:
     config, run_dir, ranks, method = run.settings.config, run.run_dir, run.ranks, method_of(run.settings.config)
     trains = method.trains(config, start)
@@ -228,6 +300,7 @@ def _train(
         partial(_general_text, run),
         partial(_domain_text, run),
         partial(_frozen_prefix, run, engine, lowest=trains.lowest_trainable_layer),
+        together,
     )
     written_start = None if method.learns_new_parameters else start.model
     trainer = Trainer(
@@ -249,6 +322,7 @@ def _train(
         terminal=run.terminal,
         stop=run.progress.stop,
         anchor=make_anchor(run, engine, start),
+        guard=make_guard(run, engine, base),
     )
     facts = {
         "method": method.name,
@@ -263,14 +337,18 @@ def _train(
     }
     if method.makes_copies:
         facts |= {"writer_lr_ratio": config.train.writer_lr_ratio, "copy_dropout": config.train.copy_dropout}
-    ranks.on_main(lambda: _begin_summary(run_dir, facts, None if first_step else preparation_seconds))
+    given_up = ranks.on_main(lambda: GivenUp.of(run_dir.given_up)).lr
+    if given_up:
+        facts |= {"given_up_lr": given_up}
+    ranks.on_main(lambda: _begin_summary(run, facts, None if first_step else preparation_seconds))
     try:
         trainer.run(first_step, dump_config(config))
     except NonFiniteLossError:
         check_finite(run, start.model)
+        ranks.on_main(lambda: _give_up(run, config.train.lr))
         raise
     peaks = ranks.gather(peak_memory_bytes())
-    ranks.on_main(lambda: _complete_summary(run_dir, peak_memory_bytes=peaks))
+    ranks.on_main(lambda: _complete_summary(run, peak_memory_bytes=peaks))
     release(engine)
 
 
@@ -341,16 +419,34 @@ def _frozen_prefix(
     return FrozenPrefix(layers, lowest, batches.batches_within(room, hidden_size * run.precision.itemsize))
 
 
-def _begin_summary(run_dir: RunDirectory, facts: dict[str, Any], preparation_seconds: float | None) -> None:
+def _give_up(run: Context, lr: float) -> None:
+    known = GivenUp.of(run.run_dir.given_up)
+    GivenUp(lr=(*known.lr, lr)).save(run.run_dir.given_up)
+    _complete_summary(run)
+
+
+def _begin_summary(run: Context, facts: dict[str, Any], preparation_seconds: float | None) -> None:
     """At the start of training, or where it goes on: what was prepared is known from the start alone."""
-    if preparation_seconds is None and run_dir.summary.is_file():
-        preparation_seconds = RunSummary.load(run_dir.summary).preparation_seconds
-    write_json(run_dir.summary, facts | {"preparation_seconds": preparation_seconds or 0.0})
+    if preparation_seconds is None:
+        preparation_seconds = _known_summary(run).preparation_seconds
+    write_json(run.run_dir.summary, facts | {"preparation_seconds": preparation_seconds or 0.0})
 
 
-def _complete_summary(run_dir: RunDirectory, **facts: Any) -> None:
+def _known_summary(run: Context) -> RunSummary:
+    """What was written so far; of one that is damaged as much as the logs say is written again."""
+    file = run.run_dir.summary
+    if not file.is_file():
+        return RunSummary()
+    try:
+        return RunSummary.load(file)
+    except DamagedError as error:
+        run.terminal.stage("train", escape(f"{error.reason}: made again from the logs"))
+        return RunSummary()
+
+
+def _complete_summary(run: Context, **facts: Any) -> None:
     """Add what is known only at the end to what was written at the start of training."""
-    known = RunSummary.load(run_dir.summary) if run_dir.summary.is_file() else RunSummary()
+    run_dir, known = run.run_dir, _known_summary(run)
     totals = _totals(run_dir, known.preparation_seconds or 0.0)
     write_json(run_dir.summary, known.model_dump(mode="json", exclude_unset=True) | facts | totals)
 
@@ -373,9 +469,17 @@ def _totals(run_dir: RunDirectory, preparation_seconds: float) -> dict[str, Any]
         **_anchor_totals(steps),
         # What the method costs beside its steps.
         "overhead_seconds": preparation_seconds + sum(line.refresh_seconds or 0.0 for line in refreshed),
+        **_guard_totals(lines),
+        "skipped_steps": sum(line.skipped is not None for line in steps),
         "refreshes": len(refreshes),
         "refresh_seconds": statistics.median(refreshes) if refreshes else None,
     }
+
+
+def _guard_totals(lines: Sequence[MetricsLine]) -> dict[str, Any]:
+    """How often the guard has found something forgotten; nothing without one."""
+    found = [line.guard.forgotten for line in lines if line.guard is not None]
+    return {"guard_alarms": sum(found)} if found else {}
 
 
 def _anchor_totals(steps: Sequence[MetricsLine]) -> dict[str, Any]:

@@ -32,7 +32,8 @@ _HOW: dict[str, Any] = {
     "dist_timeout_minutes": True,
     "preset": True,
     "data": {"workers"},
-    "train": {"checkpoint_every", "keep_checkpoints", "keep_gathered_gib", "activation_checkpointing"},
+    "train": {"checkpoint_every", "keep_checkpoints", "keep_gathered_gib", "activation_checkpointing", "max_skipped"},
+    "checkpoint": True,
     "anchor": {"cache_mib"},
 }
 """Keys that say how a run is done, but not what comes out; of a preset, its values do."""
@@ -172,6 +173,8 @@ def inputs_of(config: Config, identity: Identity) -> dict[str, Any]:
             tree["probe"]["stability"] = identity.corpus("probe.stability.corpus", probe.stability.corpus)
     else:
         tree["probe"] = {"seed": probe.seed}  # expand.choose: random goes by it
+    if config.guard and config.guard.action == "warn":  # changes nothing of what comes out
+        del tree["guard"]
     if config.anchor:
         tree["anchor"]["corpus"] = identity.corpus("anchor.corpus", config.anchor.corpus)
     tree["eval"]["tasks"] = [_tree_digest(identity, folder) for folder in config.eval.tasks]

@@ -6,7 +6,6 @@ is gone.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import socket
@@ -18,32 +17,29 @@ from contextlib import suppress
 from pathlib import Path
 
 from adept_ds.base.errors import EXIT_STOPPED
+from adept_ds.base.lifeline import this_launcher
 
 _PATIENCE = 60.0
 """Seconds that ranks have to end once one of them has failed: it may be what they wait for."""
 
 _OF_LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
-_SET_PDEATHSIG = 1
-"""Of prctl(2)."""
-
 
 class RunProcesses:
     """The ranks of one run."""
 
-    def __init__(self, arguments: Sequence[str], log: Path, *, ranks: int, threads: int | None, lock: int) -> None:
+    def __init__(self, arguments: Sequence[str], log: Path, *, ranks: int, threads: int | None) -> None:
         """Start them.
 
         Args:
             arguments: of `adept`.
             log: what all of them say is appended to it.
             threads: of each rank; None: as many cores as it has.
-            lock: an open file that they hold open too, so that nobody takes the study for abandoned before they end.
         """
         log.parent.mkdir(parents=True, exist_ok=True)
         cores = len(os.sched_getaffinity(0))
         common = {name: value for name, value in os.environ.items() if name not in _OF_LAUNCHERS}
-        common |= {"OMP_NUM_THREADS": str(threads or max(1, cores // ranks))}
+        common |= {"OMP_NUM_THREADS": str(threads or max(1, cores // ranks))} | this_launcher()
         self._failed_at: float | None = None
         self._processes = list[subprocess.Popen[bytes]]()
         port = _free_port()
@@ -56,9 +52,7 @@ class RunProcesses:
                         stdout=output,
                         stderr=subprocess.STDOUT,
                         env=common | (_rank_environment(rank, ranks, port) if ranks > 1 else {}),
-                        pass_fds=(lock,),
                         start_new_session=True,  # Ctrl-C reaches the study alone, which tells its runs
-                        preexec_fn=_end_with_parent,
                     )
                 )
 
@@ -111,9 +105,3 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-def _end_with_parent() -> None:
-    """Where the system can, a run whose study was killed gets SIGTERM."""
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(_SET_PDEATHSIG, signal.SIGTERM)

@@ -14,7 +14,7 @@ class StudyDirectory:
 
     @property
     def lock(self) -> Path:
-        """Held by whoever works on the study, and by what it has started."""
+        """Of whoever works on the study; lock.json beside it says who that is."""
         return self.root / "lock"
 
     @property

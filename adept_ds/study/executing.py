@@ -21,8 +21,6 @@ class Executor:
 
     ranks: int
     threads: int | None
-    lock: int
-    """Descriptor of the study's lock (see `lock.locked`)."""
     stop: StopRequest
 
     def execute(self, arguments: Sequence[str], log: Path, look: Callable[[], None] = lambda: None) -> int:
@@ -37,7 +35,7 @@ class Executor:
         Raises:
             StopRequestedError: somebody asked this process, or the run, to stop.
         """
-        run = RunProcesses(arguments, log, ranks=self.ranks, threads=self.threads, lock=self.lock)
+        run = RunProcesses(arguments, log, ranks=self.ranks, threads=self.threads)
         told = False
         try:
             while (code := run.poll()) is None:

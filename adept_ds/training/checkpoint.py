@@ -1,169 +1,132 @@
-"""Training checkpoints: DeepSpeed's own format plus a manifest, whole or absent.
+"""What a checkpoint says of itself (manifest.json), what it must fit to be resumed from, and loading it.
 
-    checkpoints/step_N/        what `engine.save_checkpoint` writes (zero_to_fp32 and ds_to_universal read it)
-    checkpoints/step_N/manifest.json    written last; a directory without it is not a checkpoint
-    checkpoints/latest         the newest tag, as DeepSpeed's tools expect it
+    checkpoints/step_N/        what `engine.save_checkpoint` would write (zero_to_fp32 and ds_to_universal read it)
+    checkpoints/step_N/manifest.json    a directory without it is not a checkpoint
 
-Frozen weights are not saved: they come from the expanded checkpoint, whose fingerprint the manifest records.
+Frozen weights are not saved: they come from the expanded checkpoint, whose fingerprint the manifest records. See
+`checkpoint_writer` for how one comes about, and `checkpoint_choice` for which of several is taken.
 """
 
 from __future__ import annotations
 
 import random
-import shutil
 import uuid
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from pydantic import Field, NonNegativeInt
+from pydantic import Field, NonNegativeInt, model_validator
 
-from adept_ds.base.errors import InputError
-from adept_ds.base.files import NewDirectory, link_tree, new_directory, write_text
-from adept_ds.base.records import Record
-from adept_ds.base.run_dir import checkpoint_steps, checkpoint_tag, manifest_of
+from adept_ds.base.errors import DamagedError, InputError
+from adept_ds.base.proofs import FileProof, InnerName, Sealed, check_file, check_size
+from adept_ds.base.run_dir import checkpoint_tag, manifest_of
 from adept_ds.models.device import device_rng_state, set_device_rng_state
 from adept_ds.ranks.collectives import Ranks
-from adept_ds.weights.deepspeed_files import reading_data_only
+from adept_ds.weights.saved_state import read_saved_state
 from adept_ds.zero.engine import Engine
+from adept_ds.zero.resuming import resume
 
 _GO_ON = "set it back to go on with this run, or start another one in a run_dir of its own"
 
 
-class CheckpointManifest(Record):
-    """What a checkpoint must fit to be resumed from."""
+class WrittenFile(FileProof):
+    """A file of a checkpoint."""
+
+    rank: NonNegativeInt
+    """That wrote it."""
+
+
+class CheckpointManifest(Sealed):
+    """What a checkpoint is, and what it must fit to be resumed from."""
 
     step: int
     world_size: int
     zero_stage: int
+    offload: Literal["none", "optimizer", "parameters", "both"] | None = None
+    """What DeepSpeed kept on the host; not told by older ones, like all that may be None."""
+    precision: str | None = None
+    """In which the model computed: 'bfloat16'."""
+    adept_ds: str | None = None
+    """Version of the program that wrote it."""
     fingerprint: str
     """Of the model that training started from."""
     settings: dict[str, Any]
     """Everything that determines the course of training (see `run.train.training_settings`)."""
     id: str | None = None
-    """Of this very checkpoint, wherever it is copied; older ones have none."""
-    files: dict[str, NonNegativeInt] = Field(default_factory=dict)
-    """What it consists of, by path, in bytes; of older ones nothing."""
+    """Of this very checkpoint, wherever it is copied."""
+    files: dict[InnerName, WrittenFile | NonNegativeInt] = Field(default_factory=dict)
+    """What it consists of; of older ones sizes alone, or nothing."""
 
     @classmethod
     def remedy(cls) -> str:
         return "copy it again, or put this checkpoint aside to resume from the one before it"
 
+    def sealed(self) -> CheckpointManifest:
+        """Of a checkpoint of its own, as it is written: from then on a change in it shows."""
+        return super(CheckpointManifest, self.model_copy(update={"id": uuid.uuid4().hex})).sealed()
 
-def save_checkpoint(
-    engine: Engine,
-    directory: Path,
-    manifest: CheckpointManifest,
-    ranks: Ranks,
-    keep: int,
-    state: dict[str, Any],
-    write_more: Callable[[Path], None],
-) -> None:
-    """Write a checkpoint under a temporary tag; it takes its real name only when every rank is done.
-
-    Args:
-        state: of the trainer on this rank.
-        write_more: called on every rank with the checkpoint's directory.
-    """
-    tag = checkpoint_tag(manifest.step)
-    new: NewDirectory | None = None
-
-    def begin() -> str:
-        nonlocal new
-        new = NewDirectory(directory / tag, _refuse_if_whole)
-        return new.temporary.name
-
-    def publish() -> None:
-        assert new is not None
-        files = _files_of(new.temporary)
-        manifest.model_copy(update={"id": uuid.uuid4().hex, "files": files}).save(manifest_of(new.temporary))
-        new.publish()
-        write_text(directory / "latest", tag)
-        for step in checkpoint_steps(directory)[:-keep]:
-            old = directory / checkpoint_tag(step)
-            manifest_of(old).unlink()  # first: half of it is no checkpoint
-            shutil.rmtree(old)
-
-    temporary = ranks.on_main(begin)
-    try:
-        engine.save_checkpoint(
-            str(directory),
-            tag=temporary,
-            client_state={"adept_ds": {"step": manifest.step, "ranks": ranks.gather((_rng_state(), state))}},
-            exclude_frozen_parameters=True,
-            save_latest=False,
-        )
-        write_more(directory / temporary)
-        ranks.barrier()
-        ranks.on_main(publish)
-    finally:
-        if new is not None:
-            new.discard()
+    @model_validator(mode="after")
+    def _wholly_proved(self) -> CheckpointManifest:
+        if self.check is None and any(isinstance(file, FileProof) for file in self.files.values()):
+            raise ValueError("files are proved, and the manifest itself is not")
+        return self
 
 
-def adopt_checkpoint(checkpoint: Path, directory: Path, manifest: CheckpointManifest) -> None:
-    """Make the checkpoint of another run one of those in `directory`, under a manifest of its own; on rank 0 alone.
+def load_checkpoint(
+    engine: Engine, directory: Path, manifest: CheckpointManifest, ranks: Ranks
+) -> list[dict[str, Any]]:
+    """Restore weights of the copies, optimizer, multipliers and random state of step `manifest.step`.
 
-    Its files get second names and are not copied, where the file system can do that.
-    """
-    tag = checkpoint_tag(manifest.step)
-    with new_directory(directory / tag, _refuse_if_whole) as folder:
-        link_tree(checkpoint, folder, leave_out={manifest_of(checkpoint).name})
-        manifest.model_copy(update={"id": uuid.uuid4().hex, "files": _files_of(folder)}).save(manifest_of(folder))
-    write_text(directory / "latest", tag)
+    Other ranks, or another ZeRO stage, may have written them (see `zero.resuming`).
 
-
-def _files_of(folder: Path) -> dict[str, int]:
-    return {file.relative_to(folder).as_posix(): size for file, size in _sizes(folder)}
-
-
-def _refuse_if_whole(place: Path) -> None:
-    """What is no checkpoint was left by a process that was killed while it removed an old one."""
-    if manifest_of(place).exists():
-        raise InputError(f"'{place}' is a whole checkpoint already; put it aside to train these steps again")
-
-
-def load_checkpoint(engine: Engine, directory: Path, expected: CheckpointManifest, ranks: Ranks) -> dict[str, Any]:
-    """Restore weights of the copies, optimizer, multipliers and random state; returns this rank's state.
+    Returns:
+        The state that the trainer had on each of the ranks that wrote it.
 
     Raises:
         InputError: a file of it is damaged.
     """
-    with reading_data_only():
-        path, client_state = engine.load_checkpoint(
-            str(directory), tag=checkpoint_tag(expected.step), load_module_strict=False, load_lr_scheduler_states=False
-        )
-    if path is None:
-        place = directory / checkpoint_tag(expected.step)
-        raise InputError(f"'{place}' cannot be loaded; put it aside to resume from the one before it")
-    rng, state = client_state["adept_ds"]["ranks"][ranks.rank]
-    _restore_rng_state(rng)
-    return dict(state)
+    place = directory / checkpoint_tag(manifest.step)
+    saved = ranks.on_each(lambda: read_saved_state(place), CheckpointManifest.remedy())
+    resume(engine, saved)
+    written: list[tuple[Any, dict[str, Any]]] = saved.client["adept_ds"]["ranks"]
+    _restore_rng_state([rng for rng, _ in written], ranks.rank)
+    return [state for _, state in written]
 
 
 def check_whole(checkpoint: Path) -> CheckpointManifest:
-    """The manifest of a checkpoint that is complete, as far as sizes of files tell.
+    """The manifest of a checkpoint that is complete, as far as names and sizes of files tell.
 
     Raises:
-        InputError: copying it broke off.
+        DamagedError: the manifest, or a file that it names, is not as it was written.
+        InputError: there is a file that DeepSpeed would open with the others, and that it does not name.
     """
-    manifest, found = CheckpointManifest.load(manifest_of(checkpoint)), dict(_sizes(checkpoint))
-    for name, size in manifest.files.items():
-        if found.get(checkpoint / name) != size:
-            have = found.get(checkpoint / name, "no")
-            raise InputError(f"'{checkpoint / name}' has {have} bytes of {size}; {manifest.remedy()}")
+    manifest = CheckpointManifest.load(manifest_of(checkpoint))
+    for name, file in manifest.files.items():
+        check_size(checkpoint, name, file.size if isinstance(file, FileProof) else file)
+    for path in checkpoint.glob("*.pt"):
+        if manifest.files and path.name not in manifest.files:
+            raise InputError(f"'{path}' came to this checkpoint after it was written; move it away")
     return manifest
 
 
-def _sizes(directory: Path) -> Iterator[tuple[Path, int]]:
-    return ((path, path.stat().st_size) for path in sorted(directory.rglob("*")) if path.is_file())
+def verify(checkpoint: Path, ranks: Ranks) -> CheckpointManifest:
+    """The manifest of a checkpoint whose files are what it says, to the last bit: each is read by one rank.
 
-
-def newest_manifest(directory: Path) -> CheckpointManifest | None:
-    """Of the newest checkpoint. Raises `InputError` if it is damaged."""
-    steps = checkpoint_steps(directory)
-    return CheckpointManifest.load(manifest_of(directory / checkpoint_tag(steps[-1]))) if steps else None
+    Raises, on every rank:
+        DamagedError: one is not; the message names it, without a remedy.
+        InputError: as `check_whole`.
+    """
+    manifest, complaint = ranks.on_main(lambda: check_whole(checkpoint)), None
+    try:
+        for name, file in manifest.files.items():
+            if isinstance(file, WrittenFile) and file.rank % ranks.world_size == ranks.rank:
+                check_file(checkpoint, name, file)
+    except DamagedError as error:
+        complaint = error
+    for found in ranks.gather(complaint):
+        if found is not None:
+            raise found
+    return manifest
 
 
 def check_same_training(directory: Path, expected: CheckpointManifest) -> None:
@@ -191,19 +154,15 @@ def check_same_start(found: CheckpointManifest, fingerprint: str, place: Path) -
         )
 
 
-def check_same_ranks(directory: Path, expected: CheckpointManifest) -> None:
-    """Raises `InputError`, with the remedy, if these ranks cannot read the checkpoint of step `expected.step`."""
-    place = directory / checkpoint_tag(expected.step)
-    found = CheckpointManifest.load(manifest_of(place))
-    if found.world_size != expected.world_size:
-        raise InputError(
-            f"'{place}' was written by {found.world_size} ranks and this run has {expected.world_size}; "
-            f"start {found.world_size} ranks"
-        )
-    if found.zero_stage != expected.zero_stage:
-        raise InputError(
-            f"deepspeed: '{place}' was written with ZeRO stage {found.zero_stage}, not {expected.zero_stage}; {_GO_ON}"
-        )
+def change_of_shape(directory: Path, expected: CheckpointManifest) -> str:
+    """Which ranks wrote the checkpoint of step `expected.step`, and which go on with it; nothing if they are alike."""
+    found = CheckpointManifest.load(manifest_of(directory / checkpoint_tag(expected.step)))
+    before, now = (f"{_count(of.world_size)} under ZeRO-{of.zero_stage}" for of in (found, expected))
+    return "" if before == now else f", written by {before}, on {now}"
+
+
+def _count(ranks: int) -> str:
+    return "1 rank" if ranks == 1 else f"{ranks} ranks"
 
 
 def _are_texts(value: Any) -> bool:
@@ -211,11 +170,16 @@ def _are_texts(value: Any) -> bool:
     return isinstance(value, list) and any(isinstance(source, dict) for source in value)
 
 
-def _rng_state() -> dict[str, Any]:
+def random_state() -> dict[str, Any]:
+    """Of this rank's generators."""
     return {"python": random.getstate(), "torch": torch.get_rng_state(), "cuda": device_rng_state()}
 
 
-def _restore_rng_state(state: dict[str, Any]) -> None:
+def _restore_rng_state(states: list[dict[str, Any]], rank: int) -> None:
+    """A rank that was not there begins with a state of its own, drawn from that of one that was."""
+    state = states[rank % len(states)]
     random.setstate(state["python"])
     torch.set_rng_state(state["torch"])
     set_device_rng_state(state["cuda"])
+    if rank >= len(states):
+        torch.manual_seed(int(torch.randint(1 << 62, ())) + rank)

@@ -6,7 +6,7 @@ export mixes by it, so that what is evaluated during training is not consolidate
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,10 +14,13 @@ import torch
 from pydantic import Field
 
 from adept_ds.base.errors import InputError
+from adept_ds.base.progress import by_batch
 from adept_ds.base.records import Record
 from adept_ds.models.directory import ModelDirectory, understood_by_transformers
 from adept_ds.models.families import module_path
 from adept_ds.ranks.collectives import Ranks
+from adept_ds.ranks.unfinished import LongWork
+from adept_ds.training.checkpoint_files import CheckpointFiles
 from adept_ds.training.rule import Refresh, TrainingRule, check_start
 from adept_ds.units.registry import UnitRegistry, build_registry
 from adept_ds.units.roles import Role, roles_of_units
@@ -59,6 +62,7 @@ class ConsolidationRule(TrainingRule):
 
     Args:
         batches: general text; asked for once, where training begins.
+        together: around the passes over it.
         smoothing: see `SmoothedImportance`.
         every: optimizer steps from one look at the gradient to the next; the first step is looked at.
         important: share of the units that count as important on each side.
@@ -71,13 +75,15 @@ class ConsolidationRule(TrainingRule):
         unit_lr: UnitLR,
         ranks: Ranks,
         batches: Callable[[], GradientBatches],
+        together: LongWork,
         *,
         smoothing: tuple[float, float],
         every: int,
         important: float,
         new_shares: dict[Role, float],
     ) -> None:
-        self._engine, self._unit_lr, self._ranks, self._batches = engine, unit_lr, ranks, batches
+        self._engine, self._unit_lr, self._ranks = engine, unit_lr, ranks
+        self._batches, self._together = batches, together
         self._every, self._important, self._new_shares = every, important, new_shares
         self._unit_sums = UnitSums(engine, unit_lr.registry, ranks)
         self._general = SmoothedImportance(len(unit_lr.registry), smoothing)
@@ -87,9 +93,13 @@ class ConsolidationRule(TrainingRule):
     def start(self) -> Refresh:
         """Score units on general text, as if training went over it without moving; multipliers stay."""
         batches = self._batches()
-        with gradients_outside_training(self._engine):
-            for number in range(len(batches.global_batches())):
-                self._general.observe(self._mean(self._unit_sums.of_batch(batches, number)[0]))
+        with self._together("scoring units on general text") as (bar, work):
+            means = work.tensor("means", len(batches.global_batches()), len(self._unit_lr.registry))
+            with gradients_outside_training(self._engine):
+                for number, sums, _ in self._unit_sums.of_batches(batches, work, by_batch(bar)):
+                    means[number] = self._mean(sums)
+        for mean in means:
+            self._general.observe(mean)
         check_start(self._general.scores)
         return Refresh(self._general.scores, self._unit_lr.multipliers)
 
@@ -104,13 +114,15 @@ class ConsolidationRule(TrainingRule):
     def state_dict(self) -> dict[str, Any]:
         return {"general": self._general.state_dict(), "domain": self._domain.state_dict(), "steps": self._steps}
 
-    def load(self, checkpoint: Path, state: dict[str, Any]) -> None:
+    def load(self, checkpoint: Path, states: Sequence[dict[str, Any]]) -> None:
+        state = states[0]  # all ranks held the same
         self._general.load_state_dict(state["general"])
         self._domain.load_state_dict(state["domain"])
         self._steps = state["steps"]
 
-    def save(self, checkpoint: Path) -> None:
-        self._ranks.on_main(lambda: self._consolidation().save(checkpoint / CONSOLIDATION_NAME))
+    def save(self, files: CheckpointFiles) -> None:
+        if self._ranks.is_main:
+            files.add_json(CONSOLIDATION_NAME, self._consolidation().to_json())
 
     def _mean(self, sums: torch.Tensor) -> torch.Tensor:
         """[n_units]: this rank's sums -> means over the elements of units."""

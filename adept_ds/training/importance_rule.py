@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +35,9 @@ class ImportanceRule(TrainingRule):
     def start(self) -> Refresh | None:
         return None if self._initial is None else self._refreshed(self._initial)
 
-    def load(self, checkpoint: Path, state: dict[str, Any]) -> None:
+    def load(self, checkpoint: Path, states: Sequence[dict[str, Any]]) -> None:
         if self.online:
-            self.online.load_state_dict(state)
+            self.online.load_state_dicts(states)
 
     def refreshes_after(self, step: int) -> bool:
         return step % self._every == 0

@@ -6,17 +6,21 @@ the host, 4 bytes for each trained element over all ranks.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 
 from adept_ds.models.directory import ModelDirectory
 from adept_ds.ranks.collectives import Ranks
+from adept_ds.training.checkpoint_files import CheckpointFiles
 from adept_ds.units.registry import UnitRegistry
+from adept_ds.weights.by_rank import SavedElements, elements_file
 from adept_ds.weights.start_weights import StartWeights
 from adept_ds.zero.engine import Engine
 from adept_ds.zero.layout import Fragment, partition_layout
+
+_MOVEMENT = "unit_movement"
 
 
 class UnitMovement:
@@ -36,7 +40,7 @@ class UnitMovement:
         self._ranks = ranks
         self._start = StartWeights(start, precision) if start else None
         self._first = None if start else self._weights()
-        self._last: list[torch.Tensor] | None = None
+        self._last: dict[str, torch.Tensor] | None = None
         """Weights at `since`; None: those of the start."""
         self.since = 0
         """The step at which was last asked."""
@@ -45,25 +49,22 @@ class UnitMovement:
         """Change of every unit since `self.since` and since the start, in registry order; the same on every rank."""
         now = self._weights()
         sums = torch.zeros(2, len(self._registry), dtype=torch.float64)
-        for number, partition in enumerate(self._layout):
-            for fragment in partition.fragments:
-                run = slice(fragment.flat_start, fragment.flat_start + fragment.numel)
-                new = now[number][run]
-                start = self._first[number][run] if self._first else self._stored_start(fragment)
-                changes = (new - (start if self._last is None else self._last[number][run]), new - start)
-                end = fragment.param_start + fragment.numel
-                for tile in self._registry.tiles(fragment.parameter, fragment.param_start, end):
-                    for total, change in zip(sums, changes, strict=True):
-                        squares = tile.view(change).square().sum(1 - tile.axis, dtype=torch.float64)
-                        total.index_add_(0, tile.units, squares)
+        for fragment in self._fragments():
+            name = fragment.parameter
+            start = self._first[name] if self._first else self._stored_start(fragment)
+            changes = (now[name] - (start if self._last is None else self._last[name]), now[name] - start)
+            for tile in self._registry.tiles(name, fragment.param_start, fragment.param_stop):
+                for total, change in zip(sums, changes, strict=True):
+                    squares = tile.view(change).square().sum(1 - tile.axis, dtype=torch.float64)
+                    total.index_add_(0, tile.units, squares)
         self._last, self.since = now, step
         recent, since_start = self._ranks.sum(sums.flatten()).sqrt().view(2, -1).tolist()
         return recent, since_start
 
-    def save(self, checkpoint: Path, step: int) -> None:
+    def save(self, files: CheckpointFiles, step: int) -> None:
         """Into the checkpoint of step `step`, unless its own weights are those that are kept."""
         if self._last is not None and self.since != step:
-            save_file({str(i): tensor for i, tensor in enumerate(self._last)}, self._file(checkpoint))
+            files.add_tensors(elements_file(_MOVEMENT, self._ranks.rank), self._last)
 
     def load(self, checkpoint: Path, step: int, since: int) -> None:
         """Go on from a checkpoint, after its weights were loaded."""
@@ -71,17 +72,24 @@ class UnitMovement:
         if since == step:
             self._last = self._weights()
         elif since:
-            saved = load_file(self._file(checkpoint))
-            self._last = [saved[str(i)] for i in range(len(self._layout))]
+            saved = SavedElements(checkpoint, _MOVEMENT)
+            self._last = {
+                fragment.parameter: saved.of(fragment.parameter, fragment.param_start, fragment.param_stop)
+                for fragment in self._fragments()
+            }
 
-    def _file(self, checkpoint: Path) -> Path:
-        return checkpoint / f"unit_movement_rank_{self._ranks.rank}.safetensors"
+    def _fragments(self) -> Iterator[Fragment]:
+        return (fragment for partition in self._layout for fragment in partition.fragments)
 
-    def _weights(self) -> list[torch.Tensor]:
-        return [partition.tensor.detach().to("cpu", torch.float32, copy=True) for partition in self._layout]
+    def _weights(self) -> dict[str, torch.Tensor]:
+        """Of each parameter, by full name, the elements that this rank steps."""
+        return {
+            fragment.parameter: partition.tensor[fragment.flat].detach().to("cpu", torch.float32, copy=True)
+            for partition in self._layout
+            for fragment in partition.fragments
+        }
 
     def _stored_start(self, fragment: Fragment) -> torch.Tensor:
         """The fragment's elements at the start."""
         assert self._start is not None
-        end = fragment.param_start + fragment.numel
-        return self._start.elements(fragment.parameter, fragment.param_start, end)
+        return self._start.elements(fragment.parameter, fragment.param_start, fragment.param_stop)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Protocol
 
+from adept_ds.base.progress import ProgressCallback
+from adept_ds.ranks.unfinished import LongWork, Work
 from adept_ds.training.rule import Refresh, TrainingRule, check_start
 from adept_ds.units.roles import Role, roles_of_units
 from adept_ds.units.unit_lr import UnitLR
 
-Estimate = Callable[[], list[float]]
-"""Importance of every unit now, in registry order; on every rank alike."""
+
+class Estimate(Protocol):
+    """Importance of every unit now, in registry order; on every rank alike (see `estimate_importance`)."""
+
+    def __call__(self, *, progress: ProgressCallback | None = None, work: Work | None = None) -> list[float]: ...
 
 
 class RoleRule(TrainingRule):
@@ -17,6 +22,7 @@ class RoleRule(TrainingRule):
 
     Args:
         general, domain: importances on the text of either side.
+        together: around each of them, before the first step.
         important: share of the units that count as important on each side.
         rates: the multiplier of each role.
         every: optimizer steps between refreshes.
@@ -28,19 +34,23 @@ class RoleRule(TrainingRule):
         unit_lr: UnitLR,
         general: Estimate,
         domain: Estimate,
+        together: LongWork,
         *,
         important: float,
         rates: dict[Role, float],
         every: int,
         from_start: bool = True,
     ) -> None:
-        self._unit_lr, self._general, self._domain = unit_lr, general, domain
+        self._unit_lr, self._general, self._domain, self._together = unit_lr, general, domain, together
         self._important, self._rates, self._every, self._from_start = important, rates, every, from_start
 
     def start(self) -> Refresh | None:
         if not self._from_start:
             return None
-        general, domain = self._general(), self._domain()
+        with self._together("estimating importance for general text") as (bar, work):
+            general = self._general(progress=bar, work=work)
+        with self._together("estimating importance for the domain") as (bar, work):
+            domain = self._domain(progress=bar, work=work)
         check_start([*general, *domain])
         return self._refreshed(general, domain)
 

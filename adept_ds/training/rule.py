@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from adept_ds.base.errors import NonFiniteLossError
+from adept_ds.training.checkpoint_files import CheckpointFiles
 from adept_ds.units.importance import OnlineImportance
 
 
@@ -35,11 +36,11 @@ class TrainingRule:
         """Before the first step of a run that begins; not when it goes on."""
         return None
 
-    def load(self, checkpoint: Path, state: dict[str, Any]) -> None:
+    def load(self, checkpoint: Path, states: Sequence[dict[str, Any]]) -> None:
         """Go on from a checkpoint, whose weights and multipliers are loaded already.
 
         Args:
-            state: what `state_dict` gave on this rank.
+            states: what `state_dict` gave on each of the ranks that wrote it, which may have been fewer or more.
         """
 
     def before_update(self) -> dict[str, float]:
@@ -62,8 +63,9 @@ class TrainingRule:
         """Of this rank, for a checkpoint: small, of numbers, texts and lists."""
         return {}
 
-    def save(self, checkpoint: Path) -> None:
-        """What is too large for `state_dict`, into the checkpoint's directory, in files named after the rank."""
+    def save(self, files: CheckpointFiles) -> None:
+        """Add what is too large for `state_dict` to this rank's files of a checkpoint; by elements, see
+        `weights.by_rank`."""
 
 
 def check_start(values: Sequence[float]) -> None:

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
-from adept_ds.base.files import json_text, write_bytes
+from adept_ds.base.files import json_text, write_bytes, writing
 from adept_ds.base.run_dir import RunDirectory
 from adept_ds.base.run_records import LogLine, read_log
 from adept_ds.units.registry import Unit
+
+Line = TypeVar("Line", bound=LogLine)
+
+
+class _StepOrRefresh(LogLine):
+    """Of metrics.jsonl, as far as it tells which lines there should be."""
+
+    loss: float | None = None
+    refresh_seconds: float | None = None
 
 
 class RunLog:
@@ -21,22 +30,36 @@ class RunLog:
         active: on other ranks than 0 every method does nothing.
         first_step: training (re)starts after this step. Later records are from a run that crashed after its last
             checkpoint: they are removed, so that every step appears once.
+        say: is told of what a crash left half written, and of lines that are lost.
 
     Raises:
         InputError: a line of an earlier start is damaged.
     """
 
-    def __init__(self, run_dir: RunDirectory, first_step: int, config_text: str, *, active: bool = True) -> None:
+    def __init__(
+        self,
+        run_dir: RunDirectory,
+        first_step: int,
+        config_text: str,
+        *,
+        active: bool = True,
+        say: Callable[[str], None] = lambda line: None,
+    ) -> None:
         self._active, self._run_dir = active, run_dir
         if not active:
             return
-        from torch.utils.tensorboard import SummaryWriter
-
-        for path in (run_dir.metrics, run_dir.unit_importance, run_dir.unit_movement):
-            _keep_until(path, first_step)
-        self._board = SummaryWriter(str(run_dir.tensorboard), purge_step=first_step + 1 if first_step else None)
+        kept = _keep_until(run_dir.metrics, first_step, _StepOrRefresh, say)
+        refreshes = {line.step for line in kept if line.refresh_seconds is not None}
+        trained = set(range(1, first_step + 1))
+        _say_what_is_lost(
+            run_dir.metrics, trained - {line.step for line in kept if "loss" in line.model_fields_set}, say
+        )
+        for path, expected in ((run_dir.unit_importance, refreshes), (run_dir.unit_movement, refreshes - {0})):
+            found = {line.step for line in _keep_until(path, first_step, LogLine, say)}
+            _say_what_is_lost(path, expected - found, say)
+        self._board = _Board(run_dir.tensorboard, first_step)
         if first_step == 0:
-            self._board.add_text("config", f"```yaml\n{config_text}\n```")
+            self._board.write("text", "config", f"```yaml\n{config_text}\n```")
 
     def step(self, record: dict[str, Any]) -> None:
         """One optimizer step: {"step", "loss", ...}."""
@@ -46,7 +69,15 @@ class RunLog:
         if self._active:
             _append(self._run_dir.metrics, {"step": step, "eval": results})
             for name, result in results.items():
-                self._board.add_scalar(f"eval/{name}_loss", result["loss"], step)
+                self._board.write("scalar", f"eval/{name}_loss", result["loss"], step)
+
+    def guard(self, step: int, record: dict[str, Any]) -> None:
+        """What the guard found at an evaluation (see `training.guard`)."""
+        if self._active:
+            _append(self._run_dir.metrics, {"step": step, "guard": record})
+            for name, limits in record["general"].items():
+                for key, value in limits.items():
+                    self._board.write("scalar", f"guard/{name}_{key}", value, step)
 
     def refresh(
         self,
@@ -108,9 +139,9 @@ class RunLog:
         for unit, value in zip(units, values, strict=True):
             parts.setdefault(f"{group}/{unit.place}", []).append(value)
         for tag, members in parts.items():
-            self._board.add_scalar(tag, sum(members) / len(members), step)
+            self._board.write("scalar", tag, sum(members) / len(members), step)
             if len(members) > 1:
-                self._board.add_histogram(tag, np.array(members), step)
+                self._board.write("histogram", tag, np.array(members), step)
 
     def _write(self, group: str, record: dict[str, Any]) -> None:
         if not self._active:
@@ -118,16 +149,46 @@ class RunLog:
         _append(self._run_dir.metrics, record)
         for key, value in record.items():
             if key != "step" and isinstance(value, int | float):
-                self._board.add_scalar(f"{group}/{key}", value, record["step"])
+                self._board.write("scalar", f"{group}/{key}", value, record["step"])
+
+
+class _Board:
+    """TensorBoard's files. What it cannot write shows at one of the next calls. Raises as `writing`."""
+
+    def __init__(self, directory: Path, first_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._directory = directory
+        with writing(directory):
+            self._writer = SummaryWriter(str(directory), purge_step=first_step + 1 if first_step else None)
+
+    def write(self, kind: str, *content: Any) -> None:
+        with writing(self._directory):
+            getattr(self._writer, f"add_{kind}")(*content)
+
+    def close(self) -> None:
+        with writing(self._directory):
+            self._writer.close()
 
 
 def _append(path: Path, record: dict[str, Any]) -> None:
-    with path.open("a", encoding="utf-8") as file:
+    with writing(path), path.open("a", encoding="utf-8") as file:
         file.write(json_text(record) + "\n")
 
 
-def _keep_until(path: Path, step: int) -> None:
-    """Drop the records after `step`; of step 0 itself (the start) nothing is kept, it is written again."""
-    if path.is_file():
-        kept = [line + b"\n" for line, record in read_log(path, LogLine) if record.step <= step and step > 0]
-        write_bytes(path, b"".join(kept))
+def _keep_until(path: Path, step: int, kind: type[Line], say: Callable[[str], None]) -> list[Line]:
+    """Drop the records after `step`, and return the others; of step 0 itself (the start) nothing is kept, it is written
+    again."""
+    if not path.is_file():
+        return []
+    kept = [(line, record) for line, record in read_log(path, kind, say) if record.step <= step and step > 0]
+    write_bytes(path, b"".join(line + b"\n" for line, _ in kept))
+    return [record for _, record in kept]
+
+
+def _say_what_is_lost(path: Path, steps: Collection[int], say: Callable[[str], None]) -> None:
+    """A log cannot be made again, and training does not need it."""
+    if steps:
+        first, last = min(steps), max(steps)
+        which = f"step {first}" if first == last else f"steps {first} to {last}"
+        say(f"'{path}' has lost lines of {which}: the report goes without them")

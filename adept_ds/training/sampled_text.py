@@ -6,15 +6,17 @@ divergence that is averaged over such texts is that of the distributions of text
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 
-from adept_ds.base.progress import ProgressCallback
+from adept_ds.base.progress import ProgressCallback, by_batch
 from adept_ds.data.order import FILLER, rank_batches
 from adept_ds.ranks.collectives import Ranks
+from adept_ds.ranks.unfinished import Work
 
 _ROWS = 32
 """Sequences that are written together."""
@@ -37,18 +39,26 @@ class Writer:
     device: torch.device | str
     ranks: Ranks
 
-    def write(self, sequences: int, seq_len: int, seed: int, progress: ProgressCallback) -> torch.Tensor:
+    def write(
+        self, sequences: int, seq_len: int, seed: int, progress: ProgressCallback, work: Work | None = None
+    ) -> torch.Tensor:
         """[sequences, seq_len] int32, the same on every rank; the first column is `first_token`.
 
         A sequence depends on the seed and its number alone: on the number of ranks, and on what is written beside it,
         no more than the model's rounding does. All ranks make the same passes.
+
+        Args:
+            work: where it is kept, batch by batch.
         """
-        batches = rank_batches(range(sequences), self.ranks.rank, self.ranks.world_size, self._rows(sequences))
-        own: dict[int, torch.Tensor] = {}
+        rows, work = self._rows(sequences), work or Work()
+        batches = rank_batches(range(sequences), self.ranks.rank, self.ranks.world_size, rows)
+        written = work.tensor("tokens", len(batches), rows, seq_len, dtype=torch.int32)
         with torch.no_grad():
-            for number, batch in enumerate(batches):
-                rows = self._rows_of(batch, seq_len, seed, partial(_report, progress, number, len(batches)))
-                own |= {sequence: row for sequence, row in zip(batch, rows, strict=True) if sequence != FILLER}
+            for number in work.steps(len(batches), by_batch(progress)):
+                report = partial(_report, progress, number, len(batches))
+                written[number] = self._rows_of(batches[number], seq_len, seed, report)
+        numbers = itertools.chain(*batches)
+        own = {number: row for number, row in zip(numbers, written.flatten(0, 1), strict=True) if number != FILLER}
         found = {sequence: row for of_rank in self.ranks.gather(own) for sequence, row in of_rank.items()}
         return torch.stack([found[sequence] for sequence in range(sequences)])
 

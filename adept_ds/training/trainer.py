@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from functools import cached_property
 from typing import Any
 
-from adept_ds.base.errors import InputError, NonFiniteLossError, StopRequestedError
-from adept_ds.base.run_dir import RunDirectory, checkpoint_tag
+from rich.markup import escape
+
+from adept_ds.base.errors import NonFiniteLossError, StopRequestedError
+from adept_ds.base.progress import ProgressCallback
+from adept_ds.base.run_dir import RunDirectory, checkpoint_steps, checkpoint_tag
 from adept_ds.base.terminal import Terminal
 from adept_ds.config.schema import Config
 from adept_ds.data.training_data import TrainingData
@@ -23,17 +27,23 @@ from adept_ds.models.flops import StepFlops
 from adept_ds.ranks.collectives import Ranks
 from adept_ds.ranks.stopping import StopRequest
 from adept_ds.training.anchor import Anchor
-from adept_ds.training.checkpoint import CheckpointManifest, load_checkpoint, save_checkpoint
+from adept_ds.training.checkpoint import CheckpointManifest, load_checkpoint
+from adept_ds.training.checkpoint_choice import put_aside
+from adept_ds.training.checkpoint_files import CheckpointFiles
+from adept_ds.training.checkpoint_writer import CheckpointWriter, Retention
 from adept_ds.training.copy_dropout import CopyDropout
 from adept_ds.training.evaluation import EvalSet, evaluate
+from adept_ds.training.guard import Guard
 from adept_ds.training.movement import UnitMovement
 from adept_ds.training.rule import Refresh, TrainingRule
 from adept_ds.training.run_log import RunLog
+from adept_ds.training.skipping import Skips
 from adept_ds.training.step import accumulate_gradient, lr_factor
 from adept_ds.units.unit_lr import UnitLR
-from adept_ds.zero.engine import Engine, set_learning_rate
+from adept_ds.zero.engine import Engine, set_learning_rate, step_below
 from adept_ds.zero.gathered import keep_frozen_gathered
 from adept_ds.zero.gradients import loss_scale
+from adept_ds.zero.layout import trained_weights_are_finite
 from adept_ds.zero.outside_training import outside_training
 
 
@@ -60,37 +70,75 @@ class Trainer:
     terminal: Terminal
     stop: StopRequest
     anchor: Anchor | None = None
+    guard: Guard | None = None
     _tokens: int = 0
     """Trained on so far, interruptions included."""
+    _save_is_due: bool = False
+
+    def __post_init__(self) -> None:
+        self._skips = Skips(self.config.train)
+
+    @cached_property
+    def _writer(self) -> CheckpointWriter:
+        train, how = self.config.train, self.config.checkpoint
+        retention = Retention(max(2, train.keep_checkpoints), how.keep_every * train.checkpoint_every)
+        return CheckpointWriter(self.engine, self.run_dir.checkpoints, self.ranks, retention, background=how.background)
 
     def run(self, first_step: int, config_text: str) -> None:
         """Train from `first_step` (0: from the start) to the end.
 
         Raises:
-            StopRequestedError: a signal came; a checkpoint was written.
-            InputError: the loss is no number any more; the step that it belongs to was not taken.
+            StopRequestedError: a signal came; a checkpoint was written, unless the last steps were skipped.
+            NonFiniteLossError: too many steps in a row were skipped, or the last one was, or weights are no numbers, or
+                an evaluation or a refresh met what is none; a checkpoint of weights that are broken was put aside.
         """
         train = self.config.train
-        log = RunLog(self.run_dir, first_step, config_text, active=self.ranks.is_main)
-        with self.terminal.progress("training") as bar:
+        log = RunLog(self.run_dir, first_step, config_text, active=self.ranks.is_main, say=self._say)
+        with self.terminal.progress("training", together=True) as bar, self._checkpoints():
             if first_step:
                 self._resume(first_step)
             else:
                 self._start(log)
             for step in range(first_step, train.steps):
-                record, stop_agreed = self._train_step(step)
+                record, stop_agreed, written = self._train_step(step)
+                if written:
+                    self._writer.finish()
                 log.step(record)
+                if "skipped" in record:
+                    self._check_skipped(step + 1, record)
                 bar((step + 1) / train.steps, _progress_text(record, train.steps))
                 if step == first_step:
                     self._keep_frozen_gathered()
                 self._after_step(step + 1, log)
                 is_last = step + 1 == train.steps
-                if stop_agreed or is_last or (step + 1) % train.checkpoint_every == 0:
+                if self.guard and self.guard.stops:
+                    self._end_by_guard(step + 1)
+                    break
+                self._save_is_due |= stop_agreed or (step + 1) % train.checkpoint_every == 0
+                if is_last or (self._save_is_due and not self._skips.in_a_row):
                     self._save(step + 1)
                 if stop_agreed and not is_last:
+                    self._writer.finish()
                     log.close()
-                    raise StopRequestedError(f"stopped after step {step + 1} of {train.steps}; checkpoint written")
+                    done = "the last steps were skipped" if self._skips.in_a_row else "checkpoint written"
+                    raise StopRequestedError(f"stopped after step {step + 1} of {train.steps}; {done}")
+            self._writer.finish()
         log.close()
+
+    @contextmanager
+    def _checkpoints(self) -> Iterator[None]:
+        """Of a checkpoint that is still being written nothing stays where training ends with an error; but where all
+        ranks end alike, because of a loss, it is completed: it is what to go on from."""
+        try:
+            yield
+        except NonFiniteLossError:
+            self._writer.finish()
+            raise
+        finally:
+            self._writer.discard()
+
+    def _say(self, line: str) -> None:
+        self.terminal.stage("train", escape(line))
 
     def _start(self, log: RunLog) -> None:
         """Multipliers and losses before the first step."""
@@ -98,29 +146,43 @@ class Trainer:
         self._evaluate(0, log)
 
     def _save(self, step: int) -> None:
-        state = {"movement_since": self.movement.since, "rule": self.rule.state_dict(), "tokens": self._tokens}
+        if self.ranks.max(0.0 if trained_weights_are_finite(self.engine) else 1.0)[0]:
+            raise self._given_up(f"weights are no numbers after step {step}", step)
+        self._save_is_due = False
+        state = {
+            "movement_since": self.movement.since,
+            "rule": self.rule.state_dict(),
+            "tokens": self._tokens,
+            "skips": self._skips.state_dict(),
+        }
+        if self.guard:
+            state |= {"guard": self.guard.state_dict()}
 
-        def write_more(checkpoint: Path) -> None:
-            self.movement.save(checkpoint, step)
-            self.rule.save(checkpoint)
+        def more(files: CheckpointFiles) -> None:
+            self.movement.save(files, step)
+            self.rule.save(files)
 
-        save_checkpoint(
-            self.engine,
-            self.run_dir.checkpoints,
-            self.manifest_at(step),
-            self.ranks,
-            self.config.train.keep_checkpoints,
-            state,
-            write_more,
-        )
+        self._writer.save(self.manifest_at(step), state, more, stays={self.guard.best} if self.guard else set())
+
+    def _end_by_guard(self, step: int) -> None:
+        assert self.guard is not None
+        self._save(step)
+        self._writer.finish()
+        record = self.guard.stop(step)
+        self.ranks.on_main(lambda: record.save(self.run_dir.guard))
 
     def _resume(self, step: int) -> None:
-        state = load_checkpoint(self.engine, self.run_dir.checkpoints, self.manifest_at(step), self.ranks)
-        self._tokens = state["tokens"]
+        states = load_checkpoint(self.engine, self.run_dir.checkpoints, self.manifest_at(step), self.ranks)
+        self._tokens = states[0]["tokens"]
         self.unit_lr.check_ranks_agree()
         checkpoint = self.run_dir.checkpoints / checkpoint_tag(step)
+        state = states[0]  # what all ranks have alike
         self.movement.load(checkpoint, step, state["movement_since"])
-        self.rule.load(checkpoint, state["rule"])
+        self.rule.load(checkpoint, [of_rank["rule"] for of_rank in states])
+        if "skips" in state:  # of an older version not
+            self._skips.load_state_dict(state["skips"])
+        if self.guard and "guard" in state:
+            self.guard.load_state_dict(state["guard"])
 
     def _keep_frozen_gathered(self) -> None:
         """Use the memory that the first step left over; after it, because a step's peak is known then."""
@@ -131,11 +193,12 @@ class Trainer:
         if kept:
             self.terminal.stage("", f"{kept / 2**30:.2f} of {frozen / 2**30:.2f} GiB of frozen weights stay gathered")
 
-    def _train_step(self, step: int) -> tuple[dict[str, Any], bool]:
-        """One optimizer step: its record, and whether the ranks agreed to stop after it."""
+    def _train_step(self, step: int) -> tuple[dict[str, Any], bool, bool]:
+        """One optimizer step: its record, whether the ranks agreed to stop after it, and whether all of them have
+        written a checkpoint that is to be published."""
         train = self.config.train
         start = time.perf_counter()
-        lr = train.lr * lr_factor(step, train)
+        lr = train.lr * lr_factor(step, train) * (self.guard.factor if self.guard else 1.0)
         set_learning_rate(self.engine, lr)
         entries = self.data.global_batch(step, train)
         further = self.anchor.backward_passes(step) if self.anchor else []
@@ -144,26 +207,27 @@ class Trainer:
                 self.engine, self.data, entries, train, self.ranks, self.rule.online, further
             )
         anchor, anchor_seconds = self.anchor.take() if self.anchor else (0.0, 0.0)
-        domain, replay, anchor, stops = self.ranks.sum([domain, replay, anchor, float(self.stop.requested)]).tolist()
-        if not math.isfinite(domain + replay + anchor):
-            raise NonFiniteLossError(
-                f"train.lr: with {train.lr:g} the loss of step {step + 1} is {domain + replay + anchor}, before any "
-                "weight changed; lower it in another run_dir, and look at the texts if that does not help"
-            )
+        mine = domain + replay + anchor
+        signs = [float(self.stop.requested), float(self._writer.is_written)]
+        domain, replay, anchor, stops, written = self.ranks.sum([domain, replay, anchor, *signs]).tolist()
+        tokens, predicted = self.data.num_tokens(entries), self.data.predicted_tokens(entries)
+        loss = (domain + replay) / predicted
+        seen = loss if math.isfinite(anchor) else anchor
         terms = self.rule.before_update()
-        self.engine.step()
-        grad_norm = _finite(self.engine.get_global_grad_norm())
+        grad_norm = step_below(self.engine, self._skips.largest_norm(seen))
+        skipped = self._skips.decide(seen, grad_norm)
+        if skipped and self.rule.online:
+            self.rule.online.take_back()
         seconds = time.perf_counter() - start
         replayed = [entry for entry in entries if entry.replayed]
-        tokens, predicted = self.data.num_tokens(entries), self.data.predicted_tokens(entries)
         operations = self.flops_without(bypassed).total * tokens
         operations += self.anchor.operations(step) if self.anchor else 0.0
         self._tokens += tokens
         record = {
             "step": step + 1,
-            "loss": (domain + replay) / predicted,
+            "loss": loss,
             "lr": lr,
-            "grad_norm": grad_norm,
+            "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
             "tokens": self._tokens,
             "seconds": seconds,
             "tokens_per_second": tokens / seconds,
@@ -180,7 +244,45 @@ class Trainer:
             record |= self.anchor.record(step, anchor, anchor_seconds)
         if train.precision == "fp16":
             record |= {"loss_scale": loss_scale(self.engine)}
-        return record, stops > 0
+        if skipped:
+            record |= {"skipped": skipped, "skipped_steps": self._skips.total}
+            if skipped == "loss":
+                record |= {"ranks": [rank for rank, of in enumerate(self.ranks.gather(mine)) if not math.isfinite(of)]}
+        return record, stops > 0, written == self.ranks.world_size
+
+    def _check_skipped(self, step: int, record: dict[str, Any]) -> None:
+        """Raises `NonFiniteLossError`: it was one too many in a row."""
+        ranks, count = record.get("ranks", []), self._skips.in_a_row
+        on_some = 0 < len(ranks) < self.ranks.world_size
+        what = {"loss": "loss is no number", "gradient": "gradient is no number"}.get(
+            record["skipped"], f"{record['skipped']}s"
+        )
+        what += f" on rank {', '.join(map(str, ranks))} alone" if on_some else ""
+        self.terminal.stage("", f"step {step} is skipped on all ranks: {what}")
+        ends_so = step == self.config.train.steps and count > 0 and not record["skipped"].endswith("spike")
+        if count >= self.config.train.max_skipped or ends_so:
+            why = "training would end like this" if ends_so else "train.max_skipped"
+            which = (
+                f"step {step} was skipped"
+                if count == 1
+                else f"steps {step - count + 1} to {step} were skipped, the last"
+            )
+            raise self._given_up(f"{which} since its {what} ({why})", step - count, of_the_machine=on_some)
+
+    def _given_up(self, what: str, step: int, *, of_the_machine: bool = False) -> NonFiniteLossError:
+        """Of weights as they are after step `step`; a checkpoint of these is put aside.
+
+        Args:
+            of_the_machine: weights are not to blame, since the same ones gave numbers on other ranks.
+        """
+        lr, checkpoints = self.config.train.lr, self.run_dir.checkpoints
+        self._writer.finish()
+        if not of_the_machine:
+            self.ranks.on_main(lambda: put_aside(checkpoints, step, "broken"))
+        left = self.ranks.on_main(lambda: checkpoint_steps(checkpoints))
+        goes_on = f"it goes on after step {left[-1]}" if left else "it begins anew"
+        remedy = "look at the machine" if of_the_machine else "lower it"
+        return NonFiniteLossError(f"train.lr: with {lr:g}, {what}; {remedy}, and run the same command again: {goes_on}")
 
     def _after_step(self, step: int, log: RunLog) -> None:
         is_last = step == self.config.train.steps
@@ -200,9 +302,7 @@ class Trainer:
         try:
             found = refresh()
         except ValueError as error:
-            raise InputError(
-                f"train.lr: with {self.config.train.lr:g}, after step {step}, {error}; lower it in another run_dir"
-            ) from None
+            raise self._given_up(f"after step {step}, {error}", step) from None
         if found is not None:
             seconds = time.perf_counter() - start
             units = self.unit_lr.registry.units
@@ -211,29 +311,31 @@ class Trainer:
     def _evaluate(self, step: int, log: RunLog) -> None:
         if not (self.eval_sets and self.config.train.eval_every):
             return
-        with outside_training(self.engine), self.terminal.progress("evaluating") as bar:
+        with outside_training(self.engine), self.terminal.progress("evaluating", together=True) as bar:
             try:
-                results = evaluate(
-                    self.engine,
-                    self.eval_sets,
-                    self.ranks,
-                    micro_batch_size=self.config.train.micro_batch_size,
-                    device=self.engine.device,
-                    progress=bar,
-                )
+                found = self.guard.measure(bar) if self.guard else None
+                results = found.corpora if found else self._losses_of_blocks(bar)
             except NonFiniteLossError as error:
-                raise NonFiniteLossError(
-                    f"train.lr: with {self.config.train.lr:g}, after step {step}, {error}; lower it in another run_dir"
-                ) from None
+                raise self._given_up(f"after step {step}, {error}", step) from None
         log.evaluation(step, results)
         losses = ", ".join(f"{name} {result['loss']:.4f}" for name, result in results.items())
         self.terminal.stage("", f"step {step}: held-out loss {losses}")
+        if self.guard and found:
+            log.guard(step, self.guard.judge(step, found.reading))
+            if self.guard.complaint:
+                self.terminal.stage("guard", self.guard.words())
+            self._save_is_due |= self.guard.keeps_best and self.guard.best == step > 0
+
+    def _losses_of_blocks(self, progress: ProgressCallback) -> dict[str, dict[str, Any]]:
+        return evaluate(
+            self.engine,
+            self.eval_sets,
+            self.ranks,
+            micro_batch_size=self.config.train.micro_batch_size,
+            device=self.engine.device,
+            progress=progress,
+        )
 
 
 def _progress_text(record: dict[str, Any], steps: int) -> str:
     return f"step {record['step']}/{steps}  loss {record['loss']:.4f}  {record['tokens_per_second']:.0f} tokens/s"
-
-
-def _finite(value: Any) -> float | None:
-    """fp16 has no norm in a step that overflowed."""
-    return None if value is None or not math.isfinite(value) else float(value)

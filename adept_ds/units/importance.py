@@ -6,14 +6,16 @@ General text comes from a corpus of its own, in passes of its own, or from the s
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from adept_ds.base.progress import ProgressCallback
+from adept_ds.base.progress import ProgressCallback, by_batch
 from adept_ds.models.frozen_prefix import FrozenPrefix
 from adept_ds.ranks.collectives import Ranks
+from adept_ds.ranks.unfinished import Work
 from adept_ds.units.registry import UnitRegistry
 from adept_ds.units.unit_sums import GradientBatches, UnitSums
 from adept_ds.zero.engine import Engine
@@ -37,6 +39,7 @@ def estimate_importance(
     ranks: Ranks,
     progress: ProgressCallback | None = None,
     prefix: FrozenPrefix | None = None,
+    work: Work | None = None,
 ) -> list[float]:
     """Importance of every unit, in registry order; the same on every rank.
 
@@ -44,16 +47,14 @@ def estimate_importance(
 
     Args:
         prefix: kept from one estimate to the next with the same `batches`, it saves the frozen layers' forward passes.
+        work: where it is kept, batch by batch.
     """
-    unit_sums = UnitSums(engine, registry, ranks)
-    total = torch.zeros(len(registry), dtype=torch.float64)
-    count = len(batches.global_batches())
+    unit_sums, work = UnitSums(engine, registry, ranks), work or Work()
+    total = work.tensor("total", len(registry))
     with gradients_outside_training(engine):
-        for number in range(count):
-            if progress:
-                progress(number / count, f"batch {number + 1} of {count}")
-            total += unit_sums.of_batch(batches, number, prefix)[0]
-    return _means(total, count, registry, ranks)
+        for _, sums, _ in unit_sums.of_batches(batches, work, by_batch(progress) if progress else None, prefix):
+            total += sums
+    return _means(total, len(batches.global_batches()), registry, ranks)
 
 
 class OnlineImportance:
@@ -67,6 +68,7 @@ class OnlineImportance:
         self._registry, self._ranks = registry, ranks
         self._unit_sums = UnitSums(engine, registry, ranks)
         self._total, self._count = torch.zeros(len(registry), dtype=torch.float64), 0
+        self._before = (self._total, self._count)
 
     def observe(self, share: float) -> None:
         """Take in the gradient of a training batch's replayed sequences.
@@ -77,11 +79,16 @@ class OnlineImportance:
         Args:
             share: of the batch, that is replayed: the loss of a training step is a mean over the whole batch.
         """
+        self._before = (self._total.clone(), self._count)
         sums = self._unit_sums.local()
         if self._unit_sums.have_overflowed(sums):
             return  # the step will be skipped for the same reason
         self._total += sums / share
         self._count += 1
+
+    def take_back(self) -> None:
+        """Forget the last batch: its step was skipped, on every rank."""
+        self._total, self._count = self._before
 
     def take(self) -> list[float] | None:
         """Importance of every unit, in registry order, and begin anew; None if nothing was observed."""
@@ -95,8 +102,13 @@ class OnlineImportance:
         """Of this rank."""
         return {"sums": self._total.tolist(), "count": self._count}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._total, self._count = torch.tensor(state["sums"], dtype=torch.float64), state["count"]
+    def load_state_dicts(self, states: Sequence[dict[str, Any]]) -> None:
+        """Go on from those of the ranks that there were. Only the sum over ranks counts: every rank takes over its own
+        share of it, or that of several, or none.
+        """
+        mine = [state["sums"] for state in states[self._ranks.rank :: self._ranks.world_size]]
+        self._total = torch.tensor(mine, dtype=torch.float64).reshape(-1, len(self._registry)).sum(0)
+        self._count = states[0]["count"]
 
 
 def _means(total: torch.Tensor, count: int, registry: UnitRegistry, ranks: Ranks) -> list[float]:

@@ -6,9 +6,10 @@ on the number of ranks. Every rank sums its own slices, and nothing is communica
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from adept_ds.data.blocks import Blocks
 from adept_ds.data.order import rank_batches
 from adept_ds.models.frozen_prefix import FrozenPrefix
 from adept_ds.ranks.collectives import Ranks
+from adept_ds.ranks.unfinished import Work
 from adept_ds.units.registry import UnitRegistry
 from adept_ds.zero.engine import Engine
 from adept_ds.zero.gradients import clear_gradients, local_weight_and_grad, loss_scale, set_loss_scale
@@ -78,6 +80,30 @@ class UnitSums:
                 for tile in self._registry.tiles(name, start, start + values.numel()):
                     sums.index_add_(0, tile.units, tile.view(values).sum(1 - tile.axis, dtype=torch.float64).cpu())
         return sums
+
+    def of_batches(
+        self,
+        batches: GradientBatches,
+        work: Work | None = None,
+        begin: Callable[[int, int], None] | None = None,
+        prefix: FrozenPrefix | None = None,
+        read: Callable[[int], None] | None = None,
+    ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+        """The number of each global batch, and what `of_batch` says of it.
+
+        Args:
+            work: where all of it is kept; what was done before is left out.
+            begin: see `Work.steps`.
+            read: called once for each, with its number, while its gradients are there.
+        """
+        work = work or Work()
+        scale = work.tensor("loss_scale", 1)
+        if scale.item():
+            set_loss_scale(self._engine, scale.item())
+        for number in work.steps(len(batches.global_batches()), begin):
+            sums, losses = self.of_batch(batches, number, prefix, partial(read, number) if read else None)
+            scale.fill_(loss_scale(self._engine))
+            yield number, sums, losses
 
     def of_batch(
         self,

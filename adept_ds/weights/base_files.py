@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 from pydantic import ValidationError, model_validator
 
 from adept_ds.base.errors import InputError
-from adept_ds.base.files import write_text
+from adept_ds.base.files import write_all, write_text
 from adept_ds.base.records import Record, first_mistake
 from adept_ds.models.safetensors_header import parse_header
 from adept_ds.models.weight_files import WeightName
@@ -104,7 +104,7 @@ class BaseFiles(Record):
         header = self.headers[name].encode()
         destination.parent.mkdir(parents=True, exist_ok=True)
         with destination.open("wb", buffering=0) as file:
-            file.write(struct.pack("<Q", len(header)) + header)
+            write_all(file, struct.pack("<Q", len(header)) + header)
             for tensor in parse_header(self.headers[name]):
                 yield from tensors[tensor].copy_to(file)
         try:

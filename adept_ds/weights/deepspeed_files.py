@@ -2,13 +2,46 @@
 
 from __future__ import annotations
 
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from adept_ds.base.errors import InputError
+from adept_ds.base.files import write_bytes
+
+_SCRIPTS = ("zero_to_fp32.py", "zero_to_torch.py")
+
+
+def write_scripts(directory: Path) -> None:
+    """DeepSpeed's scripts for its checkpoints, beside them as it would put them there, unless they are there."""
+    from deepspeed.utils import zero_to_fp32
+
+    for name in _SCRIPTS:
+        source, target = Path(zero_to_fp32.__file__).with_name(name), directory / name
+        if not target.is_file():
+            write_bytes(target, source.read_bytes())
+            target.chmod(target.stat().st_mode | stat.S_IXUSR)
+
+
+@contextmanager
+def reading_checkpoint(directory: Path) -> Iterator[None]:
+    """Read DeepSpeed's files in `directory` as data alone (see `reading_data_only`).
+
+    Raises:
+        InputError: one of them is damaged, or they do not fit each other, or are not what DeepSpeed writes.
+    """
+    try:
+        with reading_data_only():
+            yield
+    except (InputError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # of whatever kind
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise InputError(f"'{directory}' is damaged ({reason}); copy it again, or give another one") from error
 
 
 @contextmanager

@@ -16,12 +16,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from adept_ds.base.errors import InputError
+from adept_ds.base.files import share
 from adept_ds.base.outputs import check_output, new_output
 from adept_ds.base.progress import ProgressCallback
 from adept_ds.base.run_dir import EXPANSION_NAME
 from adept_ds.models.directory import ModelDirectory
 from adept_ds.models.weight_files import INDEX_NAME, weight_files
-from adept_ds.weights.deepspeed_files import reading_data_only
+from adept_ds.weights.deepspeed_files import reading_checkpoint
 from adept_ds.weights.hf_directory import copy_companions, stored_tensors
 
 Learned = Callable[[dict[str, torch.Tensor]], Iterable[tuple[str, torch.Tensor]]]
@@ -42,14 +43,8 @@ def read_zero_checkpoint(checkpoint: Path) -> dict[str, torch.Tensor]:
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     directory = tag_of(checkpoint)
-    with reading_data_only():
-        try:
-            return dict(get_fp32_state_dict_from_zero_checkpoint(str(directory.parent), tag=directory.name))
-        except InputError:
-            raise
-        except Exception as error:  # its files do not fit each other, or not what DeepSpeed expects
-            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-            raise InputError(f"'{directory}' is damaged ({reason}); copy it again, or give another one") from error
+    with reading_checkpoint(directory):
+        return dict(get_fp32_state_dict_from_zero_checkpoint(str(directory.parent), tag=directory.name))
 
 
 def tag_of(checkpoint: Path) -> Path:
@@ -113,6 +108,7 @@ def export_checkpoint(
             }
             missing -= tensors.keys()
             save_file(tensors, folder / file.name, metadata={"format": "pt"})
+            share(folder / file.name)
         assert not missing
         if (start / INDEX_NAME).is_file():
             shutil.copy2(start / INDEX_NAME, folder / INDEX_NAME)

@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adept_ds.base.errors import InputError
+from adept_ds.base.files import write_all
 from adept_ds.models.safetensors_header import TensorEntry, read_entries
 
 _CHUNK = 1 << 23
@@ -78,7 +79,7 @@ class StoredTensor:
                 except (OSError, AttributeError) as error:
                     if copied or getattr(error, "errno", None) not in _NOT_IN_KERNEL:
                         raise
-                    yield from map(target.write, self.chunks())
+                    yield from (write_all(target, chunk) for chunk in self.chunks())
                     return
                 if not step:
                     raise self._too_short()
@@ -126,7 +127,7 @@ class ConstantTensor:
             yield values[: self.num_bytes - start]
 
     def copy_to(self, target: FileIO) -> Iterator[int]:
-        yield from map(target.write, self.chunks())
+        yield from (write_all(target, chunk) for chunk in self.chunks())
 
     def _item(self) -> bytes:
         """The bytes of one element; zero has zero bytes in every dtype."""
@@ -166,7 +167,7 @@ class TurnedTensor:
             yield memoryview(_encoded(origin + np.float32(self.alpha) * (trained - origin), self.dtype))
 
     def copy_to(self, target: FileIO) -> Iterator[int]:
-        yield from map(target.write, self.chunks())
+        yield from (write_all(target, chunk) for chunk in self.chunks())
 
     def _origin(self) -> Iterator[NDArray[np.float32] | np.float32]:
         if isinstance(self.origin, StoredTensor):
@@ -274,7 +275,7 @@ def write_tensors(
         # Hashing takes longer than copying, which the kernel does without showing us the bytes. Meanwhile they go to
         # the disk, so that little is left to wait for at the end.
         digests = pool.submit(_sha256, contents)
-        file.write(struct.pack("<Q", len(text)) + text)
+        write_all(file, struct.pack("<Q", len(text)) + text)
         unsynced, syncing = 0, pool.submit(os.fsync, file.fileno())
         for content in contents.values():
             for num_bytes in content.copy_to(file):

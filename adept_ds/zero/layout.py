@@ -7,6 +7,7 @@ a wrong element.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +28,15 @@ class Fragment:
     param_start: int
     """First element in the flattened parameter."""
     numel: int
+
+    @property
+    def flat(self) -> slice:
+        """Where it lies in the partition."""
+        return slice(self.flat_start, self.flat_start + self.numel)
+
+    @property
+    def param_stop(self) -> int:
+        return self.param_start + self.numel
 
 
 @dataclass(frozen=True)
@@ -57,6 +67,12 @@ def partition_layout(engine: Engine) -> list[FlatPartition]:
                 )
             end = fragment.flat_start + fragment.numel
     return layout
+
+
+def trained_weights_are_finite(engine: Engine) -> bool:
+    """Whether the weights that this rank steps are numbers; waits for the device."""
+    tensors = [partition.tensor for partition in partition_layout(engine) if partition.tensor.numel()]
+    return all(math.isfinite(float(torch.linalg.vector_norm(tensor, math.inf))) for tensor in tensors)
 
 
 def _layout_stage3(engine: Engine, names: dict[int, str]) -> list[FlatPartition]:

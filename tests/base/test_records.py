@@ -255,10 +255,11 @@ FORMATS = {
     ),
     "manifest.json": FileFormat(
         CheckpointManifest,
-        {"step": 3, "world_size": 2, "zero_stage": 3, "fingerprint": DIGEST, "settings": {"train.lr": 0.001}}
-        | {"id": DIGEST[:32], "files": {"states.pt": 6}},
-        optional=frozenset({"id", "files"}),
-        nullable=frozenset({"id"}),
+        {"check": None, "step": 3, "world_size": 2, "zero_stage": 3, "offload": "both", "precision": "bfloat16"}
+        | {"adept_ds": "1", "fingerprint": DIGEST, "settings": {"train.lr": 0.001}, "id": DIGEST[:32]}
+        | {"files": {"states.pt": 6}},
+        optional=frozenset({"id", "files", "offload", "precision", "adept_ds", "check"}),
+        nullable=frozenset({"id", "offload", "precision", "adept_ds", "check"}),
         tables=frozenset({"files"}),
         free=frozenset({"settings"}),
     ),

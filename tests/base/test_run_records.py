@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from adept_ds.base.errors import InputError
-from adept_ds.base.run_records import Evaluation, LogLine, MetricsLine, RunSummary, read_log
+from adept_ds.base.run_records import Evaluation, GivenUp, LogLine, MetricsLine, RunSummary, read_log
 
 STEP = {"step": 1, "loss": 2.5, "tokens": 64, "seconds": 0.5, "tokens_per_second": 128.0, "mfu": 0.5, "lr": 1e-4}
 LOSS = {"loss": 2.5, "tokens": 31}
@@ -84,3 +84,23 @@ def test_a_summary_may_be_half_finished_and_have_more(tmp_path: Path) -> None:
     file.write_text(json.dumps({"trainable_parameters": -12}))
     with pytest.raises(InputError, match=r"summary\.json' is damaged"):
         RunSummary.load(file)
+
+
+@pytest.mark.parametrize(
+    ("given_up", "before", "now", "may"),
+    [
+        pytest.param((0.01,), 0.01, 0.001, True, id="lower"),
+        pytest.param((0.01,), 0.01, 0.02, False, id="higher"),
+        pytest.param((0.01,), 0.01, 0.01, False, id="the same is no other"),
+        pytest.param((0.01, 0.003), 0.01, 0.005, False, id="above one that broke down later"),
+        pytest.param((0.01, 0.003), 0.01, 0.001, True, id="below both, from before the first change"),
+        pytest.param((0.01,), 0.001, 0.0001, False, id="of training that has not broken down"),
+        pytest.param((), 0.01, 0.001, False, id="of a run that never has"),
+    ],
+)
+def test_a_rate_may_be_lowered_where_training_broke_down_with_it(
+    tmp_path: Path, given_up: tuple[float, ...], before: float, now: float, may: bool
+) -> None:
+    if given_up:
+        GivenUp(lr=given_up).save(tmp_path / "given_up.json")
+    assert GivenUp.of(tmp_path / "given_up.json").may_lower(before, now) == may

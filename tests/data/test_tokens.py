@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,8 @@ from harness.models import save_byte_tokenizer
 from harness.packing import END, TEXTS, stream, text_source, tokenisation, tokenised, write_texts
 from harness.workspace import write_corpus
 
-from adept_ds.base.errors import InputError
-from adept_ds.data import tokenising, tokens
+from adept_ds.base.errors import InputError, StopRequestedError
+from adept_ds.data import pieces, tokenising, tokens
 from adept_ds.data.pieces import Piece
 from adept_ds.data.tokenising import TokenisedPiece
 from adept_ds.data.tokens import tokens_of
@@ -140,25 +142,8 @@ def test_damaged_tokens_are_made_again(tmp_path: Path, tokenizer_dir: Path, dama
     assert documents_of(tokenised([corpus], tokenizer_dir, tmp_path / "cache")) == expected
 
 
-def test_two_commands_that_make_the_same_tokens_do_not_disturb_each_other(
-    tmp_path: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The second begins and ends while the first is at it."""
-    corpus = write_corpus(tmp_path / "c.jsonl", seed=1, documents=5)
-    real, seen = tokens.tokenise, list[list[list[int]]]()
-
-    def overtaken(*args: Any, **options: Any) -> Iterator[TokenisedPiece]:
-        monkeypatch.setattr(tokens, "tokenise", real)
-        seen.append(documents_of(tokenised([corpus], tokenizer_dir, tmp_path / "cache")))
-        yield from real(*args, **options)
-
-    monkeypatch.setattr(tokens, "tokenise", overtaken)
-    assert documents_of(tokenised([corpus], tokenizer_dir, tmp_path / "cache")) == seen[0]
-    assert len([path for path in (tmp_path / "cache").iterdir() if path.is_dir()]) == 1
-
-
 @pytest.mark.parametrize("error", [RuntimeError("disk"), KeyboardInterrupt(), InputError("line 3 is not JSON")])
-def test_an_interrupted_build_leaves_nothing_and_the_next_one_is_whole(
+def test_an_interrupted_build_leaves_nothing_half_and_the_next_one_is_whole(
     tmp_path: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
 ) -> None:
     corpus = write_corpus(tmp_path / "c.jsonl", seed=1, documents=5)
@@ -176,8 +161,78 @@ def test_an_interrupted_build_leaves_nothing_and_the_next_one_is_whole(
         with pytest.raises(type(error)) as caught:
             tokenised([corpus], tokenizer_dir, tmp_path / "cache")
     assert caught.value is error
-    assert not [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
+    assert not [path for path in (tmp_path / "cache").glob("*") if path.is_dir()]
+    assert bool(list(tmp_path.glob("unfinished/tokens/*"))) != isinstance(error, InputError), "that is of no use"
     assert documents_of(tokenised([corpus], tokenizer_dir, tmp_path / "cache")) == expected
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_tokens_that_were_made_before_an_end_are_not_made_again(
+    tmp_path: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    """Wherever it came, in the middle of a long document too; records that cannot be read are counted once."""
+    for module, name, value in (
+        (pieces, "MAX_PIECE_CHARACTERS", 120),
+        (pieces, "_PART", 100),
+        (pieces, "_CONTEXT", 10),
+        (tokenising, "_BATCH_CHARACTERS", 200),
+        (tokens, "EVERY", 0.0),
+    ):
+        monkeypatch.setattr(module, name, value)
+    corpus = write_corpus(tmp_path / "c.jsonl", seed=5, documents=12)
+    lines = corpus.read_text().splitlines()
+    lines[3:3], lines[9:9] = ["no JSON"], [json.dumps({"text": "a long text. " * 40}), '{"nothing": 1}', "[]"]
+    corpus.write_text("\n".join(lines))
+    seen, killed_every, real = list[TokenisedPiece](), 1000, tokens.TokenWriter.add
+
+    def add(writer: tokens.TokenWriter, piece: TokenisedPiece) -> None:
+        if len(seen) % killed_every == killed_every - 1 and seen[-1] is not killed_at[-1]:
+            killed_at.append(seen[-1])
+            raise KeyboardInterrupt
+        seen.append(piece)
+        real(writer, piece)
+
+    def make(cache: str) -> list[Any]:
+        settings = tokenisation(tokenizer_dir, tmp_path / cache / "tokens", workers=workers)
+        found = tokens_of(text_source([corpus], max_bad_records=3), settings, Ranks())
+        return [found.manifest, found.tokens.tolist(), found.ends.tolist(), found.ids.tolist()]
+
+    killed_at: list[Any] = [None]
+    monkeypatch.setattr(tokens.TokenWriter, "add", add)
+    whole, number = make("whole"), len(seen)
+    assert whole[0].skipped == 3
+    seen.clear()
+    killed_every, parts = (4 if workers == 1 else 8), None  # a pool of processes takes seconds to start
+    while parts is None:
+        with suppress(KeyboardInterrupt):
+            parts = make("parts")
+    assert parts == whole
+    assert len(seen) == number, "no piece was made twice"
+    assert len(killed_at) > 2, "None, and who was killed"
+    assert not list((tmp_path / "parts" / "unfinished" / "tokens").iterdir())
+
+
+def test_tokenising_that_is_asked_to_stop_keeps_what_it_has(
+    tmp_path: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    corpus = write_corpus(tmp_path / "c.jsonl", seed=5, documents=12)
+    settings = tokenisation(tokenizer_dir, tmp_path / "cache" / "tokens")
+
+    def stop(*_: Any) -> None:
+        raise StopRequestedError
+
+    with pytest.raises(StopRequestedError):
+        tokens_of(text_source([corpus]), settings, Ranks(), stop)
+    seen, real = list[Any](), tokens.read_pieces
+
+    def reading(source: Any, advance: Any, start: Any, *rest: Any) -> Any:
+        seen.append(start)
+        return real(source, advance, start, *rest)
+
+    monkeypatch.setattr(tokens, "read_pieces", reading)
+    expected = documents_of(tokenised([corpus], tokenizer_dir, tmp_path / "elsewhere" / "tokens"))
+    assert documents_of(tokens_of(text_source([corpus]), settings, Ranks())) == expected
+    assert seen == [(0, 0), (0, 1)]
 
 
 def test_a_document_that_cannot_be_tokenised_is_a_bad_record_and_takes_nothing_else_with_it(

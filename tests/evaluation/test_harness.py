@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +19,8 @@ from harness.packing import write_records
 from harness.questions import made_up_questions
 
 from adept_ds.base.errors import StopRequestedError
-from adept_ds.evaluation.harness import HarnessRequest, run_harness
+from adept_ds.evaluation import harness
+from adept_ds.evaluation.harness import HarnessRequest, HarnessResult, run_harness
 
 pytestmark = pytest.mark.skipif(
     any(find_spec(package) is None for package in ("lm_eval", "evaluate", "peft")),
@@ -106,3 +109,44 @@ def test_who_is_asked_to_stop_does_not_wait_for_lm_eval(model: Path) -> None:
     with pytest.raises(StopRequestedError):
         run_harness(request, stop)
     assert time.monotonic() - start < 5
+
+
+def test_tasks_that_were_scored_before_an_end_are_not_scored_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the other process, with libraries that count how often they are asked, and are killed at the second task."""
+    asked = list[str]()
+
+    def simple_evaluate(model: object, tasks: list[str], **_: object) -> dict[str, Any]:
+        asked.extend(tasks)
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return {"n-samples": {}, "results": {tasks[0]: {"acc,none": len(tasks[0]) / 10}}}
+
+    manager = SimpleNamespace(task_index=["one", "three"], load=lambda names: None)
+    packages: dict[str, dict[str, Any]] = {
+        "lm_eval": {"simple_evaluate": simple_evaluate},
+        "lm_eval.tasks": {"TaskManager": lambda **_: manager},
+        "lm_eval.models.huggingface": {"HFLM": lambda **_: None},
+    }
+    for name, members in packages.items():
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(**members))
+    request = HarnessRequest(
+        model="model",
+        tasks={"one": "eval.tasks", "three": "eval.tasks"},
+        directories=(),
+        precision="float32",
+        device="cpu",
+        batch_size=1,
+        max_length=64,
+        add_bos_token=False,
+    )
+    answer = tmp_path / "lm_eval.json"
+    with pytest.raises(KeyboardInterrupt):
+        harness.score(request, answer)
+    assert not HarnessResult.load(answer).is_whole
+    harness.score(request, answer)
+    assert asked == ["one", "three", "three"]
+    result = HarnessResult.load(answer)
+    assert result.is_whole
+    assert result.scores == {"one": {"acc": 0.3}, "three": {"acc": 0.5}}

@@ -12,7 +12,7 @@ import pytest
 from adept_ds.base.errors import InputError
 from adept_ds.data.pieces import document_id
 from adept_ds.evaluation.held_out import SourceName
-from adept_ds.evaluation.rises import Pairs, SourceRises, check_halves, in_half, loss_change
+from adept_ds.evaluation.rises import Pairs, SourceRises, check_halves, in_half, loss_change, rise_limits
 
 
 def rises_of(seed: int, documents: int, mean: float = 0.0, spread: float = 0.2) -> SourceRises:
@@ -82,6 +82,15 @@ def test_the_limit_holds_as_often_as_it_says() -> None:
     assert 365 <= above <= 392
 
 
+@pytest.mark.parametrize("confidence", [0.9, 0.95])
+def test_both_limits_are_those_of_a_plain_loop(confidence: float) -> None:
+    source = rises_of(1, 30, 0.05)
+    found, change = rise_limits(source, confidence), loss_change([source], confidence)
+    assert (found.rise, found.upper) == (change.rise, change.limit)
+    assert found.lower == pytest.approx(plain_limit([source], 1 - confidence, 10_000), abs=0.002)
+    assert found.lower < found.rise < found.upper
+
+
 # --- halves ----------------------------------------------------------------------------------------------------------
 
 
@@ -115,6 +124,10 @@ def test_pairs_are_of_a_half_by_source_and_the_domain_is_one() -> None:
         assert {name: of.rise for name, of in found.general.items()} == pytest.approx({"wiki": -0.2, "exams": 0.1})
         assert found.domain.rise == pytest.approx(-0.2)
         assert found.worst == "exams" and found.keeps(0.11) and not found.keeps(0.09)
+    for half, found in zip(("validation", "test"), halves, strict=True):
+        limits = pairs.limits(losses, half)  # type: ignore[arg-type]
+        assert {name: of.upper for name, of in limits.items()} == {n: of.limit for n, of in found.general.items()}
+        assert pairs.domain_loss(losses, half) == pytest.approx(found.domain.loss)  # type: ignore[arg-type]
     for name in ("wiki", "exams"):
         assert sum(found.general[name].documents for found in halves) == 40
     assert sum(found.domain.documents for found in halves) == 80

@@ -2,7 +2,7 @@
 
     python -m harness.compare_worker ARGUMENTS-OF-ADEPT
 
-Everything else is as in `study.children`: output in a log, the lock held open, and an end with whoever started them.
+Everything else is as in `study.children`: output in a log, and an end with whoever started them.
 """
 
 from __future__ import annotations
@@ -14,18 +14,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from unittest import mock
 
+from adept_ds.base.lifeline import this_launcher
 from adept_ds.cli.app import main
-from adept_ds.study import children, executing
+from adept_ds.study import executing
 
 
 class ForkedRun:
     """In place of `RunProcesses`, on one rank."""
 
-    def __init__(self, arguments: Sequence[str], log: Path, *, ranks: int, threads: int | None, lock: int) -> None:
+    def __init__(self, arguments: Sequence[str], log: Path, *, ranks: int, threads: int | None) -> None:
         assert ranks == 1
         sys.stdout.flush()
+        launcher = this_launcher()
         self._process = os.fork()
         if not self._process:
+            os.environ.update(launcher)
             os._exit(self._become(arguments, log))
         self._code: int | None = None
 
@@ -42,7 +45,6 @@ class ForkedRun:
         os.kill(self._process, signal.SIGKILL)
 
     def _become(self, arguments: Sequence[str], log: Path) -> int:
-        children._end_with_parent()
         os.setsid()
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, signal.SIG_DFL)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from harness.models import VOCABULARY, save_tiny_model
+from harness.spoiling import marked_anew
 from safetensors.torch import load_file, save_file
 
 from adept_ds.base.files import read_json, write_json
@@ -61,7 +62,7 @@ def adapt(base: Path, out: Path, layers: list[int], seed: int) -> Path:
             if layer_of(name) in expansion.copy_indices:
                 tensors[name] = (torch.randn(tensor.shape, generator=generator) * 0.2).to(tensor.dtype)
         save_file(tensors, file, metadata={"format": "pt"})
-    return out
+    return marked_anew(out)
 
 
 def save_base(directory: Path, model_type: str, shard_size: str | None, dtype: torch.dtype = torch.float32) -> Path:

@@ -75,6 +75,10 @@ class RankProcess:
         out, err = self._output()
         return out, err
 
+    def said(self) -> str:
+        """On stderr, so far."""
+        return self._output()[1]
+
     def send_signal(self, number: signal.Signals) -> None:
         os.kill(self.pid, number)
 

@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 
+from adept_ds.base.digests import sha256_of
 from adept_ds.base.errors import InputError
 from adept_ds.base.files import read_json, write_json
+from adept_ds.base.outputs import MARK_NAME, OutputMark
 
 
 def changed_json(path: Path, change: Callable[[Any], Any]) -> None:
@@ -63,3 +65,13 @@ def assert_refused(tmp_path: Path, words: list[str], work: Callable[[Path], Any]
 def bit_in_a_tensor(model: Path) -> None:
     """In its last weight file."""
     flip_bit(max(model.glob("*.safetensors")))
+
+
+def marked_anew(output: Path) -> Path:
+    """What its files are by now counts as what its command wrote."""
+    mark = OutputMark.load(output / MARK_NAME)
+    found = {name: (output / name).stat() for name in mark.files}
+    stamps = {name: (status.st_size, status.st_mtime_ns) for name, status in found.items()}
+    digests = {name: sha256_of(output / name) for name in stamps}
+    mark.model_copy(update={"files": stamps, "sha256": digests}).save(output / MARK_NAME)
+    return output

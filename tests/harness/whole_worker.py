@@ -25,7 +25,8 @@ from adept_ds.models.loading import everything_trains
 from adept_ds.ranks.collectives import Ranks
 from adept_ds.ranks.groups import join
 from adept_ds.ranks.launchers import rank_from_environment
-from adept_ds.training.checkpoint import CheckpointManifest, load_checkpoint, save_checkpoint
+from adept_ds.training.checkpoint import CheckpointManifest, load_checkpoint
+from adept_ds.training.checkpoint_writer import CheckpointWriter, Retention
 from adept_ds.training.movement import UnitMovement
 from adept_ds.units.adamw import UnitAdamW
 from adept_ds.units.registry import UnitRegistry, build_registry
@@ -39,6 +40,9 @@ from adept_ds.zero.gradients import add_to_gradient, set_loss_scale
 STEPS, SAVED_AFTER = 4, 2
 ROWS, TOKENS, ACCUMULATION = 8, 20, 2
 LR, PULL = 3e-3, 0.15
+LISTENING = "listening"
+"""Of the outcomes, beside the cells: of each rank at which port ranks have met, how many process groups it is in at the
+end, and where it listens."""
 OPTIONS: dict[str, Any] = {"betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1, "clip_grad_norm": 0.7}
 
 ZERO: dict[str, dict[str, Any]] = {
@@ -103,7 +107,7 @@ def accumulate(engine: Engine, step: int, ranks: Ranks) -> float:
 def save(engine: Engine, directory: Path, step: int, ranks: Ranks) -> CheckpointManifest:
     stage, size = zero_stage(engine), ranks.world_size
     manifest = CheckpointManifest(step=step, world_size=size, zero_stage=stage, fingerprint="", settings={})
-    save_checkpoint(engine, directory, manifest, ranks, 1, {}, lambda _: None)
+    CheckpointWriter(engine, directory, ranks, Retention(1)).save(manifest, {}, lambda _: None)
     return manifest
 
 
@@ -147,14 +151,29 @@ def train(ranks: Ranks, folder: Path, name: str, zero: str, variant: str) -> dic
     return found
 
 
+def listening() -> list[tuple[str, int]]:
+    """Addresses and ports that this process listens at, as the kernel has them ('0100007F' is 127.0.0.1)."""
+    own = {str(file.readlink()) for file in Path("/proc/self/fd").iterdir() if file.is_symlink()}
+    found = []
+    for table in (Path("/proc/net/tcp"), Path("/proc/net/tcp6")):
+        for line in table.read_text().splitlines()[1:]:
+            address, state, inode = (line.split()[column] for column in (1, 3, 9))
+            if state == "0A" and f"socket:[{inode}]" in own:
+                host, port = address.split(":")
+                found.append((host, int(port, 16)))
+    return found
+
+
 def main() -> None:
     folder, output, cells = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]
     ranks = join(rank_from_environment(os.environ))
     # DeepSpeed takes fp16 on a CPU for unsupported where it would be slow.
     with mock.patch.object(CPU_Accelerator, "is_fp16_supported", lambda _: True):
         outcomes = {cell: train(ranks, folder, *cell.split("/")) for cell in cells}
+    groups = len(torch.distributed.distributed_c10d._world.pg_map)
+    ports = ranks.gather((int(os.environ["MASTER_PORT"]), groups, listening()))
     if ranks.is_main:
-        torch.save(outcomes, output)
+        torch.save(outcomes | {LISTENING: ports}, output)
 
 
 if __name__ == "__main__":

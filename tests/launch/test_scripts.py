@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from harness.launching import ROOT
+from harness.waiting import until
 
 SCRIPTS = sorted(path for path in (ROOT / "launch").iterdir() if path.is_file())
 
@@ -43,10 +42,7 @@ def run_script(name: str, *arguments: str, env: dict[str, str], cwd: Path) -> su
 
 
 def wait_until_exists(path: Path) -> None:
-    deadline = time.monotonic() + 20
-    while not path.exists():
-        assert time.monotonic() < deadline, f"{path.name} did not appear"
-        time.sleep(0.02)
+    until(path.exists)
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
@@ -127,11 +123,10 @@ def test_local_starts_the_module_on_this_host_only_with_arguments_untouched(tmp_
     assert arguments == ["run", "my config.yaml", "data.domain=[a,b]", "x=$HOME*"]
 
 
-def test_local_divides_the_cores_and_builds_extensions_in_a_private_place(tmp_path: Path) -> None:
+def test_local_divides_the_cores_and_hides_a_surrounding_launcher(tmp_path: Path) -> None:
     _, record = launch_with_fake_deepspeed("local.sh", "1000", "run", "c.yaml", tmp_path=tmp_path, RANK="7")
     env = record["env"]
     assert env["OMP_NUM_THREADS"] == "1"
-    assert env["TORCH_EXTENSIONS_DIR"].startswith(str(tmp_path / ".cache/adept_ds/torch_extensions/"))
     assert "RANK" not in env
     assert 1024 <= int(record["arguments"][record["arguments"].index("--master_port") + 1]) <= 65535
 
@@ -157,21 +152,6 @@ def test_local_passes_the_exit_code_on(code: int, tmp_path: Path) -> None:
     assert done.returncode == code
 
 
-def test_a_stale_lock_of_a_killed_build_is_removed_and_a_fresh_one_kept(tmp_path: Path) -> None:
-    extensions = tmp_path / "ext"
-    stale, fresh = extensions / "cpu_adam" / "lock", extensions / "shm_comm" / "lock"
-    for lock in (stale, fresh):
-        lock.parent.mkdir(parents=True)
-        lock.touch()
-    an_hour_ago = time.time() - 3600
-    os.utime(stale, (an_hour_ago, an_hour_ago))
-    done, _ = launch_with_fake_deepspeed(
-        "local.sh", "2", "run", "c.yaml", tmp_path=tmp_path, TORCH_EXTENSIONS_DIR=str(extensions)
-    )
-    assert (stale.exists(), fresh.exists()) == (False, True)
-    assert str(stale) in done.stderr
-
-
 # Like deepspeed: a launcher that has two ranks as children, and passes no signal on.
 FAKE_LAUNCHER = """#!/usr/bin/env bash
 rank='trap "exit 3" USR1 TERM; touch ready$RANK; while :; do sleep 0.05; done'
@@ -193,6 +173,49 @@ def test_a_signal_to_local_reaches_the_ranks_and_their_code_comes_back(number: s
         wait_until_exists(tmp_path / "ready1")
         process.send_signal(number)
         assert process.wait(20) == 3
+
+
+# A rank below two processes of deepspeed's, which watches as a rank does.
+FAKE_DEEPSPEED_AND_RANK = f"""#!{sys.executable}
+import subprocess, sys
+rank = '''
+import os, pathlib, signal, sys, time
+from adept_ds.base.lifeline import end_with
+from adept_ds.ranks.launchers import launcher_processes
+signal.signal(signal.SIGTERM, lambda *_: (pathlib.Path("stopped").touch(), sys.exit(3)))
+end_with(launcher_processes(os.environ))
+pathlib.Path("ready").touch()
+time.sleep(60)
+'''
+if sys.argv[-1] == "helper":
+    sys.exit(subprocess.call([sys.executable, "-c", rank]))
+sys.exit(subprocess.call([sys.executable, __file__, "helper"]))
+"""
+
+
+def test_ranks_stop_when_local_is_killed_and_nobody_else_is(tmp_path: Path) -> None:
+    write_program(tmp_path / "bin" / "deepspeed", FAKE_DEEPSPEED_AND_RANK)
+    command = ["bash", str(ROOT / "launch/local.sh"), "2", "run", "c.yaml"]
+    with subprocess.Popen(command, env=clean_environment(tmp_path), cwd=tmp_path) as process:
+        wait_until_exists(tmp_path / "ready")
+        process.send_signal(signal.SIGKILL)
+    wait_until_exists(tmp_path / "stopped")
+
+
+def test_all_hosts_are_told_when_multinode_is_killed(tmp_path: Path) -> None:
+    """Also where no rank is on its own host."""
+    write_program(tmp_path / "bin" / "pdsh", '#!/bin/sh\necho "$@" >>calls\n')
+    write_program(tmp_path / "bin" / "deepspeed", "#!/bin/sh\ntouch ready\nsleep 5\n")
+    (tmp_path / "hosts").write_text("node1 slots=2\nnode2 slots=2\n")
+    command = ["bash", str(ROOT / "launch/multinode.sh"), "hosts", "run", "c.yaml"]
+    with subprocess.Popen(command, env=clean_environment(tmp_path), cwd=tmp_path) as process:
+        wait_until_exists(tmp_path / "ready")
+        process.send_signal(signal.SIGKILL)
+    wait_until_exists(tmp_path / "calls")
+    call = (tmp_path / "calls").read_text()
+    assert call.startswith("-S -w node1,node2 bash ")
+    assert call.endswith(" TERM\n")
+    assert not list(tmp_path.glob("adept_ds_env.*"))
 
 
 def test_multinode_passes_on_what_ranks_need_and_leaves_no_file(tmp_path: Path) -> None:
@@ -218,7 +241,7 @@ def test_multinode_passes_on_what_ranks_need_and_leaves_no_file(tmp_path: Path) 
     assert arguments[-5:] == ["adept_ds", "run", "c.yaml", r"a=\[1\,2\]", r"b=x \$y"]
     exports = record["exports"].splitlines()
     assert {"GLOO_SOCKET_IFNAME=eth0", "NCCL_DEBUG=WARN", "MY_OWN=1", "EXTRA=yes"} <= set(exports)
-    assert any(line.startswith("ADEPT_LAUNCH_ID=") for line in exports)
+    assert {"ADEPT_LAUNCH_ID", "ADEPT_LAUNCHER"} <= {line.partition("=")[0] for line in exports}
     assert all("=" in line and "TOKEN" not in line and not line.startswith("#") for line in exports)
     assert not list(tmp_path.glob("adept_ds_env.*"))
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
 from collections.abc import Callable
@@ -15,6 +16,8 @@ from typing import Any
 import oracle
 import pytest
 import torch
+from deepspeed.checkpoint import ds_to_universal
+from deepspeed.utils.zero_to_fp32 import convert_zero_checkpoint_to_state_dict
 from harness.complaints import assert_one_line
 from harness.finished_run import Finished
 from harness.launching import adept
@@ -65,6 +68,7 @@ def configured(case: Case, workspace: Workspace, folder: Path) -> Path:
     tree = workspace.tree(
         folder / case.name, method=case.method, train={"steps": 3, "checkpoint_every": 2, "eval_every": 0}
     )
+    tree["checkpoint"] = {"background": case.world_size > 1}
     tree["deepspeed"] = str(folder / f"{case.name}.json")
     Path(tree["deepspeed"]).write_text(json.dumps({"zero_optimization": {"stage": case.stage}}))
     del tree["importance"], tree["expand"]
@@ -148,6 +152,36 @@ def test_held_out_text_may_wait_for_the_end(outcome: Outcome) -> None:
     """train.eval_every: 0"""
     assert outcome.run.evaluations() == []
     assert read_json(RunDirectory(outcome.run.directory).evaluation).keys() >= {"base", "adapted"}
+
+
+def test_deepspeeds_own_tools_read_its_checkpoints(outcome: Outcome, tmp_path: Path) -> None:
+    """They find what trained to the last bit, with the moments of its optimizer; what is frozen is in no checkpoint."""
+    checkpoints, trained = outcome.run.directory / "checkpoints", outcome.run.weights()
+    convert_zero_checkpoint_to_state_dict(checkpoints, tmp_path / "whole")
+    in_this_process = {"num_extract_workers": 1, "num_merge_workers": 1}
+    places = {"input_folder": str(checkpoints / "step_3"), "output_folder": str(tmp_path / "universal")}
+    defaults = {"keep_temp_folder": False, "strict": True, "inject_missing_state": False}
+    ds_to_universal.main(argparse.Namespace(**in_this_process, **places, **defaults))
+    whole, parts = torch.load(tmp_path / "whole" / "pytorch_model.bin"), tmp_path / "universal" / "zero"
+    tied = {"lm_head.weight"}
+    assert outcome.plain.weights.keys() <= whole.keys() <= outcome.plain.weights.keys() | tied
+    for name in outcome.plain.weights:
+        assert torch.equal(whole[name], trained[name]), name
+        saved = {file.stem: torch.load(file) for file in (parts / name).glob("[ef]*.pt")}
+        states = {key: state["param"] if isinstance(state, dict) else state for key, state in saved.items()}
+        assert states.keys() == {"fp32", "exp_avg", "exp_avg_sq"}
+        assert torch.equal(states["fp32"].view_as(trained[name]), trained[name]), name
+        assert all(state.numel() == trained[name].numel() and state.any() for state in states.values())
+
+
+def test_a_checkpoint_holds_what_trained_and_nothing_else(outcome: Outcome) -> None:
+    """Weights, two moments of 4 bytes for each element over all ranks, and what describes them."""
+    trained = sum(tensor.numel() for tensor in outcome.plain.weights.values())
+    files = read_json(outcome.run.directory / "checkpoints" / "step_3" / "manifest.json")["files"]
+    states = sum(file["size"] for name, file in files.items() if name.endswith("optim_states.pt"))
+    assert 12 * trained <= states <= 1.1 * 12 * trained + 20_000 * outcome.case.world_size
+    models = sum(file["size"] for name, file in files.items() if name.endswith("model_states.pt"))
+    assert models <= 4 * trained + 40_000 * outcome.case.world_size
 
 
 def test_it_resumes_bit_for_bit(outcome: Outcome) -> None:

@@ -27,6 +27,7 @@ from adept_ds.data.mixture import Sample
 from adept_ds.probing.estimators import ESTIMATORS, Estimator, Passes, Probe, name_of
 from adept_ds.probing.passes import PassProgress
 from adept_ds.probing.result import LayerImportance
+from adept_ds.ranks.unfinished import Work
 from adept_ds.run.probe import probe_stage
 
 WORLD_SIZES = [1, 2, 3]
@@ -224,12 +225,11 @@ class Numbered(Estimator):
     def __init__(self) -> None:
         self.times = 0
 
-    def passes(self, probe: Probe, progress: PassProgress) -> Passes:
-        self.times += 1
-        progress.batch(0, 1)
+    def passes(self, probe: Probe, progress: PassProgress, work: Work) -> Passes:
+        self.times += len([*work.steps(1, progress.batch)])
         tokens = torch.tensor(probe.sample.tokens(), dtype=torch.float64)
         halves = torch.arange(probe.model.num_layers, 0, -1, dtype=torch.float64) / 2
-        return 3 * tokens, torch.outer(tokens, halves), 1.5
+        return 3 * tokens, torch.outer(tokens, halves)
 
 
 @pytest.mark.filterwarnings("ignore:Pydantic serializer warnings")

@@ -129,7 +129,7 @@ def test_what_is_not_finite_ends_it(workspace: Workspace, tmp_path: Path, monkey
 
     run = open_run(places_config(workspace, tmp_path / "run"))
     sample = run.corpora.general.sample(2, 0)
-    monkeypatch.setattr(_Places, "gains", lambda _: torch.full((5,), torch.nan, dtype=torch.float64))
+    monkeypatch.setattr(_Places, "gains", lambda *_: torch.full((5,), torch.nan, dtype=torch.float64))
     monkeypatch.setattr(_Places, "harms", lambda _: torch.zeros(5, dtype=torch.float64))
     with pytest.raises(NonFiniteLossError, match=r"^probe: a gradient of a silent copy is NaN"):
         place_gradients.weigh_places(
@@ -145,11 +145,11 @@ def test_what_is_not_finite_ends_it(workspace: Workspace, tmp_path: Path, monkey
 
 def test_gains_are_of_the_whole_batch_and_harm_is_linear() -> None:
     """Micro-batches that pull in opposite directions cancel in g_d; signs are of what is left."""
-    places = _Places(2, Ranks())
+    places = _Places(2, Ranks(), {}, {})
     for of_layers in ([[1.0, -2.0, 0.5], [1.0, 1.0]], [[-3.0, -1.0, -0.5], [1.0, 0.0]]):
         for layer in (1, 0):
             places.take(layer, torch.tensor(of_layers[layer]))
-    assert places.gains().tolist() == [2 + 3 + 0, 2 + 1]
+    assert places.gains("cpu").tolist() == [2 + 3 + 0, 2 + 1]
     for layer, part in ((1, [1.0, 2.0]), (0, [1.0, 1.0, 9.0]), (1, [0.5, 0.0]), (0, [0.0, 1.0, 0.0])):
         places.take(layer, torch.tensor(part))
     assert places.harms().tolist() == [1 + 2, -(1.5 + 2)]

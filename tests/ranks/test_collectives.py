@@ -14,9 +14,10 @@ from adept_ds.base.errors import InputError
 from adept_ds.ranks.collectives import Ranks
 
 PROGRAM = """
-import json, os, sys
+import dataclasses, datetime, json, os, sys, time
 from pathlib import Path
 import torch
+import torch.distributed as dist
 from adept_ds.base.errors import AdeptError, InputError
 from adept_ds.ranks.groups import join, joined, leave
 from adept_ds.ranks.launchers import rank_from_environment
@@ -44,6 +45,9 @@ found["other error"] = caught(lambda: ranks.on_main(lambda: fail(KeyError("steps
 path = Path("/nowhere" if ranks.rank == 1 else sys.argv[1])
 found["each"] = caught(lambda: ranks.on_each(lambda: len(list(path.iterdir())) * 0, "share it"))
 found["each works"] = ranks.on_each(lambda: ranks.rank, "share it")
+patience = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=3))
+impatient = dataclasses.replace(ranks, of_main=patience, sign_of_life=0.3)
+found["long"] = caught(lambda: impatient.on_main(lambda: time.sleep(5) or "done"))
 found["joined"] = joined().gather(ranks.rank)
 found["still together"] = ranks.sum([1.0]).item()
 Path(sys.argv[1], f"{ranks.rank}.json").write_text(json.dumps(found))
@@ -84,6 +88,11 @@ def test_an_error_of_rank_0_ends_the_others_too(found: list[dict[str, Any]]) -> 
     assert found[0]["other error"] == ["KeyError", "'steps'"]
     assert found[1]["other error"] == ["AdeptError", "rank 0 failed: KeyError: 'steps'"]
     assert all(mine["still together"] == 2.0 for mine in found)
+
+
+def test_work_of_rank_0_may_take_longer_than_the_timeout(found: list[dict[str, Any]]) -> None:
+    """The others wait for its next sign of life, and for no longer than that."""
+    assert [mine["long"] for mine in found] == [["returned", "done"]] * 2
 
 
 def test_what_one_rank_cannot_read_ends_all_of_them_by_its_name(found: list[dict[str, Any]]) -> None:

@@ -6,6 +6,7 @@ from harness.launching import launch
 
 _MEET = """
 import os, pathlib, torch, torch.distributed as dist
+from adept_ds.ranks.extensions import directory_of_environment
 from adept_ds.ranks.groups import join
 from adept_ds.ranks.launchers import rank_from_environment
 import deepspeed.comm
@@ -13,7 +14,12 @@ shared = pathlib.Path("/dev/shm") / f"deepspeed_allreduce_buffer_{os.getuid()}_1
 stale = pathlib.Path(f"{shared}{os.environ['RANK']}")
 if shared.parent.is_dir():
     stale.write_bytes(b"of a run that crashed")
+leftover = directory_of_environment() / "deepspeed_shm_comm" / "lock"  # of a build that was killed
+leftover.parent.mkdir(parents=True, exist_ok=True)
+leftover.touch()
 ranks = join(rank_from_environment(os.environ))
+leftover.unlink(missing_ok=True)
+assert os.environ["TORCH_EXTENSIONS_DIR"] == str(leftover.parent.parent)
 total = torch.ones(1000) * (ranks.rank + 1)
 deepspeed.comm.all_reduce(total)
 assert (total == 3).all()
@@ -22,7 +28,7 @@ assert not list(shared.parent.glob(shared.name + "*")), "its memory would stay t
 """
 
 
-def test_ranks_leave_no_shared_memory_behind_and_mind_none_that_others_left() -> None:
+def test_ranks_leave_no_shared_memory_behind_and_mind_nothing_that_others_left() -> None:
     result = launch(2, ["-c", _MEET], timeout=120)
     assert result.returncode == 0, result.stderr[-2000:]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import time
@@ -49,6 +50,7 @@ def test_training_stops_with_a_checkpoint_and_resumes_from_it(workspace: Workspa
     metrics = tmp_path / "run" / "metrics.jsonl"
     codes = _stop_when(lambda: metrics.is_file() and '"step": 2' in metrics.read_text(), 1, "train", str(config))
     assert codes == [3]
+    assert not [*(tmp_path / "run").glob("lock*")], "it has ended"
     (checkpoint,) = (tmp_path / "run" / "checkpoints").glob("step_*")
     step = int(checkpoint.name.removeprefix("step_"))
     assert f"resume after step {step}" in adept(1, "show", config).stdout
@@ -69,6 +71,8 @@ def test_probing_stops_on_every_rank_and_leaves_nothing_half_written(workspace: 
     assert _stop_when(probing, 2, "probe", str(config)) == [3, 3]
     assert not (tmp_path / "run" / "layer_importance.json").exists()
     assert not list((tmp_path / "run").rglob(".*.tmp"))
+    (kept,) = (tmp_path / "run" / "cache" / "unfinished" / "probe").glob("*/steps.json")
+    assert json.loads(kept.read_text())["steps"] > 0, "where the same command goes on"
 
 
 def test_one_rank_that_is_asked_stops_all_of_them_after_the_same_step(workspace: Workspace, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import torch
 from harness.complaints import refused
 from harness.expanding import layers_of, load
 from harness.launching import adept
+from harness.spoiling import marked_anew
 from harness.trained_run import TrainedRun
 from safetensors.torch import load_file, save_file
 
@@ -68,6 +69,7 @@ def harmed(trained_run: TrainedRun, copies: list[int], request: Any, tmp_path_fa
     """The upper copy was made to do harm."""
     run = trained_run.copied(tmp_path_factory.mktemp("harmed"))
     turn_around(run, copies[1])
+    marked_anew(run.files.export)
     ranks, stage = request.param
     deepspeed = run.files.root.parent / "deepspeed.json"
     deepspeed.write_text(json.dumps({"zero_optimization": {"stage": stage}}), encoding="utf-8")

@@ -19,6 +19,7 @@ import torch
 import yaml
 from harness.complaints import refused
 from harness.domains import all_tensors, content
+from harness.forgetting import write_held_out
 from harness.launching import adept, start
 from harness.plain_evaluation import document_sums
 from harness.trained_run import TrainedRun
@@ -34,9 +35,6 @@ from adept_ds.weights.turning import write_turned
 
 PATIENCE = 300.0
 """Seconds until something that takes a few must have happened."""
-
-DOCUMENTS = 24
-"""Of each held-out corpus: half a dozen at least in each half."""
 
 
 class DialledRun(TrainedRun):
@@ -63,14 +61,6 @@ class DialledRun(TrainedRun):
     def copied(self, place: Path) -> DialledRun:
         copy = super().copied(place)
         return DialledRun(copy.workspace, copy.files)
-
-
-def write_held_out(root: Path) -> None:
-    noise = np.random.default_rng(5)
-    letters = ["".join(noise.choice(list("QZXVJKWY 0918"), 30)) for _ in range(DOCUMENTS)]
-    words = (root / "domain_heldout.jsonl").read_text().splitlines()[:DOCUMENTS]
-    (root / "letters.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in letters))
-    (root / "words.jsonl").write_text("".join(line + "\n" for line in words))
 
 
 def done(result: Any) -> str:

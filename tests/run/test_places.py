@@ -24,7 +24,7 @@ from adept_ds.probing.places import PlaceScores, choose_places
 from adept_ds.probing.scores import LayerScores
 from adept_ds.run import places
 from adept_ds.run.expand import expand_stage
-from adept_ds.run.places import places_stage
+from adept_ds.run.places import _read, places_stage
 from adept_ds.run.prerequisites import check_ready
 from adept_ds.run.probe import probe_stage
 
@@ -90,12 +90,17 @@ def test_what_gains_depend_on_makes_them_be_weighed_again(
     ],
     ids=str,
 )
-def test_a_damaged_file_is_named(workspace: Workspace, tmp_path: Path, change: dict[str, Any], words: str) -> None:
+def test_a_damaged_file_is_named_and_made_again(
+    workspace: Workspace, tmp_path: Path, change: dict[str, Any], words: str
+) -> None:
     config, file = places_config(workspace, tmp_path / "run"), tmp_path / "run" / "place_scores.json"
     places_stage(open_run(config))
-    file.write_text(json.dumps(read_json(file) | change))
+    whole = read_json(file)
+    file.write_text(json.dumps(whole | change))
     with pytest.raises(InputError, match=rf"place_scores\.json' is damaged \(.*{words}.*move it away, and places are"):
-        places_stage(open_run(config))
+        _read(open_run(config))
+    places_stage(open_run(config))
+    assert read_json(file) | {"seconds": 0} == whole | {"seconds": 0}
 
 
 def test_copies_stand_where_their_gains_put_them(workspace: Workspace, tmp_path: Path) -> None:

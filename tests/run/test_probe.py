@@ -37,9 +37,9 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Path, str]]:
     seen: list[tuple[Path, str]] = []
     real = Estimator.score
 
-    def counting(estimator: Estimator, probe: Any, progress: Any) -> LayerScores:
+    def counting(estimator: Estimator, probe: Any, progress: Any, work: Any) -> LayerScores:
         seen.append((probe.model.path, name_of(estimator)))
-        return real(estimator, probe, progress)
+        return real(estimator, probe, progress, work)
 
     monkeypatch.setattr(Estimator, "score", counting)
     return seen

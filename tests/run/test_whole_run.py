@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import oracle
 import pytest
 import torch
 from harness.finished_run import Finished
-from harness.launching import adept
+from harness.launching import adept, launch
 from harness.packing import pack, rows, rows_of_step
 from harness.plain_evaluation import document_sums
 from harness.workspace import Workspace
@@ -213,20 +214,54 @@ def test_finished_run_is_not_done_again(runs: dict[int, Finished]) -> None:
     assert {path: path.stat().st_mtime_ns for path in directory.glob("e*/*.safetensors")} == before
 
 
-def test_a_resumed_run_ends_bit_for_bit_like_an_uninterrupted_one(
+KILLED = """
+import os, pkgutil, signal, sys
+from unittest import mock
+from adept_ds.cli.app import main
+
+place, call = sys.argv.pop(1), int(sys.argv.pop(1))
+module, _, name = place.rpartition(".")
+owner = pkgutil.resolve_name(module)
+function, calls = getattr(owner, name), 0
+
+def killing(*arguments, **options):
+    global calls
+    found, calls = function(*arguments, **options), calls + 1
+    if calls == call:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return found
+
+with mock.patch.object(owner, name, killing):
+    main()
+"""
+"""`adept` that is killed at the end of a call of a function, the first, second, ..."""
+
+PLACES = {
+    "the second micro-batch of three of step 5": ("adept_ds.data.training_data.TrainingData.batch", 5),
+    "the refresh after step 4, when it is known and in no log": ("adept_ds.units.unit_lr.UnitLR.refresh", 1),
+    "the evaluation after it": ("adept_ds.training.trainer.evaluate", 1),
+}
+
+
+def test_a_run_that_was_killed_anywhere_ends_bit_for_bit_like_an_uninterrupted_one(
     workspace: Workspace, runs: dict[int, Finished], tmp_path: Path
 ) -> None:
-    """Two ranks; the run loses everything after its checkpoint at step 3, metrics of later steps excepted."""
+    """Two ranks. The run has lost everything after its checkpoint at step 3, metrics of later steps excepted; going on
+    from there, both ranks are killed in one place after the other. No checkpoint lies between.
+    """
     import shutil
 
     whole, cut = runs[2].directory, tmp_path / "cut"
     shutil.copytree(whole, cut, ignore=shutil.ignore_patterns("step_6", "step_7", "export", "*.html", "summary.json"))
     (cut / "checkpoints" / "latest").write_text("step_3")
     config = workspace.config(cut)
+    for place, call in PLACES.values():
+        assert launch(2, ["-c", KILLED, place, str(call), "run", str(config)]).returncode == -signal.SIGKILL
     result = adept(2, "run", config)
     assert result.returncode == 0, result.stderr
     assert "resuming after step 3" in result.stdout
     assert Finished(cut).losses() == runs[2].losses()
+    assert Finished(cut).evaluations() == runs[2].evaluations()
     assert Finished(cut).units("multiplier") == runs[2].units("multiplier")
     assert Finished(cut).movement() == runs[2].movement()
     expected = runs[2].weights()

@@ -1,25 +1,32 @@
-"""Which checkpoints there are, and which fit a run."""
+"""Which checkpoints there are, which fit a run, and whether they are what was written."""
 
 from __future__ import annotations
 
+import random
 import re
-import shutil
+from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
+from unittest import mock
 
 import pytest
+import torch
 
-from adept_ds.base.errors import InputError
-from adept_ds.base.files import write_json
+from adept_ds.base.digests import json_digest
+from adept_ds.base.errors import DamagedError, InputError
+from adept_ds.base.files import read_json, write_json
 from adept_ds.base.run_dir import checkpoint_steps, checkpoint_tag, manifest_of
 from adept_ds.ranks.collectives import Ranks
 from adept_ds.training.checkpoint import (
     CheckpointManifest,
-    check_same_ranks,
+    WrittenFile,
+    change_of_shape,
     check_same_training,
     check_whole,
-    newest_manifest,
-    save_checkpoint,
+    load_checkpoint,
+    verify,
 )
 
 TEXTS = {"data.domain": [{"texts": ["0" * 64], "share": 1.0}], "data.replay": []}
@@ -47,25 +54,15 @@ def test_without_a_directory_there_are_no_checkpoints(tmp_path: Path) -> None:
     assert checkpoint_steps(tmp_path / "nothing") == []
 
 
-def check(directory: Path, expected: CheckpointManifest) -> None:
-    """All that resuming asks for."""
-    check_same_training(directory, expected)
-    check_same_ranks(directory, expected)
-
-
 def test_a_manifest_is_read_back_the_same(tmp_path: Path) -> None:
-    assert newest_manifest(tmp_path) is None
-    for step in (9, 20):
-        make_checkpoint(tmp_path, step)
-    assert newest_manifest(tmp_path) == MANIFEST
-    check(tmp_path, MANIFEST)
+    make_checkpoint(tmp_path, 20)
+    assert CheckpointManifest.load(manifest_of(tmp_path / "step_20")) == MANIFEST
+    check_same_training(tmp_path, MANIFEST)
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        pytest.param({"world_size": 4}, ["by 2 ranks", "has 4; start 2 ranks"], id="ranks"),
-        pytest.param({"zero_stage": 1}, ["deepspeed: ", "ZeRO stage 3, not 1; set it back"], id="stage"),
         pytest.param({"fingerprint": "g"}, ["model: ", "another model", "give the model"], id="expansion"),
         pytest.param({"settings": {"train.lr": 0.2}}, ["train.lr: ", "with 0.1, not 0.2; set it back"], id="setting"),
         pytest.param({"settings": {}}, ["train.lr: ", "with 0.1, not None"], id="setting gone"),
@@ -84,79 +81,184 @@ def test_a_checkpoint_that_does_not_fit_is_refused_with_a_remedy_that_harms_noth
     if change.get("settings"):
         change = {"settings": MANIFEST.settings | change["settings"]}
     with pytest.raises(InputError) as caught:
-        check(tmp_path, MANIFEST.model_copy(update=change))
+        check_same_training(tmp_path, MANIFEST.model_copy(update=change))
     for word in [*words, "step_20"]:
         assert word in str(caught.value)
     assert "\n" not in str(caught.value)
     assert not re.search(r"\b(delete|remove|rm)\b", str(caught.value))
 
 
-# --- saving ---------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({}, ""),
+        ({"world_size": 1}, ", written by 2 ranks under ZeRO-3, on 1 rank under ZeRO-3"),
+        ({"zero_stage": 1}, ", written by 2 ranks under ZeRO-3, on 2 ranks under ZeRO-1"),
+        ({"world_size": 4, "zero_stage": 2}, ", written by 2 ranks under ZeRO-3, on 4 ranks under ZeRO-2"),
+    ],
+)
+def test_ranks_and_stage_may_change_and_that_is_said(tmp_path: Path, change: dict[str, Any], said: str) -> None:
+    make_checkpoint(tmp_path, 20)
+    now = MANIFEST.model_copy(update=change)
+    check_same_training(tmp_path, now)
+    assert change_of_shape(tmp_path, now) == said
 
 
-class WritingEngine:
-    """Writes one file where DeepSpeed would; or fails after it."""
-
-    def __init__(self, error: Exception | None = None) -> None:
-        self.error = error
-
-    def save_checkpoint(self, save_dir: str, tag: str, **options: Any) -> None:
-        (Path(save_dir) / tag / "states.pt").write_bytes(b"states")
-        if self.error:
-            raise self.error
+# --- random numbers -------------------------------------------------------------------------------------------------
 
 
-def save(directory: Path, step: int, engine: WritingEngine, *, keep: int = 2) -> None:
-    manifest = MANIFEST.model_copy(update={"step": step})
-    save_checkpoint(cast(Any, engine), directory, manifest, Ranks(), keep, {}, lambda folder: None)
+def draws_after_loading(directory: Path, written: list[Any], rank: int, world_size: int) -> list[float]:
+    """What a rank draws next where training goes on, on a device without random numbers of its own."""
+    saved = SimpleNamespace(client={"adept_ds": {"ranks": written}})
+    module = "adept_ds.training.checkpoint"
+    ranks = mock.Mock(rank=rank, world_size=world_size, on_each=lambda *_: saved)
+    with mock.patch(f"{module}.resume"), mock.patch(f"{module}.read_saved_state"), torch.random.fork_rng(devices=[]):
+        states = load_checkpoint(cast(Any, None), directory, MANIFEST, ranks)
+        assert states == [{"rank": writer} for writer in range(len(written))]
+        return [*torch.rand(3).tolist(), random.random()]
 
 
-def test_a_checkpoint_is_there_when_it_is_whole_and_the_oldest_go(tmp_path: Path) -> None:
-    for step in (1, 2, 3):
-        save(tmp_path, step, WritingEngine())
-    assert checkpoint_steps(tmp_path) == [2, 3]
-    assert (tmp_path / "latest").read_text() == "step_3"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step_2", "step_3"]
-    assert sorted(path.name for path in (tmp_path / "step_3").iterdir()) == ["manifest.json", "states.pt"]
+def test_ranks_that_were_there_draw_on_and_others_draw_something_of_their_own(tmp_path: Path) -> None:
+    """Of two ranks that wrote, on two, one and five; the same each time."""
+    written, following = [], []
+    for rank in range(2):
+        state = torch.Generator().manual_seed(rank)
+        python = random.Random(rank)
+        written.append(({"torch": state.get_state(), "python": python.getstate(), "cuda": None}, {"rank": rank}))
+        following.append([*torch.rand(3, generator=state).tolist(), python.random()])
+    for world_size in (1, 2, 5):
+        found = [draws_after_loading(tmp_path, written, rank, world_size) for rank in range(world_size)]
+        assert found[:2] == following[:world_size]
+        assert found == [draws_after_loading(tmp_path, written, rank, world_size) for rank in range(world_size)]
+        assert len({draws[0] for draws in found}) == world_size
 
 
-def test_saving_that_fails_leaves_the_checkpoints_as_they_were(tmp_path: Path) -> None:
-    save(tmp_path, 1, WritingEngine())
-    with pytest.raises(OSError, match="no space"):
-        save(tmp_path, 2, WritingEngine(OSError("no space left on device")))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step_1"]
-    assert (tmp_path / "latest").read_text() == "step_1"
+# --- what its files are ---------------------------------------------------------------------------------------------
 
 
-def test_what_is_left_of_an_old_checkpoint_does_not_stop_a_new_one_but_a_whole_one_is_kept(tmp_path: Path) -> None:
-    (tmp_path / "step_1").mkdir()
-    (tmp_path / "step_1" / "states.pt").write_bytes(b"half removed")
-    save(tmp_path, 1, WritingEngine())
-    first = newest_manifest(tmp_path)
-    with pytest.raises(InputError, match=r"'.*step_1' is a whole checkpoint already; put it aside"):
-        save(tmp_path, 1, WritingEngine())
-    assert newest_manifest(tmp_path) == first
+CONTENT = {"states.pt": b"states", "more/rank_1.safetensors": b"of another rank"}
 
 
-def test_checkpoints_that_say_the_same_are_told_apart_wherever_they_are_copied(tmp_path: Path) -> None:
-    for name in ("one", "other"):
-        save(tmp_path / name, 1, WritingEngine())
-    shutil.copytree(tmp_path / "one", tmp_path / "copy")
-    one, other, copy = (newest_manifest(tmp_path / name) for name in ("one", "other", "copy"))
-    assert one == copy != other
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """Of two files, as two ranks wrote it."""
+    place = tmp_path / "step_20"
+    files = {}
+    for rank, (name, content) in enumerate(CONTENT.items()):
+        (place / name).parent.mkdir(parents=True, exist_ok=True)
+        (place / name).write_bytes(content)
+        files[name] = WrittenFile(size=len(content), sha256=sha256(content).hexdigest(), rank=rank)
+    MANIFEST.model_copy(update={"files": files}).sealed().save(manifest_of(place))
+    return place
 
 
-@pytest.mark.parametrize(("content", "words"), [(b"sta", "has 3 bytes of 6"), (None, "has no bytes of 6")])
-def test_a_checkpoint_that_was_copied_in_part_is_refused_by_the_file_that_lacks(
-    tmp_path: Path, content: bytes | None, words: str
+def test_a_checkpoint_as_it_was_written_is_whole(checkpoint: Path) -> None:
+    assert verify(checkpoint, Ranks()) == check_whole(checkpoint) == CheckpointManifest.load(manifest_of(checkpoint))
+
+
+@pytest.mark.parametrize("name", CONTENT)
+def test_one_flipped_bit_of_any_file_is_found_and_the_file_named(checkpoint: Path, name: str) -> None:
+    for bit in range(8 * len(CONTENT[name])):
+        content = bytearray(CONTENT[name])
+        content[bit // 8] ^= 1 << bit % 8
+        (checkpoint / name).write_bytes(content)
+        with pytest.raises(DamagedError, match=f"{name}' is not as it was written"):
+            verify(checkpoint, Ranks())
+
+
+class OneOfTwo(Ranks):
+    """The other one has nothing to complain of, unless it is told to."""
+
+    complaint: DamagedError | None = None
+
+    def on_main(self, action: Callable[[], Any]) -> Any:
+        return action()
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value, self.complaint] if self.rank == 0 else [self.complaint, value]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_each_file_is_read_by_one_rank_and_all_end_alike(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, rank: int
 ) -> None:
-    save(tmp_path, 1, WritingEngine())
-    checkpoint = tmp_path / "step_1"
-    assert check_whole(checkpoint).files == {"states.pt": 6}
+    read: list[Path] = []
+    monkeypatch.setattr("adept_ds.training.checkpoint.check_file", lambda place, name, file: read.append(place / name))
+    ranks = OneOfTwo(rank, 2)
+    verify(checkpoint, ranks)
+    assert read == [checkpoint / list(CONTENT)[rank]]
+    object.__setattr__(ranks, "complaint", DamagedError("what the other one found"))
+    with pytest.raises(DamagedError, match="what the other one found"):
+        verify(checkpoint, ranks)
+
+
+def test_one_flipped_bit_of_the_manifest_is_found_or_says_the_same(checkpoint: Path) -> None:
+    path = manifest_of(checkpoint)
+    before, content = CheckpointManifest.load(path), path.read_bytes()
+    seen = 0
+    for byte in range(len(content)):
+        changed = bytearray(content)
+        changed[byte] ^= 1 << byte % 8
+        path.write_bytes(changed)
+        try:
+            assert CheckpointManifest.load(path) == before  # another blank
+        except DamagedError:
+            seen += 1
+    assert seen > 0.9 * len(content)
+
+
+@pytest.mark.parametrize(("content", "words"), [(b"sta", "has 3 bytes of 6"), (None, "cannot be read (No such file")])
+def test_a_checkpoint_that_was_copied_in_part_is_found_without_reading_it(
+    checkpoint: Path, content: bytes | None, words: str
+) -> None:
     (checkpoint / "states.pt").unlink()
     if content is not None:
         (checkpoint / "states.pt").write_bytes(content)
-    with pytest.raises(
-        InputError, match=rf"^'.*step_1/states\.pt' {words}; copy it again, or put this checkpoint aside"
-    ):
+    with pytest.raises(DamagedError, match=rf"^'.*step_20/states\.pt' {re.escape(words)}"):
         check_whole(checkpoint)
+
+
+def test_a_file_that_is_a_link_is_none_of_the_checkpoints(checkpoint: Path, tmp_path: Path) -> None:
+    for name in CONTENT:
+        path = checkpoint / name
+        path.rename(tmp_path / "elsewhere")
+        path.symlink_to(tmp_path / "elsewhere")
+        with pytest.raises(DamagedError, match=f"{name}' is a link"):
+            check_whole(checkpoint)
+        path.unlink()
+        (tmp_path / "elsewhere").rename(path)
+    (checkpoint / "more").rename(tmp_path / "more")
+    (checkpoint / "more").symlink_to(tmp_path / "more")
+    with pytest.raises(DamagedError, match=r"rank_1\.safetensors' is a link"):
+        check_whole(checkpoint)
+
+
+@pytest.mark.parametrize("name", ["/etc/passwd", "../step_19/states.pt", "more/../../x", "", ".", "a\0b"])
+def test_no_path_in_a_manifest_leaves_its_directory(checkpoint: Path, name: str) -> None:
+    tree = read_json(manifest_of(checkpoint))
+    tree["files"][name] = tree["files"].pop("states.pt")
+    tree["check"] = json_digest({key: value for key, value in tree.items() if key != "check"} | {"check": None})
+    write_json(manifest_of(checkpoint), tree)
+    with pytest.raises(DamagedError, match="is no name of a file in this directory"):
+        check_whole(checkpoint)
+
+
+def test_a_pickle_that_came_later_is_not_opened_with_the_others(checkpoint: Path) -> None:
+    (checkpoint / "zero_pp_rank_7_mp_rank_00_optim_states.pt").write_bytes(b"")
+    with pytest.raises(InputError, match=r"rank_7.*came to this checkpoint after it was written; move it away"):
+        verify(checkpoint, Ranks())
+
+
+def test_a_checkpoint_of_an_older_program_is_known_by_sizes(checkpoint: Path) -> None:
+    sizes: Any = {name: len(content) for name, content in CONTENT.items()}
+    without: Any = {}
+    for files in (sizes, without):
+        MANIFEST.model_copy(update={"files": files}).save(manifest_of(checkpoint))
+        assert verify(checkpoint, Ranks()).files == files
+    MANIFEST.model_copy(update={"files": sizes | {"states.pt": 5}}).save(manifest_of(checkpoint))
+    with pytest.raises(DamagedError, match="has 6 bytes of 5"):
+        verify(checkpoint, Ranks())
+
+
+def test_checkpoints_that_say_the_same_are_told_apart_wherever_they_are_copied() -> None:
+    assert MANIFEST.sealed() != MANIFEST.sealed()

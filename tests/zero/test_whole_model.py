@@ -16,7 +16,7 @@ import pytest
 import torch
 from harness.launching import launch
 from harness.models import save_tiny_model
-from harness.whole_worker import LR, OPTIONS, PULL, SAVED_AFTER, batches, unlike_multipliers
+from harness.whole_worker import LISTENING, LR, OPTIONS, PULL, SAVED_AFTER, batches, unlike_multipliers
 
 from adept_ds.weights.export import export_checkpoint, read_zero_checkpoint
 
@@ -155,6 +155,16 @@ def test_a_whole_model_of_another_shape_is_trained_and_exported(
         assert torch.equal(exported[name], mine["weights"][-1][name]), name
         if not name.endswith(("c_attn.bias", "query_key_value.bias")):
             torch.testing.assert_close(exported[name], weight, rtol=0, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("world_size", CELLS)
+def test_no_port_listens_beyond_the_rendezvous(outcomes: dict[int, dict[str, Any]], world_size: int) -> None:
+    """After all that training, saving and loading: gloo's own ends stay on the interface that ranks share."""
+    for rank, (rendezvous, groups, found) in enumerate(outcomes[world_size][LISTENING]):
+        open_to_all = [port for host, port in found if set(host) == {"0"}]
+        assert open_to_all == ([rendezvous] if rank == 0 else [])
+        assert {host for host, _ in found if set(host) != {"0"}} == {"0100007F"}
+        assert len(found) - len(open_to_all) <= groups
 
 
 def test_where_nothing_is_frozen_nothing_is_kept_gathered(outcomes: dict[int, dict[str, Any]]) -> None:

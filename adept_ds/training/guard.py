@@ -1,0 +1,90 @@
+"""What happens when training makes general text worse: a warning, lower rates, or an end (docs/guard.md)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from adept_ds.base.guard_record import GuardStop, Reading
+from adept_ds.base.progress import ProgressCallback
+from adept_ds.config.guard_section import GuardSection
+
+
+@dataclass(frozen=True)
+class Measured:
+    """An evaluation of all held-out documents."""
+
+    corpora: dict[str, dict[str, Any]]
+    """As `training.evaluation.evaluate` returns it."""
+    reading: Reading
+
+
+class Guard:
+    """The guard of a training run; the same on every rank.
+
+    Args:
+        measure: evaluates the model that trains, by document.
+    """
+
+    def __init__(self, section: GuardSection, measure: Callable[[ProgressCallback], Measured]) -> None:
+        self._section, self.measure = section, measure
+        self.factor = 1.0
+        """Of all multipliers."""
+        self.best = 0
+        """The step with the lowest domain loss of those at which nothing was found forgotten; 0: none, or the base."""
+        self._lowest = float("inf")
+        self.complaint: str | None = None
+        """What was found forgotten at the last evaluation."""
+
+    @property
+    def stops(self) -> bool:
+        """Whether training ends here."""
+        return self.complaint is not None and self._section.action == "stop"
+
+    @property
+    def keeps_best(self) -> bool:
+        return self._section.action == "stop"
+
+    def judge(self, step: int, reading: Reading) -> dict[str, Any]:
+        """Take in what was found after step `step`; what joins the log."""
+        section, worst = self._section, reading.general[reading.worst]
+        self.complaint = None
+        if worst.lower > section.max_general_rise:
+            self.complaint = (
+                f"general text '{reading.worst}' has risen by {worst.rise:.4f} nats by step {step} (at least "
+                f"{worst.lower:.4f} at {100 * section.confidence:g}% confidence)"
+            )
+            if section.action == "slow":
+                self.factor *= section.slow_by
+        elif step and reading.domain < self._lowest:
+            self.best, self._lowest = step, reading.domain
+        record = reading.to_json() | {"forgotten": self.complaint is not None, "worst": reading.worst}
+        return record | ({"factor": self.factor} if section.action == "slow" else {})
+
+    def words(self) -> str:
+        """Of the complaint, for the user."""
+        limit = f"{self.complaint}, above guard.max_general_rise ({self._section.max_general_rise:g})"
+        ends = f"training ends, and the checkpoint of step {self.best} is the result" if self.best else "training ends"
+        return (
+            f"{limit}: "
+            + {"warn": "forgotten", "slow": f"multipliers x {self.factor:g}", "stop": ends}[self._section.action]
+        )
+
+    def stop(self, step: int) -> GuardStop:
+        """The record of it."""
+        assert self.complaint is not None
+        section = self._section
+        return GuardStop(
+            max_general_rise=section.max_general_rise,
+            confidence=section.confidence,
+            step=step,
+            best=self.best,
+            reason=self.complaint,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"factor": self.factor, "best": self.best, "lowest": self._lowest}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.factor, self.best, self._lowest = state["factor"], state["best"], state["lowest"]
