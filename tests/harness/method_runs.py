@@ -13,6 +13,7 @@ import oracle
 import torch
 from harness.finished_run import Finished
 from harness.launching import adept
+from harness.marks import slow
 from harness.packing import pack, rows, rows_of_step
 from harness.workspace import Workspace
 
@@ -26,7 +27,7 @@ STEPS = 4
 MIDDLE = 2
 """The step of the first checkpoint."""
 
-GRID = [(1, 2), (2, 2), (3, 1), (3, 2)]
+GRID = [slow((1, 2)), (2, 2), slow((3, 1)), (3, 2)]
 """ZeRO stages and numbers of ranks."""
 
 

@@ -20,6 +20,7 @@ import torch
 from harness.complaints import assert_one_line
 from harness.finished_run import Finished
 from harness.launching import adept
+from harness.marks import slow
 from harness.packing import pack, rows, rows_of_step
 from harness.workspace import Workspace
 
@@ -63,7 +64,7 @@ class Run:
         return result.stdout
 
 
-@pytest.fixture(scope="module", params=[(1, 2), (2, 1), (3, 2)], ids=lambda cell: f"zero{cell[0]}-{cell[1]}")
+@pytest.fixture(scope="module", params=[slow((1, 2)), (2, 1), (3, 2)], ids=lambda cell: f"zero{cell[0]}-{cell[1]}")
 def run(request: pytest.FixtureRequest, workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Run:
     stage, world_size = request.param
     folder = tmp_path_factory.mktemp("ratio")

@@ -10,6 +10,7 @@ import torch
 from harness.adapter_worker import ADAMW, KINDS, RATIO, SEED, STAGES, batches
 from harness.expanding import load, random_tokens
 from harness.launching import launch
+from harness.marks import slow
 from harness.models import FAMILY_OPTIONS, save_tiny_model
 
 from adept_ds.models.adapter_spec import AdapterSpec, LoraSpec, OftSpec
@@ -27,7 +28,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_model(tmp_path_factory.mktemp("adapters") / "model")
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=["1 rank", "2 ranks"])
+@pytest.fixture(scope="module", params=[slow(1), 2], ids=["1 rank", "2 ranks"])
 def trained(request: pytest.FixtureRequest, model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     output = tmp_path_factory.mktemp("trained") / "found.pt"
     result = launch(request.param, ["-m", "harness.adapter_worker", str(model), str(output)])

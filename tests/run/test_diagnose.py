@@ -13,6 +13,7 @@ import torch
 from harness.complaints import refused
 from harness.expanding import layers_of, load
 from harness.launching import adept
+from harness.marks import slow
 from harness.spoiling import marked_anew
 from harness.trained_run import TrainedRun
 from safetensors.torch import load_file, save_file
@@ -64,7 +65,9 @@ def copies(trained_run: TrainedRun) -> list[int]:
     return Expansion.read(trained_run.files.export).copy_indices
 
 
-@pytest.fixture(scope="module", params=[(1, 3), (2, 3), (2, 1)], ids=lambda value: "{} ranks, ZeRO-{}".format(*value))
+@pytest.fixture(
+    scope="module", params=[slow((1, 3)), (2, 3), (2, 1)], ids=lambda value: "{} ranks, ZeRO-{}".format(*value)
+)
 def harmed(trained_run: TrainedRun, copies: list[int], request: Any, tmp_path_factory: Any) -> Diagnosed:
     """The upper copy was made to do harm."""
     run = trained_run.copied(tmp_path_factory.mktemp("harmed"))

@@ -15,6 +15,7 @@ import torch
 from harness.cells_worker import REFRESH_AFTER
 from harness.lab import STEPS
 from harness.launching import ROOT, launch
+from harness.marks import slow
 from harness.packing import pack, rows, rows_of_step
 from harness.workspace import Workspace
 
@@ -40,22 +41,33 @@ All parameters of the tiny model are below ZeRO-3's default persistence threshol
 """
 
 
-@pytest.fixture(scope="module")
-def outcomes(workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Any]]:
-    found = {}
-    for world_size, cells in CELLS.items():
-        output = tmp_path_factory.mktemp("cells") / "outcomes.pt"
-        result = launch(
-            world_size, ["-m", "harness.cells_worker", str(workspace.root), str(output), *cells], timeout=600
-        )
+EVERY = [slow(size, cell) if size > 2 else pytest.param(size, cell) for size, cells in CELLS.items() for cell in cells]
+
+
+class Outcomes(dict[int, dict[str, Any]]):
+    """By number of ranks, trained when they are asked for."""
+
+    def __init__(self, workspace: Workspace, folder: Path) -> None:
+        super().__init__()
+        self._workspace, self._folder = workspace, folder
+
+    def __missing__(self, world_size: int) -> dict[str, Any]:
+        output = self._folder / f"on_{world_size}" / "outcomes.pt"
+        output.parent.mkdir()
+        arguments = [str(self._workspace.root), str(output), *CELLS[world_size]]
+        result = launch(world_size, ["-m", "harness.cells_worker", *arguments], timeout=600)
         assert result.returncode == 0, result.stderr
-        found[world_size] = dict(torch.load(output))
-    return found
+        return self.setdefault(world_size, dict(torch.load(output)))
+
+
+@pytest.fixture(scope="module")
+def outcomes(workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
+    return Outcomes(workspace, tmp_path_factory.mktemp("cells"))
 
 
 @pytest.fixture(scope="module")
 def plain(
-    workspace: Workspace, outcomes: dict[int, dict[str, Any]], tmp_path_factory: pytest.TempPathFactory
+    workspace: Workspace, outcomes: Outcomes, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, oracle.Training]:
     """The oracle's training at each granularity, and with importances taken from what a batch replays."""
     config = parse_config(workspace.tree(tmp_path_factory.mktemp("plain") / "run"))
@@ -89,9 +101,9 @@ def plain(
     return expected | {"online": training("matrix", train.global_batch_size // 2)}
 
 
-@pytest.mark.parametrize(("world_size", "cell"), [(size, cell) for size, cells in CELLS.items() for cell in cells])
+@pytest.mark.parametrize(("world_size", "cell"), EVERY)
 def test_final_weights_are_those_of_the_formula_element_by_element(
-    outcomes: dict[int, dict[str, Any]], plain: dict[str, oracle.Training], world_size: int, cell: str
+    outcomes: Outcomes, plain: dict[str, oracle.Training], world_size: int, cell: str
 ) -> None:
     """1e-5 in fp32 on weights of order 1; importances to 2e-3, after what steps have made of rounding."""
     outcome, expected = outcomes[world_size]["cells"][cell], plain["online" if "online" in cell else cell.split("/")[1]]
@@ -104,9 +116,9 @@ def test_final_weights_are_those_of_the_formula_element_by_element(
 
 
 @pytest.mark.parametrize("granularity", ["matrix", "fine"])
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", [2, slow(3)])
 def test_importances_do_not_depend_on_the_number_of_ranks(
-    outcomes: dict[int, dict[str, Any]], world_size: int, granularity: str
+    outcomes: Outcomes, world_size: int, granularity: str
 ) -> None:
     """1e-6 relative, the rounding of gradients that were summed in another order; of a fresh run, on the source."""
     mine, alone = (outcomes[size]["source"][granularity] for size in (world_size, 1))
