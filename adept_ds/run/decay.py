@@ -15,9 +15,9 @@ from adept_ds.base.run_dir import RunDirectory, checkpoint_steps, checkpoint_tag
 from adept_ds.config.loading import dump_config
 from adept_ds.config.schema import Config
 from adept_ds.run.context import Context
+from adept_ds.run.going_on import training_manifest, training_settings
 from adept_ds.run.prerequisites import check_decays
 from adept_ds.run.start import find_start
-from adept_ds.run.train import training_manifest, training_settings
 from adept_ds.training.checkpoint import check_same_training, verify
 from adept_ds.training.checkpoint_choice import adopt_checkpoint
 

@@ -20,11 +20,12 @@ from adept_ds.run.dial import check_dial_texts, dial_stage
 from adept_ds.run.evaluate import eval_stage
 from adept_ds.run.expand import expand_stage
 from adept_ds.run.export import export_stage, export_trained, export_turned
+from adept_ds.run.going_on import check_can_go_on
 from adept_ds.run.guard import check_guard_texts
 from adept_ds.run.places import places_stage
 from adept_ds.run.probe import probe_stage
 from adept_ds.run.score_tasks import check_harness
-from adept_ds.run.train import check_can_go_on, train_stage
+from adept_ds.run.train import train_stage
 
 
 def run_all(run: Context) -> None:
