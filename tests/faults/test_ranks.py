@@ -150,13 +150,13 @@ _WHILE = {"words": "while ranks speak", "layers": "in a forward pass", "files": 
 
 
 def assert_told(ended: Ended, lost: int, code: int, words: str) -> None:
-    """By who is left, in one line; or it had no need of the other one any more."""
+    """In one line of all ranks (one that hangs can still say so); or who is left had no need of the other any more."""
     left = 1 - lost
     if ended.codes[left] == 0:
         assert ended.said[left] == ""
         return
     assert ended.codes[left] == code, ended.said
-    (line,) = ended.said[left].splitlines()
+    (line,) = ended.lines
     assert re.fullmatch("adept: " + words.format(rank=lost), line), line
 
 
