@@ -177,3 +177,25 @@ def test_only_rank_0_writes(tmp_path: Path) -> None:
     write_log(tmp_path, 0, range(1, 4), active=False)
     write_movement(tmp_path, 0, range(2, 6, 2), active=False)
     assert not list(tmp_path.iterdir())
+
+
+def test_lines_that_are_lost_are_named_by_log_and_steps(tmp_path: Path) -> None:
+    """Of steps by their numbers, of units by the refreshes that metrics tell of."""
+    run, said = RunDirectory(tmp_path), list[str]()
+    steps = [{"step": step, "loss": 2.0} for step in (1, 2, 5)]
+    refreshes = [{"step": step, "refresh_seconds": 0.1} for step in (0, 2, 4)]
+    run.metrics.write_text("".join(json.dumps(line) + "\n" for line in [*refreshes, *steps]))
+    run.unit_importance.write_text("".join(json.dumps({"step": step}) + "\n" for step in (0, 4)))
+    RunLog(run, 5, "", say=said.append).close()
+    assert said == [
+        f"'{run.metrics}' has lost lines of steps 3 to 4: the report goes without them",
+        f"'{run.unit_importance}' has lost lines of step 2: the report goes without them",
+        f"'{run.unit_movement}' has lost lines of steps 2 to 4: the report goes without them",
+    ]
+
+
+def test_of_a_log_that_has_all_lines_nothing_is_said(tmp_path: Path) -> None:
+    run, said = RunDirectory(tmp_path), list[str]()
+    run.metrics.write_text("".join(json.dumps({"step": step, "loss": 2.0}) + "\n" for step in (1, 2)))
+    RunLog(run, 2, "", say=said.append).close()
+    assert said == []
