@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import re
+import zlib
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import ConfigDict, Field, NonNegativeFloat, NonNegativeInt, ValidationError, model_validator
 
 from adept_ds.base.errors import InputError
+from adept_ds.base.files import json_text
 from adept_ds.base.records import Record, first_mistake
 
 
@@ -170,7 +173,7 @@ class LogLine(Record):
 
     @classmethod
     def remedy(cls) -> str:
-        return "correct this line, or remove it"
+        return "restore it from a copy, or remove this line"
 
 
 class GuardLine(Record):
@@ -216,6 +219,14 @@ class MetricsLine(LogLine):
 
 L = TypeVar("L", bound=LogLine)
 
+_CHECKED = re.compile(rb'(\{.*), "crc32": "([0-9a-f]{8})"\}', re.DOTALL)
+
+
+def log_line(record: Mapping[str, Any]) -> str:
+    """A line of a log: the record, and last in it a checksum of the line without it."""
+    text = json_text(record)
+    return f'{text[:-1]}, "crc32": "{zlib.crc32(text.encode()):08x}"}}\n'
+
 
 def read_log(path: Path, kind: type[L], say: Callable[[str], None] = lambda line: None) -> Iterator[tuple[bytes, L]]:
     """The lines of a log, if it is there: each as it stands there, and what it says.
@@ -224,12 +235,15 @@ def read_log(path: Path, kind: type[L], say: Callable[[str], None] = lambda line
         say: is told when the last one is left out, since a crash cut it short.
 
     Raises:
-        InputError: another line is damaged; the message names it.
+        InputError: another line is damaged, or changed since it was written; the message names it.
     """
     lines = path.read_bytes().split(b"\n") if path.is_file() else []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
+        checked = _CHECKED.fullmatch(line)
+        if checked and zlib.crc32(checked[1] + b"}") != int(checked[2], 16):
+            raise InputError(f"'{path}' line {number} is damaged (not as it was written); {kind.remedy()}")
         try:
             yield line, kind.model_validate_json(line)
         except ValidationError as error:

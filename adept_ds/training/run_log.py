@@ -8,9 +8,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from adept_ds.base.files import json_text, write_bytes, writing
+from adept_ds.base.files import write_bytes, writing
 from adept_ds.base.run_dir import RunDirectory
-from adept_ds.base.run_records import LogLine, read_log
+from adept_ds.base.run_records import LogLine, log_line, read_log
 from adept_ds.units.registry import Unit
 
 Line = TypeVar("Line", bound=LogLine)
@@ -173,7 +173,7 @@ class _Board:
 
 def _append(path: Path, record: dict[str, Any]) -> None:
     with writing(path), path.open("a", encoding="utf-8") as file:
-        file.write(json_text(record) + "\n")
+        file.write(log_line(record))
 
 
 def _keep_until(path: Path, step: int, kind: type[Line], say: Callable[[str], None]) -> list[Line]:

@@ -9,7 +9,15 @@ from typing import Any
 import pytest
 
 from adept_ds.base.errors import InputError
-from adept_ds.base.run_records import Evaluation, GivenUp, LogLine, MetricsLine, RunSummary, read_log
+from adept_ds.base.run_records import (
+    Evaluation,
+    GivenUp,
+    LogLine,
+    MetricsLine,
+    RunSummary,
+    log_line,
+    read_log,
+)
 
 STEP = {"step": 1, "loss": 2.5, "tokens": 64, "seconds": 0.5, "tokens_per_second": 128.0, "mfu": 0.5, "lr": 1e-4}
 LOSS = {"loss": 2.5, "tokens": 31}
@@ -36,6 +44,25 @@ def test_the_last_line_may_be_cut_short_and_no_other(tmp_path: Path) -> None:
     log = write_lines(tmp_path / "metrics.jsonl", STEP, '{"step": 2, "lo\n', STEP)
     with pytest.raises(InputError, match=r"metrics\.jsonl' line 2 is damaged"):
         list(read_log(log, MetricsLine))
+
+
+def test_no_bit_of_a_line_can_change_what_is_read(tmp_path: Path) -> None:
+    """Of what a line says; its checksum, the last 22 bytes, may be lost without it."""
+    written = log_line(STEP | {"note": "µ"}).encode()
+    log = tmp_path / "metrics.jsonl"
+    log.write_bytes(written * 2)
+    said = [line for _, line in read_log(log, MetricsLine)]
+    assert [line.loss for line in said] == [2.5, 2.5]
+    assert json.loads(written) == STEP | {"note": "µ", "crc32": json.loads(written)["crc32"]}
+    for bit in range(8 * (len(written) - 1)):
+        changed = bytearray(written)
+        changed[bit // 8] ^= 1 << bit % 8
+        log.write_bytes(bytes(changed) + written)
+        try:
+            assert [line for _, line in read_log(log, MetricsLine)] == said
+            assert bit // 8 >= len(written) - 23
+        except InputError as error:
+            assert "line 1 is damaged" in str(error)
 
 
 @pytest.mark.parametrize(
