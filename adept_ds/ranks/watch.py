@@ -142,10 +142,14 @@ class _Watch:
 
     def leave(self, error: BaseException | None = None) -> None:
         """This rank ends; with an error, that is told to those who may wait for it."""
-        if error is not None:
-            with suppress(Exception):
-                self._ask(lambda: self._put(f"end/{self._launched.rank}", self._last_words(error)))
         self._left.set()
+        if error is None:
+            return
+        with suppress(Exception):
+            self._ask(lambda: self._put(f"end/{self._launched.rank}", self._last_words(error)))
+            if self._launched.rank == 0:
+                self._ask(lambda: self._store.compare_set(_CALL, "", "broke"))
+                self._wait_for_readers(range(self._launched.world_size))
 
     def _last_words(self, error: BaseException) -> tuple[int, str]:
         """Exit code, and what the main thread will not say because another rank of its host usually does."""
@@ -200,7 +204,10 @@ class _Watch:
             self._ask(lambda: self._put(f"answer/{rank}", asdict(mine)))
             places = {r: tuple(place) for r, place in self._found("place", ranks).items()}
             answers, ended = self._answers(places, time.monotonic() + _PATIENCE[hangs])
-            self._wait_for_readers(answers)
+            if rank:
+                self._ask(lambda: self._put(f"read/{rank}", True))
+            else:
+                self._wait_for_readers(answers)
         except Exception:  # the place is gone where they met, or does not answer
             roll = Roll({rank: mine}, {}, {}, hangs or self._is_stuck())
             first = 1 if rank == self._launched.local_rank else 0  # of this host, without rank 0
@@ -225,12 +232,11 @@ class _Watch:
             time.sleep(0.1)
 
     def _wait_for_readers(self, ranks: Collection[int]) -> None:
-        """With the process of rank 0 the place may go where the others read."""
-        if self._launched.rank:
-            self._ask(lambda: self._put(f"read/{self._launched.rank}", True))
-            return
+        """Of rank 0, with whose process the place may go where the others read."""
         until = time.monotonic() + _PATIENCE[False]
-        while len(self._found("read", ranks)) < len(ranks) - 1 and time.monotonic() < until:
+        while time.monotonic() < until:
+            if set(ranks) <= {0, *self._found("read", ranks), *self._found("end", ranks)}:
+                return
             time.sleep(0.1)
 
     def _is_dead(self, host: str, process: int) -> bool:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
+from adept_ds.base.errors import MachineError
 from adept_ds.base.files import write_bytes, writing
 from adept_ds.base.run_dir import RunDirectory
 from adept_ds.base.run_records import LogLine, log_line, read_log
@@ -132,6 +134,14 @@ class RunLog:
     def close(self) -> None:
         if self._active:
             self._board.close()
+
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """After an error too: a thread of TensorBoard's that finds the disk full says so to whoever listens then."""
+        with suppress(MachineError) if kind else nullcontext():
+            self.close()
 
     def _show_units(self, group: str, step: int, units: Sequence[Unit], values: Sequence[float]) -> None:
         """A curve for each unit, but of the heads or neurons of a layer their mean and a histogram."""

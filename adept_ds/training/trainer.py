@@ -93,8 +93,11 @@ class Trainer:
                 an evaluation or a refresh met what is none; a checkpoint of weights that are broken was put aside.
         """
         train = self.config.train
-        log = RunLog(self.run_dir, first_step, config_text, active=self.ranks.is_main, say=self._say)
-        with self.terminal.progress("training", together=True) as bar, self._checkpoints():
+        with (
+            RunLog(self.run_dir, first_step, config_text, active=self.ranks.is_main, say=self._say) as log,
+            self.terminal.progress("training", together=True) as bar,
+            self._checkpoints(),
+        ):
             if first_step:
                 self._resume(first_step)
             else:
@@ -119,11 +122,9 @@ class Trainer:
                     self._save(step + 1)
                 if stop_agreed and not is_last:
                     self._writer.finish()
-                    log.close()
                     done = "the last steps were skipped" if self._skips.in_a_row else "checkpoint written"
                     raise StopRequestedError(f"stopped after step {step + 1} of {train.steps}; {done}")
             self._writer.finish()
-        log.close()
 
     @contextmanager
     def _checkpoints(self) -> Iterator[None]:

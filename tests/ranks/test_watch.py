@@ -60,6 +60,7 @@ CASES = {
     "a rank has a bug": ("bug", 1, 2),
     "a rank has bad input": ("input", 1, 2),
     "a rank's disk is full": ("disk", 1, 2),
+    "the disk of rank 0 is full": ("disk", 0, 3),
 }
 """What happens -> how, to which rank, of how many."""
 
@@ -137,6 +138,7 @@ def only_line(of: Ended) -> str:
         ("rank 0 is stopped", [None, 4], f"rank 0 did not answer for {WAITED} {AT}: stopped, or out of reach; .+"),
         ("a rank has bad input", [2, 2], "a: b; c"),
         ("a rank's disk is full", [4, 4], "no space left on 'd'"),
+        ("the disk of rank 0 is full", [4, 4, 4], "no space left on 'd'"),
     ],
 )
 def test_the_survivors_name_it_in_one_line_and_end_with_a_code_of_the_table(

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import threading
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from adept_ds.base.errors import MachineError
 from adept_ds.base.files import read_json_lines
 from adept_ds.base.run_dir import RunDirectory
 from adept_ds.training.run_log import RunLog
@@ -70,6 +76,35 @@ def test_a_refresh_on_both_sides_is_written_with_both_importances(tmp_path: Path
     log.close()
     (line,) = read_json_lines(tmp_path / "unit_importance.jsonl")
     assert [(unit["importance"], unit["domain_importance"]) for unit in line["units"]] == [(1.0, 3.0), (2.0, 4.0)]
+
+
+@pytest.mark.parametrize("error", [KeyError, None])
+def test_the_files_of_tensorboard_are_closed_whatever_ends_training(
+    tmp_path: Path, error: type[Exception] | None
+) -> None:
+    """And of a full disk nothing is said behind another error."""
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with (
+        pytest.MonkeyPatch.context() as patched,
+        pytest.raises(error or MachineError),
+        RunLog(RunDirectory(tmp_path), 0, "model: m") as log,
+    ):
+        log.step({"step": 1, "loss": 1.0})
+        patched.setattr(log._board._writer, "close", raising(full))
+        if error:
+            raise error
+    before = set(threading.enumerate())
+    with suppress(KeyError), RunLog(RunDirectory(tmp_path / "other"), 0, "model: m") as log:
+        log.step({"step": 1, "loss": 1.0})
+        raise KeyError
+    assert set(threading.enumerate()) <= before
+
+
+def raising(error: Exception) -> Callable[[], None]:
+    def fail() -> None:
+        raise error
+
+    return fail
 
 
 def test_tensorboard_has_the_same_numbers_and_the_configuration(tmp_path: Path) -> None:
