@@ -1,9 +1,9 @@
 """What a study compares, and the operating points that are chosen for it on validation documents.
 
 An arm is a method with its setting. Each of its operating points is a learning rate with a position of the dial (1: as
-training left the weights, 0: the base). For a bound x the point is chosen that has the lowest domain loss among those
-whose every general source is at most x nats above the base; D(x) is its domain loss on test documents. Both the bound
-and the order are of validation documents: nothing is chosen by what is reported.
+training left the weights, 0: the base), evaluated or between two that were. For a bound x the point is chosen that has
+the lowest domain loss among those whose every general source is at most x nats above the base; D(x) is its domain loss
+on test documents. Both the bound and the order are of validation documents: nothing is chosen by what is reported.
 """
 
 from __future__ import annotations
@@ -88,6 +88,11 @@ class Arm:
             for lr in self.rates
         }
         return [AT_BASE, *(Point(lr, alpha) for lr in self.rates for alpha in sorted(positions[lr]))]
+
+    def is_evaluated(self, point: Point) -> bool:
+        """By every seed."""
+        lr = point.lr
+        return lr is None or all(point.alpha in self.cells[lr, seed].evaluated for seed in self.seeds_of(lr))
 
     def sums(self, point: Point, seed: int) -> Mapping[Source, Floats]:
         """Sums of token losses by source, [documents]."""

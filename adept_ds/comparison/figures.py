@@ -53,7 +53,8 @@ def looks(arms: Sequence[ArmRecord]) -> dict[str, Look]:
 
 
 def draw_fronts(findings: Findings, figure: Figure) -> None:
-    """Every operating point on test documents: lines are dials of one rate, filled marks the front."""
+    """Every operating point on test documents: lines are dials of one rate, marks where they were evaluated, filled
+    ones the front."""
     arms = findings.comparison.arms
     figure.set_size_inches(WIDTH, 5.4)
     axes = figure.add_subplot()
@@ -78,7 +79,7 @@ def _draw_arm(axes: Any, arm: ArmRecord, look: Look) -> None:
     for lr in arm.learning_rates:
         dial = [point for point in arm.points if point.lr in (lr, None)]
         axes.plot(*_places(dial), color=look.color, linewidth=1.1, linestyle=look.line, alpha=0.55, zorder=2)
-    rest = [point for point in arm.points if point.lr is not None]
+    rest = [point for point in arm.points if point.lr is not None and point.evaluated]
     marks: dict[str, Any] = {"marker": look.marker, "s": 30, "zorder": 4}
     axes.scatter(*_places(rest), edgecolors=look.color, facecolors="white", linewidths=0.9, **marks)
     front = [point for point in rest if point.on_front]

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from adept_ds.base.errors import InputError
 from adept_ds.comparison.arms import CRITERIA, PLAIN, Arm, Criterion, Point, arms_of, search_warnings
+from adept_ds.comparison.between import misses
 from adept_ds.comparison.fronts import front, front_hypervolume, on_test
 from adept_ds.comparison.measurements import Measurements, read_measurements
 from adept_ds.comparison.record import (
@@ -17,6 +18,7 @@ from adept_ds.comparison.record import (
     ByCorpus,
     ChosenPoint,
     Comparison,
+    Interpolation,
     PointRecord,
     SourceRecord,
     StudyDescription,
@@ -52,6 +54,7 @@ def compare(study_dir: Path, description: StudyDescription, trials: Sequence[Tri
     comparison = Comparison(
         description=description,
         reference=reference,
+        interpolation=_interpolation(measured),
         sources=[_source_record(measured, source) for source in measured.documents],
         base_scores=measured.base_scores,
         arms=[_arm_record(arm, choices[arm.name], losses) for arm in arms],
@@ -133,12 +136,18 @@ def _point_record(arm: Arm, point: Point, *, on_front: bool) -> PointRecord:
     return PointRecord(
         lr=point.lr,
         alpha=point.alpha,
+        evaluated=arm.is_evaluated(point),
         seeds=arm.seeds_at(point),
         losses=losses,
         test_domain_loss=domain,
         test_general_rise=rise,
         on_front=on_front,
     )
+
+
+def _interpolation(measured: Measurements) -> Interpolation | None:
+    missed = [miss for cell in measured.cells for miss in misses(cell.evaluated, measured.tokens)]
+    return Interpolation(mean=fmean(missed), largest=max(missed)) if missed else None
 
 
 def _source_record(measured: Measurements, source: Source) -> SourceRecord:
@@ -158,7 +167,7 @@ def _trial_record(measured: Measurements, cell: Cell, study_dir: Path) -> TrialR
     within = trial.run_dir.is_relative_to(study_dir)
     losses = {
         alpha: {source: measured.loss(sums, [source]) for source in sums}
-        for alpha, sums in cell.sums.items()
+        for alpha, sums in cell.evaluated.items()
         if alpha != BASE
     }
     return TrialRecord(

@@ -11,6 +11,7 @@ from adept_ds.base.records import Record
 from adept_ds.base.resampling import SAMPLES, SEED
 from adept_ds.base.run_records import Scores
 from adept_ds.comparison.arms import BOUNDS
+from adept_ds.comparison.between import STEP
 from adept_ds.comparison.bootstrap import LEVEL
 from adept_ds.comparison.fronts import GENERAL_RISE
 from adept_ds.comparison.verdicts import Difference, Gap
@@ -83,6 +84,8 @@ class PointRecord(Record):
     """None: the base."""
     alpha: float
     """Position of the dial."""
+    evaluated: bool
+    """And not interpolated."""
     seeds: list[int]
     losses: ByCorpus
     test_domain_loss: float
@@ -152,6 +155,16 @@ class Rule(Record):
     """The reference point of hypervolumes: the base's domain loss, and this much above its general losses."""
 
 
+class Interpolation(Record):
+    """What losses at positions of the dial that were evaluated are missed by, were they not, in nats per token (see
+    `between`)."""
+
+    step: float = STEP
+    """Between two positions."""
+    mean: float
+    largest: float
+
+
 class Comparison(Record):
     """compare.json"""
 
@@ -159,6 +172,7 @@ class Comparison(Record):
     description: StudyDescription
     reference: str
     rule: Rule = Rule()
+    interpolation: Interpolation | None = None
     sources: list[SourceRecord]
     base_scores: Scores = Field(default_factory=dict)
     """On tasks."""

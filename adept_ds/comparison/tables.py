@@ -158,8 +158,20 @@ def _at_most(comparison: Comparison) -> Table:
         "D(x): domain loss on test documents (below it the change against the base with its 95% interval), at the "
         "learning rate and dial with the lowest domain loss among those that keep every general source at most x nats "
         "above the base, both on validation documents. Hypervolume of the front in thousandths of nats squared."
+        f"{_of_positions_between(comparison)}"
     )
     return Table("at_most", caption, header, rows)
+
+
+def _of_positions_between(comparison: Comparison) -> str:
+    missed = comparison.interpolation
+    if missed is None:
+        return ""
+    return (
+        f" The dial goes in steps of {missed.step:g}; between positions that were evaluated, losses are interpolated. "
+        f"From its neighbours alone, one that was evaluated would be missed by {missed.mean:.4f} nats in the mean and "
+        f"{missed.largest:.3f} at most."
+    )
 
 
 def _reached(chosen: ChosenPoint | None) -> Entry:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from adept_ds.base.records import Record
 from adept_ds.base.run_dir import RunDirectory
 from adept_ds.base.run_records import Evaluation, MetricsLine, RunSummary, Scores, TaskScores, read_log
 from adept_ds.comparison import wording
+from adept_ds.comparison.between import filled
 
 BASE, ADAPTED = 0.0, 1.0
 """Ends of the dial: weights of the base, and as training left them."""
@@ -123,7 +125,7 @@ class Cell:
 
     trial: Trial
     documents: Mapping[Source, Documents]
-    sums: Mapping[float, Mapping[Source, Floats]]
+    evaluated: Mapping[float, Mapping[Source, Floats]]
     """Position of the dial -> source -> sum of each document's token losses in nats, [documents]. Without `lost`."""
     lost: tuple[float, ...]
     """Positions of the dial where a loss is no finite number."""
@@ -135,6 +137,11 @@ class Cell:
     """The loss on training batches."""
     held_out: Progress
     """The loss on all held-out text of the domain, as far as evaluations during training say it."""
+
+    @cached_property
+    def sums(self) -> Mapping[float, Mapping[Source, Floats]]:
+        """As `evaluated`, with positions between."""
+        return filled(self.evaluated)
 
 
 def document_losses(trial: Trial) -> Path:
@@ -155,7 +162,7 @@ def read_cell(trial: Trial) -> Cell:
     return Cell(
         trial=trial,
         documents=documents,
-        sums={alpha: sums[alpha] for alpha in sorted(sums) if alpha not in lost},
+        evaluated={alpha: sums[alpha] for alpha in sorted(sums) if alpha not in lost},
         lost=lost,
         accuracy=_accuracies(Evaluation.load(run.evaluation)) if run.evaluation.is_file() else {},
         scores=_scores(run.task_scores) if run.task_scores.is_file() else {},

@@ -71,7 +71,7 @@ def test_filled_marks_are_the_front(findings: Findings) -> None:
     filled = [dots for dots in marks if to_hex(dots.get_facecolor()[0]) != "#ffffff"]
     assert [to_hex(dots.get_facecolor()[0]).upper() for dots in filled] == list(PALETTE[: len(METHODS)])
     for dots, arm in zip(filled, findings.comparison.arms, strict=True):
-        front = [point for point in arm.points if point.on_front and point.lr is not None]
+        front = [point for point in arm.points if point.on_front and point.evaluated and point.lr is not None]
         expected = [(point.test_general_rise, point.test_domain_loss) for point in front]
         assert np.sort(np.asarray(dots.get_offsets()), axis=0) == pytest.approx(np.sort(expected, axis=0))
 
