@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.interpolate import CubicSpline
 
-STEP = 0.05
+STEP = 0.01
 """Of the dial, between two positions."""
 
 _FEWEST = 4

@@ -22,7 +22,7 @@ def cubic(alpha: float) -> np.ndarray:
 
 def test_a_cubic_is_met_exactly_at_every_step_of_the_dial() -> None:
     found = filled({alpha: {"a": cubic(alpha)} for alpha in EVALUATED})
-    assert list(found) == pytest.approx([STEP * number for number in range(21)])
+    assert list(found) == pytest.approx([STEP * number for number in range(101)])
     for alpha, of in found.items():
         assert of["a"] == pytest.approx(cubic(alpha), rel=1e-12)
 
@@ -68,6 +68,6 @@ def test_a_bound_is_met_between_two_positions(tmp_path: Path) -> None:
     models = {"base": 0.0, "alpha=0.25": 0.25, "alpha=0.5": 0.5, "alpha=0.75": 0.75, "adapted": 1.0}
     trial = write_small(tmp_path, "full", 1e-4, 0, {model: losses(alpha) for model, alpha in models.items()}, tokens)
     (arm,) = arms_of(read_measurements([trial]))
-    assert arm.choose(Criterion(0.0)) == Point(1e-4, 0.6)
+    assert arm.choose(Criterion(0.0)) == Point(1e-4, 0.62)
     assert arm.choose(PLAIN) == Point(1e-4, 1.0)
-    assert not arm.is_evaluated(Point(1e-4, 0.6)) and arm.is_evaluated(Point(1e-4, 0.5))
+    assert not arm.is_evaluated(Point(1e-4, 0.62)) and arm.is_evaluated(Point(1e-4, 0.5))
