@@ -1,9 +1,10 @@
 """Which positions of the dial are evaluated, one after the other, and which of them is chosen.
 
 Chosen is the position with the lowest domain loss among those that keep the promise, all by validation documents.
-First all copies are turned alike. Then, from the best common position on, each copy by itself to two further places:
-2 k evaluations, from which separable quadratics of the domain loss and of each limit propose a position for all copies
-(see `surrogate`). A proposal counts only by its own evaluation, like every other position.
+First all copies are turned alike: to the usual positions, and to where curves through these expect the best between
+them. Then, from the best common position on, each copy by itself to two further places: 2 k evaluations, from which
+separable quadratics of the domain loss and of each limit propose a position for all copies (see `surrogate`). A
+proposal counts only by its own evaluation, like every other position.
 """
 
 from __future__ import annotations
@@ -12,12 +13,20 @@ from collections.abc import Generator, Iterable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
+from scipy.interpolate import CubicSpline
 
 from adept_ds.base.dial_record import Alphas
 from adept_ds.evaluation.surrogate import AxisValues, SeparableQuadratic, axis_places, lowest
 
 STEP = 0.25
 """From the best common position to the places where a copy is turned alone: the distance of the usual positions."""
+
+BETWEEN = 2
+"""At most so many further common positions are evaluated: after one that breaks the promise, the next is better known."""
+
+_FEWEST, _FINEST, _WORTH = 4, 0.01, 1e-3
+"""Positions through which a cubic goes in one way only; the distance between those that it is asked for; and the nats
+for which one of these is evaluated."""
 
 PROPOSALS = 3
 """At most so many are evaluated: after one that breaks the promise, one that is half as far from the best position."""
@@ -59,6 +68,13 @@ def search(
     for alpha in positions:
         common = (float(alpha),) * copies
         found[common] = yield Trial(common, "common")
+    for _ in range(BETWEEN):
+        between = _between(found, max_rise)
+        if between is None:
+            break
+        found[between] = yield Trial(between, "common")
+        if max(found[between].limits) <= max_rise:
+            break
     centre = choose(found, max_rise)
     if not per_copy:
         return centre
@@ -82,6 +98,23 @@ def choose(found: Found, max_rise: float) -> Alphas:
     keeping = [alphas for alphas, scores in found.items() if max(scores.limits) <= max_rise]
     assert keeping, "the base keeps every promise"
     return min(keeping, key=lambda alphas: (found[alphas].domain, alphas))
+
+
+def _between(found: Found, max_rise: float) -> Alphas | None:
+    """The common position at which cubic splines through all of them expect the lowest domain loss that keeps the
+    promise; None: nothing that is worth an evaluation."""
+    known = sorted(found)
+    if len(known) < _FEWEST:
+        return None
+    places = [alphas[0] for alphas in known]
+    grid = np.arange(places[0], places[-1] + _FINEST / 2, _FINEST)
+    domain = CubicSpline(places, [found[alphas].domain for alphas in known])(grid)
+    limits = CubicSpline(places, [found[alphas].limits for alphas in known])(grid)
+    domain[(limits > max_rise).any(axis=1)] = np.inf
+    best = int(np.argmin(domain))
+    if not domain[best] < found[choose(found, max_rise)].domain - _WORTH:
+        return None
+    return _rounded([float(grid[best])] * len(known[0]))
 
 
 def _proposal(found: Found, centre: Alphas, axes: Sequence[Sequence[Alphas]], max_rise: float) -> Alphas:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from adept_ds.base.dial_record import Alphas
-from adept_ds.evaluation.dial_search import PROPOSALS, Scores, Trial, search
+from adept_ds.evaluation.dial_search import BETWEEN, PROPOSALS, Scores, Trial, search
 
 COMMON = (0.0, 0.25, 0.5, 0.75, 1.0)
 Losses = Callable[[np.ndarray], tuple[float, list[float]]]
@@ -46,7 +46,7 @@ def test_copies_that_differ_are_turned_differently_and_better_than_alike() -> No
     assert found[chosen].domain <= best + 0.01
     assert found[chosen].domain < common - 0.1
     assert max(found[chosen].limits) <= 0
-    assert [trial.tried_as for trial in trials[:9]] == ["common"] * 5 + ["single"] * 4
+    assert [trial.tried_as for trial in trials[:9]] == ["common"] * 5 + ["single"] * 4, "alike, only the base keeps it"
     assert {trial.tried_as for trial in trials[9:]} == {"proposed"} and len(trials) <= 9 + PROPOSALS
 
 
@@ -54,7 +54,27 @@ def test_alike_it_is_the_best_common_position_that_keeps_the_promise() -> None:
     chosen, trials, _ = driven(separable, 2, per_copy=False)
     assert [trial.alphas for trial in trials] == [(alpha, alpha) for alpha in COMMON]
     assert chosen == (0.0, 0.0), "the limit is above 0 from the first step on"
-    assert driven(separable, 2, max_rise=0.16, per_copy=False)[0] == (0.5, 0.5)
+    chosen, trials, _ = driven(separable, 2, max_rise=0.16, per_copy=False)
+    assert [trial.alphas for trial in trials] == [(alpha, alpha) for alpha in (*COMMON, 0.51)]
+    assert chosen == (0.51, 0.51), "0.1 x + 0.4 x^2 comes to 0.16 before 0.52"
+
+
+def test_between_the_usual_positions_a_few_are_tried_and_none_counts_that_breaks_the_promise() -> None:
+    """A limit with a kink at 0.6, which no curve through the usual positions knows of."""
+
+    def losses(x: np.ndarray) -> tuple[float, list[float]]:
+        return -float(x[0]), [-0.1 * float(x[0]) + 2.0 * max(0.0, float(x[0]) - 0.6)]
+
+    chosen, trials, found = driven(losses, 1, per_copy=False)
+    further = [trial.alphas[0] for trial in trials[len(COMMON) :]]
+    assert 1 <= len(further) <= BETWEEN and all(0.5 < alpha < 0.75 for alpha in further)
+    assert {trial.tried_as for trial in trials} == {"common"}
+    assert max(found[chosen].limits) <= 0 and chosen[0] >= 0.5
+
+
+def test_what_gains_less_than_a_thousandth_is_not_evaluated() -> None:
+    _, trials, _ = driven(lambda x: (float((x[0] - 0.74) ** 2), [-0.1 * float(x[0])]), 1, per_copy=False)
+    assert [trial.alphas for trial in trials] == [(alpha,) for alpha in COMMON]
 
 
 def test_with_room_for_everything_all_is_turned_up_that_helps() -> None:
@@ -96,8 +116,8 @@ def test_a_proposal_that_does_not_keep_its_promise_counts_for_nothing() -> None:
 
 def test_a_method_without_copies_has_one_number_and_no_single_copies() -> None:
     chosen, trials, _ = driven(lambda x: (float((x[0] - 0.7) ** 2), [-0.1 * float(x[0])]), 1, per_copy=False)
-    assert chosen == (0.75,)
-    assert [trial.alphas for trial in trials] == [(alpha,) for alpha in COMMON]
+    assert chosen == (0.7,)
+    assert [trial.alphas for trial in trials] == [(alpha,) for alpha in (*COMMON, 0.7)]
 
 
 def test_a_single_copy_is_turned_between_the_usual_positions() -> None:
