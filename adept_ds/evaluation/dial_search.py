@@ -22,7 +22,8 @@ STEP = 0.25
 """From the best common position to the places where a copy is turned alone: the distance of the usual positions."""
 
 BETWEEN = 2
-"""At most so many further common positions are evaluated: after one that breaks the promise, the next is better known."""
+"""At most so many further common positions are evaluated: after one that breaks the promise, the next is better
+known."""
 
 _FEWEST, _FINEST, _WORTH = 4, 0.01, 1e-3
 """Positions through which a cubic goes in one way only; the distance between those that it is asked for; and the nats
