@@ -1,7 +1,8 @@
-"""Which units the elements of a parameter belong to, by a few numbers and never by one per element.
+"""Which units the elements of a parameter belong to, by a few numbers and never by one per element, row or column.
 
 A head owns rows of q_proj and columns of o_proj, a neuron rows of gate_proj and up_proj and a column of down_proj, so
-units are scattered over a flattened parameter.
+units are scattered over a flattened parameter. But they follow each other regularly: all that is done by unit is done
+with slices, repetitions and sums over dimensions, which need no indices on any device.
 """
 
 from __future__ import annotations
@@ -9,8 +10,17 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
+
+
+class Cycle(NamedTuple):
+    """Element e of a part belongs to its unit number (e mod modulus) div divisor mod units."""
+
+    modulus: int
+    divisor: int
+    units: int
 
 
 @dataclass(frozen=True)
@@ -21,10 +31,21 @@ class Tile:
     """First element, counted from the beginning of the run that was tiled."""
     rows: int
     columns: int
-    units: torch.Tensor
-    """[rows] or [columns] int64: the unit of each."""
     axis: int
-    """0: `units` are those of the rows, 1: of the columns."""
+    """0: a line is a row, 1: a column."""
+    first: int
+    """Index of the first of the units that lines go through."""
+    count: int
+    """How many these are; beyond the last one the first one comes again."""
+    line: int = 0
+    """Number of the first line, where line 0 is the first one of unit `first`."""
+    span: int = 1
+    """Lines of a unit that follow each other."""
+
+    @property
+    def units(self) -> torch.Tensor:
+        """[rows] or [columns] int64: the unit of each."""
+        return self.first + torch.arange(self.line, self.line + self._lines) // self.span % self.count
 
     def view(self, run: torch.Tensor) -> torch.Tensor:
         """The tile's elements, out of those of its run: [rows, columns]."""
@@ -32,7 +53,39 @@ class Tile:
 
     def spread(self, values: torch.Tensor) -> torch.Tensor:
         """Values of all units -> those of this tile, to be broadcast over it: [rows, 1] or [1, columns]."""
-        return values[self.units].unsqueeze(1 - self.axis)
+        before, position = self.line % self.span, self._position
+        needed = -(-(before + self._lines) // self.span)
+        if position + needed <= self.count:
+            found = values[self.first + position : self.first + position + needed]
+        else:
+            once = values[self.first : self.first + self.count]
+            found = once.repeat(-(-(position + needed) // self.count))[position : position + needed]
+        if self.span > 1:
+            found = found.repeat_interleave(self.span)[before : before + self._lines]
+        return found.unsqueeze(1 - self.axis)
+
+    def add_sums(self, run: torch.Tensor, total: torch.Tensor) -> None:
+        """Add the sum over the tile's elements of each unit to `total`, [all units] float64.
+
+        On the device where both are, always in the same order, in a few operations however many units there are.
+        """
+        sums = self.view(run).sum(1 - self.axis, dtype=torch.float64)
+        if self.span > 1:
+            sums = _padded(sums, self.line % self.span, self.span).view(-1, self.span).sum(1)
+        begin = self._position
+        if begin + len(sums) > self.count:
+            sums = _padded(sums, begin, self.count).view(-1, self.count).sum(0)
+            begin = 0
+        total[self.first + begin : self.first + begin + len(sums)] += sums
+
+    @property
+    def _lines(self) -> int:
+        return self.columns if self.axis else self.rows
+
+    @property
+    def _position(self) -> int:
+        """Of the first line's unit among those that lines go through."""
+        return self.line // self.span % self.count
 
 
 @dataclass(frozen=True)
@@ -61,30 +114,36 @@ class Placement:
     def numel(self) -> int:
         return math.prod(self.shape)
 
+    @property
+    def cycle(self) -> Cycle:
+        """How its units follow each other, from element 0 on."""
+        if self.axis is None:
+            return Cycle(1, 1, 1)
+        row = math.prod(self.shape[1:])
+        if self.axis == 0:
+            return Cycle(row * self.span * self.count, row * self.span, self.count)
+        return Cycle(row, self.span, self.count)
+
     def tiles(self, start: int, stop: int) -> list[Tile]:
         """Cut elements start:stop into at most three tiles; a cut may fall anywhere."""
         if self.axis is None:
-            return [Tile(0, 1, stop - start, torch.tensor([self.first]), 0)]
+            return [Tile(0, 1, stop - start, 0, self.first, 1)]
         row = math.prod(self.shape[1:])
         if self.axis == 0:
             period = row * self.span
             return [
-                Tile(begin - start, rows, columns, self._unit(begin // period + torch.arange(rows)), 0)
+                Tile(begin - start, rows, columns, 0, self.first, self.count, begin // period)
                 for begin, rows, columns in _whole_rows(start, stop, period)
             ]
         return [
-            Tile(
-                begin - start,
-                rows,
-                columns,
-                self._unit(torch.arange(begin % row, begin % row + columns) // self.span),
-                1,
-            )
+            Tile(begin - start, rows, columns, 1, self.first, self.count, begin % row, self.span)
             for begin, rows, columns in _whole_rows(start, stop, row)
         ]
 
-    def _unit(self, position: torch.Tensor) -> torch.Tensor:
-        return self.first + position % self.count
+
+def _padded(values: torch.Tensor, before: int, multiple: int) -> torch.Tensor:
+    """With so many zeros before them, and behind them as many as make their number a multiple."""
+    return torch.nn.functional.pad(values, (before, -(before + len(values)) % multiple))
 
 
 def _whole_rows(start: int, stop: int, width: int) -> Iterator[tuple[int, int, int]]:

@@ -55,6 +55,33 @@ class GradientBatches:
         return num_bytes // (self.micro_batch_size * self.blocks.seq_len * bytes_per_token)
 
 
+class UnitTotals:
+    """A total for each unit, gathered parameter by parameter on the device on which their elements are.
+
+    In float64, so that the split over ranks does not show, and always in the same order.
+    """
+
+    def __init__(self, registry: UnitRegistry) -> None:
+        self._registry = registry
+        self._totals: dict[torch.device, torch.Tensor] = {}
+
+    def add(self, parameter: str, start: int, values: torch.Tensor) -> None:
+        """Add to each unit the sum of its values.
+
+        Args:
+            values: [n], of the n elements of the flattened parameter that begin with element `start`.
+        """
+        if values.device not in self._totals:
+            self._totals[values.device] = torch.zeros(len(self._registry), dtype=torch.float64, device=values.device)
+        for tile in self._registry.tiles(parameter, start, start + values.numel()):
+            tile.add_sums(values, self._totals[values.device])
+
+    def on_host(self) -> torch.Tensor:
+        """[n_units] float64; one copy from each device."""
+        totals = [total.cpu() for total in self._totals.values()]
+        return sum(totals[1:], totals[0]) if totals else torch.zeros(len(self._registry), dtype=torch.float64)
+
+
 class UnitSums:
     """Sums of a score over this rank's elements of every unit.
 
@@ -69,17 +96,17 @@ class UnitSums:
 
     @torch.no_grad()
     def local(self) -> torch.Tensor:
-        """[n_units] float64, from the gradients that the engine holds right now."""
-        sums = torch.zeros(len(self._registry), dtype=torch.float64)
+        """[n_units] float64 on the host, from the gradients that the engine holds right now.
+
+        Summed where the gradients are, and copied from there once.
+        """
+        sums = UnitTotals(self._registry)
         for name, parameter in self._parameters:
             found = local_weight_and_grad(self._engine, parameter)
             if found is not None:
                 weight, grad, start = found
-                # float64 so that the split over ranks does not show.
-                values = self._score(weight, grad)
-                for tile in self._registry.tiles(name, start, start + values.numel()):
-                    sums.index_add_(0, tile.units, tile.view(values).sum(1 - tile.axis, dtype=torch.float64).cpu())
-        return sums
+                sums.add(name, start, self._score(weight, grad))
+        return sums.on_host()
 
     def of_batches(
         self,

@@ -19,8 +19,9 @@ from harness.flat_units import (
 )
 
 from adept_ds.units.adamw import UnitAdamW
-from adept_ds.units.multipliers import UnitSlice, attach_multipliers
+from adept_ds.units.multipliers import attach_multipliers
 from adept_ds.units.placement import Placement
+from adept_ds.units.segments import UnitSlice
 
 
 def test_multipliers_are_handed_out_as_a_copy() -> None:
