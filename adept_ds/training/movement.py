@@ -57,7 +57,7 @@ class UnitMovement:
             for totals, before in ((recent, last), (since_start, start)):
                 totals.add(name, fragment.param_start, (now - before).square_())
         self._last, self.since = self._weights(), step
-        sums = torch.cat([recent.on_host(), since_start.on_host()])
+        sums = torch.cat([recent.take(), since_start.take()])
         changes: list[list[float]] = self._ranks.sum(sums).sqrt().view(2, -1).tolist()
         return changes[0], changes[1]
 

@@ -43,7 +43,7 @@ class UnitAdamW(torch.optim.AdamW):
         if len(self.param_groups) != 1:
             raise ValueError("UnitAdamW takes one parameter group: units, not groups, carry the multipliers")
         self.multipliers = UnitMultipliers(self)
-        self._one_pass = one_pass
+        self.one_pass = one_pass
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
@@ -61,7 +61,7 @@ class UnitAdamW(torch.optim.AdamW):
         state["step"] += 1
         tensors = (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"])
         flat = [tensor.view(-1) for tensor in tensors if tensor is not None]
-        if self._one_pass or (self._one_pass is None and parameter.device.type != "cpu"):
+        if self.one_pass or (self.one_pass is None and parameter.device.type != "cpu"):
             factors = self.multipliers.on(parameter.device)
             adamw_pass(flat, state["step"], self.multipliers.segments_of(parameter), factors, self.param_groups[0])
         else:

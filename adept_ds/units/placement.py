@@ -1,14 +1,14 @@
 """Which units the elements of a parameter belong to, by a few numbers and never by one per element, row or column.
 
 A head owns rows of q_proj and columns of o_proj, a neuron rows of gate_proj and up_proj and a column of down_proj, so
-units are scattered over a flattened parameter. But they follow each other regularly: all that is done by unit is done
-with slices, repetitions and sums over dimensions, which need no indices on any device.
+units are scattered over a flattened parameter. But they follow each other regularly: multipliers are spread over
+elements by slices and repetitions, and elements summed along dimensions, without an index on any device.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -53,7 +53,7 @@ class Tile:
 
     def spread(self, values: torch.Tensor) -> torch.Tensor:
         """Values of all units -> those of this tile, to be broadcast over it: [rows, 1] or [1, columns]."""
-        before, position = self.line % self.span, self._position
+        before, position = self.line % self.span, self.line // self.span % self.count
         needed = -(-(before + self._lines) // self.span)
         if position + needed <= self.count:
             found = values[self.first + position : self.first + position + needed]
@@ -64,28 +64,40 @@ class Tile:
             found = found.repeat_interleave(self.span)[before : before + self._lines]
         return found.unsqueeze(1 - self.axis)
 
-    def add_sums(self, run: torch.Tensor, total: torch.Tensor) -> None:
-        """Add the sum over the tile's elements of each unit to `total`, [all units] float64.
-
-        On the device where both are, always in the same order, in a few operations however many units there are.
-        """
-        sums = self.view(run).sum(1 - self.axis, dtype=torch.float64)
-        if self.span > 1:
-            sums = _padded(sums, self.line % self.span, self.span).view(-1, self.span).sum(1)
-        begin = self._position
-        if begin + len(sums) > self.count:
-            sums = _padded(sums, begin, self.count).view(-1, self.count).sum(0)
-            begin = 0
-        total[self.first + begin : self.first + begin + len(sums)] += sums
-
     @property
     def _lines(self) -> int:
         return self.columns if self.axis else self.rows
 
-    @property
-    def _position(self) -> int:
-        """Of the first line's unit among those that lines go through."""
-        return self.line // self.span % self.count
+
+@dataclass(frozen=True)
+class Stack:
+    """Tiles of one shape that follow each other, such as those of experts."""
+
+    first: Tile
+    count: int
+
+    def takes(self, tile: Tile) -> bool:
+        """Whether this tile is the next one."""
+        shape = (self.first.rows, self.first.columns, self.first.axis)
+        end = self.first.start + self.count * self.first.rows * self.first.columns
+        return (tile.rows, tile.columns, tile.axis, tile.start) == (*shape, end)
+
+    def line_sums(self, run: torch.Tensor) -> torch.Tensor:
+        """[tiles * (rows or columns)] float64: the sum over each line, one tile behind the other; in a fixed order."""
+        rows, columns = self.first.rows, self.first.columns
+        elements = run[self.first.start : self.first.start + self.count * rows * columns]
+        return elements.view(self.count, rows, columns).sum(2 - self.first.axis, dtype=torch.float64).flatten()
+
+
+def stacked(tiles: Iterable[Tile]) -> list[Stack]:
+    """As few stacks as hold them, in the same order."""
+    stacks: list[Stack] = []
+    for tile in tiles:
+        if stacks and stacks[-1].takes(tile):
+            stacks[-1] = Stack(stacks[-1].first, stacks[-1].count + 1)
+        else:
+            stacks.append(Stack(tile, 1))
+    return stacks
 
 
 @dataclass(frozen=True)
@@ -139,11 +151,6 @@ class Placement:
             Tile(begin - start, rows, columns, 1, self.first, self.count, begin % row, self.span)
             for begin, rows, columns in _whole_rows(start, stop, row)
         ]
-
-
-def _padded(values: torch.Tensor, before: int, multiple: int) -> torch.Tensor:
-    """With so many zeros before them, and behind them as many as make their number a multiple."""
-    return torch.nn.functional.pad(values, (before, -(before + len(values)) % multiple))
 
 
 def _whole_rows(start: int, stop: int, width: int) -> Iterator[tuple[int, int, int]]:
