@@ -26,14 +26,14 @@ def by_triton(
 ) -> None:
     """A `one_pass.Pass`; on the host too, by Triton's interpreter (TRITON_INTERPRET=1)."""
     (beta1, beta2), lr = group["betas"], float(group["lr"])
-    blocks, number = segments.blocks, segments.stops.numel()
-    if not blocks.numel():
+    number = segments.stops.numel()
+    if not segments.num_blocks:
         return
-    adamw_kernel[(blocks.numel(),)](
+    adamw_kernel[(segments.num_blocks,)](
         *flat,
         multipliers,
         correction,
-        blocks,
+        segments.blocks,
         segments.block_table,
         segments.table,
         segments.ratios,

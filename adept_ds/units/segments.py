@@ -4,7 +4,7 @@ A flat tensor is slices of parts of parameters, back to back. Element e of a par
 
     first + (e mod modulus) div divisor mod count
 
-(see `Placement.cycle`), so a slice takes seven numbers, 56 bytes, however many units, rows or elements it has; there is
+(see `Placement.cycle`), so a slice takes ten numbers, 52 bytes, however many units, rows or elements it has; there is
 nothing for each of them. What is computed from them is there for a chunk of elements at a time, and for as long.
 """
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 
@@ -56,10 +57,9 @@ class Segments:
     """[segments] float32: the learning rate of elements over that of their unit."""
     bound: torch.Tensor | None
     """[segments] bool: whether elements belong to units; None: all do."""
-    blocks: torch.Tensor
-    """[blocks] int32: the segment of each block of `BLOCK` elements that belong to units, 4 bytes for 1024 elements."""
     block_table: torch.Tensor
     """[3, segments] int64: first element, first block, first element behind."""
+    num_blocks: int
 
     @classmethod
     def of(cls, slices: Sequence[UnitSlice], numel: int, device: torch.device) -> Segments:
@@ -69,7 +69,7 @@ class Segments:
             slices: disjoint, in ascending order.
         """
         starts, stops, rows, ratios = list[int](), list[int](), list[tuple[int, ...]](), list[float]()
-        num_blocks, bound = list[int](), list[bool]()
+        first_blocks, bound = [0], list[bool]()
         for start, stop, unit_slice in _with_gaps(slices, numel):
             shift, cycle, first = 0, (1, 1, 1), 0
             if unit_slice is not None:
@@ -79,23 +79,34 @@ class Segments:
             stops.append(stop)
             rows.append((shift, *cycle, first))
             bound.append(unit_slice is not None)
-            num_blocks.append(-(-(stop - start) // BLOCK) if unit_slice is not None else 0)
+            first_blocks.append(first_blocks[-1] + (-(-(stop - start) // BLOCK) if unit_slice is not None else 0))
             ratios.append(unit_slice.lr_ratio if unit_slice is not None else 0.0)
         narrow = numel + max((row[1] for row in rows), default=0) < 2**31
         table = torch.tensor(rows, dtype=torch.int32 if narrow else torch.int64).reshape(-1, 5).T.contiguous()
-        blocks = torch.tensor(num_blocks, dtype=torch.int64)
         return cls(
             torch.tensor(stops, dtype=table.dtype).to(device),
             table.to(device),
             torch.tensor(ratios, dtype=torch.float32).to(device),
             None if all(bound) else torch.tensor(bound).to(device),
-            torch.arange(len(stops), dtype=torch.int32).repeat_interleave(blocks).to(device),
-            torch.tensor([starts, (blocks.cumsum(0) - blocks).tolist(), stops], dtype=torch.int64).to(device),
+            torch.tensor([starts, first_blocks[:-1], stops], dtype=torch.int64).to(device),
+            first_blocks[-1],
         )
+
+    @cached_property
+    def blocks(self) -> torch.Tensor:
+        """[blocks] int32: the segment of each block of `BLOCK` elements that belong to units, 4 bytes for 1024
+        elements, made on the device for whoever asks."""
+        segments = torch.arange(self.stops.numel(), dtype=torch.int32, device=self.stops.device)
+        starts, _, stops = self.block_table
+        sizes = (stops - starts + (BLOCK - 1)).div(BLOCK, rounding_mode="floor")
+        if self.bound is not None:
+            sizes = sizes * self.bound
+        return segments.repeat_interleave(sizes, output_size=self.num_blocks)
 
     @property
     def num_bytes(self) -> int:
-        tensors = (self.stops, self.table, self.ratios, self.blocks, self.block_table)
+        """Without `blocks`."""
+        tensors = (self.stops, self.table, self.ratios, self.block_table)
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     def factors(self, multipliers: torch.Tensor, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
