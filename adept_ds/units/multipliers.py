@@ -9,12 +9,13 @@ into a partition with its own norm all-reduce, and a group cannot hold a part of
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
+from adept_ds.base.errors import InputError
 from adept_ds.units.segments import Segments, UnitSlice
 
 MULTIPLIERS_KEY = "unit_multipliers"
@@ -38,8 +39,8 @@ class UnitMultipliers:
         self._slices: dict[int, list[UnitSlice]] = {}
         self._segments: dict[int, Segments] = {}
         self._last_held = torch.zeros(0)
-        self._exact: tuple[torch.Tensor, list[float]] | None = None
-        self._on_device: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._derived: dict[Any, Any] = {}
+        """From the vector that is held now."""
 
     def name_units(self, names: Sequence[str]) -> None:
         """Declare all units, in the order of their indices; every multiplier starts at 1."""
@@ -51,12 +52,12 @@ class UnitMultipliers:
     def vector(self) -> torch.Tensor:
         """[n_units] float32 on the host, in the order of the units' indices; never changed in place."""
         # At stages 1 and 2 DeepSpeed steps one parameter group after the other, and takes the others away meanwhile.
-        for group in self._optimizer.param_groups:
-            held = group.get(MULTIPLIERS_KEY)
-            if held is not None and held is not self._last_held:  # a checkpoint was loaded
-                self._last_held = group[MULTIPLIERS_KEY] = self._checked(held, group.get(NAMES_KEY, self._digest))
-            if held is not None:
-                break
+        holding = [group for group in self._optimizer.param_groups if MULTIPLIERS_KEY in group]
+        if holding and holding[0][MULTIPLIERS_KEY] is not self._last_held:  # a checkpoint was loaded
+            self._last_held = self._checked(holding[0])
+            for group in holding:  # of a universal one, all groups have what the first one had
+                del group[MULTIPLIERS_KEY]
+            self._hold(self._last_held)
         return self._last_held
 
     @vector.setter
@@ -74,8 +75,7 @@ class UnitMultipliers:
     @property
     def in_order(self) -> list[float]:
         """`values` in the order of the units' indices."""
-        shortest: list[float] = self.vector.numpy().astype(str).astype(np.float64).tolist()
-        return shortest
+        return list(self._from_vector("shortest", lambda held: held.numpy().astype(str).astype(np.float64).tolist()))
 
     def set(self, multipliers: Mapping[str, float]) -> None:
         """Take new multipliers, in effect from the next step on. Raises `ValueError` unless every unit has one."""
@@ -130,15 +130,13 @@ class UnitMultipliers:
     @property
     def exact(self) -> list[float]:
         """`vector` as numbers, to the last bit."""
-        if self._exact is None or self._exact[0] is not self.vector:
-            self._exact = self.vector, self.vector.tolist()
-        return self._exact[1]
+        exact: list[float] = self._from_vector("exact", torch.Tensor.tolist)
+        return exact
 
     def on(self, device: torch.device) -> torch.Tensor:
         """`vector` on a device; copied there once after each change."""
-        if self._on_device is None or self._on_device[0] is not self.vector or self._on_device[1].device != device:
-            self._on_device = self.vector, self.vector.to(device)
-        return self._on_device[1]
+        found: torch.Tensor = self._from_vector(device, lambda held: held.to(device))
+        return found
 
     @property
     def map_bytes(self) -> int:
@@ -149,20 +147,31 @@ class UnitMultipliers:
         if id(tensor) not in self._slices:
             raise ValueError("step() got a tensor that was never bound; call bind() for every flat tensor first")
 
+    def _from_vector(self, what: Any, derive: Callable[[torch.Tensor], Any]) -> Any:
+        held = self.vector
+        if what not in self._derived:
+            self._derived[what] = derive(held)
+        return self._derived[what]
+
     def _hold(self, values: torch.Tensor) -> None:
+        self._derived = {}
         first = self._optimizer.param_groups[0]
         self._last_held = first[MULTIPLIERS_KEY] = values
         first[NAMES_KEY] = self._digest
 
-    def _checked(self, held: torch.Tensor | Mapping[str, float], digest: str) -> torch.Tensor:
-        """What a checkpoint holds. Raises `ValueError` if it is of other units."""
-        if isinstance(held, Mapping):  # of an older program
-            held, same = torch.tensor(list(held.values()), dtype=torch.float32), list(held) == self._names
+    def _checked(self, group: Mapping[str, Any]) -> torch.Tensor:
+        """What the parameter group of a checkpoint holds. Raises `InputError` if it is of other units."""
+        held = group[MULTIPLIERS_KEY]
+        if isinstance(held, Mapping):  # of an older program, by name
+            is_ours, held = list(held) == self._names, torch.tensor(list(held.values()), dtype=torch.float32)
         else:
-            held, same = held.cpu(), digest == self._digest and len(held) == len(self._names)
-        if not same:
-            raise ValueError("the checkpoint is of other units, or has them in another order")
-        return held
+            is_ours = group.get(NAMES_KEY) == self._digest and len(held) == len(self._names)
+        if not is_ours:
+            raise InputError(
+                "the checkpoint is of other units, or they have another order; go on with the model and the settings "
+                "that it was written with"
+            )
+        return held.cpu()
 
 
 def attach_multipliers(optimizer: torch.optim.Optimizer) -> UnitMultipliers:

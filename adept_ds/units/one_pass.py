@@ -52,7 +52,8 @@ def adamw_pass(
 
 def corrections(step: torch.Tensor, betas: tuple[float, float]) -> torch.Tensor:
     """[2] float32: 1 / (1 - beta_1^t) and 1 / sqrt(1 - beta_2^t), computed in float64 where `step` is."""
-    first, second = (1.0 - torch.pow(beta, step.double()) for beta in betas)
+    count = step.double()
+    first, second = (1.0 - torch.pow(beta, count) for beta in betas)
     return torch.stack([first.reciprocal(), second.rsqrt()]).float()
 
 
