@@ -5,7 +5,7 @@ The kernel runs in Triton's interpreter, where Triton is installed; it cannot ru
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -17,7 +17,7 @@ from harness.unit_map import unit_of_each_element
 from launches import launches
 
 from adept_ds.units.adamw import UnitAdamW
-from adept_ds.units.one_pass import Pass, by_operations, corrections
+from adept_ds.units.one_pass import Pass, agrees, by_kernel, by_operations, corrections
 from adept_ds.units.placement import Placement
 from adept_ds.units.segments import Segments, UnitSlice
 
@@ -45,8 +45,12 @@ def take_pass(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
         yield by_operations
         return
     pytest.importorskip("triton")
-    with mock.patch.dict(os.environ, {"TRITON_INTERPRET": "1"}):
-        yield importlib.import_module("adept_ds.units.one_pass_kernel").by_triton
+    spec = importlib.util.find_spec("adept_ds.units.one_pass_kernel")
+    assert spec is not None and spec.loader is not None
+    with mock.patch.dict(os.environ, {"TRITON_INTERPRET": "1"}):  # read where the kernel is made: one of its own here
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        yield module.by_triton
 
 
 def slices_with_gaps() -> tuple[list[UnitSlice], int]:
@@ -87,6 +91,14 @@ def test_every_element_steps_by_its_units_multiplier(take_pass: Pass) -> None:
     still = factors <= 0
     assert torch.equal(flat[0][still], weight[still])
     assert int((bound & still).sum()) > 20
+
+
+def test_a_kernel_is_used_only_where_it_does_the_same(take_pass: Pass) -> None:
+    host = torch.device("cpu")
+    assert agrees(take_pass, host)
+    assert not agrees(lambda *_: None, host)
+    assert by_kernel(host) is None, "a CPU has its own way"
+    assert by_kernel(torch.device("meta")) is None, "where nothing can be compared, or it cannot run"
 
 
 def test_segments_say_the_unit_of_every_element_wherever_a_partition_cuts() -> None:
