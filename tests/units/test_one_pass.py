@@ -15,6 +15,7 @@ import pytest
 import torch
 from harness.unit_map import unit_of_each_element
 from launches import launches
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from adept_ds.units.adamw import UnitAdamW
 from adept_ds.units.one_pass import Pass, agrees, by_kernel, by_operations, corrections
@@ -145,3 +146,17 @@ def test_what_a_step_launches_depends_neither_on_the_units_nor_on_the_parameters
         assert not counted.copies
     assert len(set(found)) == 1
     assert found[0] < 45
+
+
+def test_a_step_elsewhere_than_on_the_host_mixes_nothing_with_what_lies_there() -> None:
+    """On tensors without content, of which the host can ask nothing, on a device that is not the host's."""
+    with FakeTensorMode(allow_non_fake_inputs=False):
+        flat = torch.zeros(100, device="meta", requires_grad=True)
+        flat.grad = torch.zeros(100, device="meta")
+        optimizer = UnitAdamW([flat])
+        optimizer.multipliers.name_units([str(unit) for unit in range(16)])
+        slices = [UnitSlice(1, 60, PLACEMENTS[3]), UnitSlice(60, 90, Placement((6, 5), 10, axis=0))]
+        optimizer.multipliers.bind(flat, slices)
+        for _ in range(2):
+            optimizer.step()
+        assert {value.device.type for value in optimizer.state[flat].values()} == {"meta"}
