@@ -95,7 +95,8 @@ def adamw_kernel(  # type: ignore[no-untyped-def]
     grad = tl.load(grad_ptr + at, mask=inside, other=0.0)
     exp_avg = tl.load(exp_avg_ptr + at, mask=inside, other=0.0) * beta1 + grad * rest1
     exp_avg_sq = tl.load(exp_avg_sq_ptr + at, mask=inside, other=1.0) * beta2 + grad * grad * rest2
-    update = exp_avg * tl.load(correction_ptr) / (tl.sqrt(exp_avg_sq) * tl.load(correction_ptr + 1) + eps)
+    root = tl.sqrt_rn(exp_avg_sq) * tl.load(correction_ptr + 1) + eps
+    update = tl.div_rn(exp_avg, root) * tl.load(correction_ptr)  # rounded as everywhere else, not approximated
     weight = weight * (1.0 - factor * decay) - factor * lr * update
     tl.store(weight_ptr + at, weight, mask=inside)
     tl.store(exp_avg_ptr + at, exp_avg, mask=inside)

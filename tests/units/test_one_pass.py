@@ -1,6 +1,6 @@
 """The AdamW pass of accelerators: element by element, in PyTorch's operations and as a Triton kernel.
 
-The kernel runs in Triton's interpreter, where Triton is installed; it cannot run on a CPU otherwise.
+The kernel runs in Triton's interpreter, where Triton is installed, and is compiled for GPUs; it cannot run on a CPU.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -20,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from adept_ds.units.adamw import UnitAdamW
 from adept_ds.units.one_pass import Pass, agrees, by_kernel, by_operations, corrections
 from adept_ds.units.placement import Placement
-from adept_ds.units.segments import Segments, UnitSlice
+from adept_ds.units.segments import BLOCK, Segments, UnitSlice
 
 GROUP: dict[str, Any] = {"lr": 0.05, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 PLACEMENTS = [
@@ -100,6 +101,22 @@ def test_a_kernel_is_used_only_where_it_does_the_same(take_pass: Pass) -> None:
     assert not agrees(lambda *_: None, host)
     assert by_kernel(host) is None, "a CPU has its own way"
     assert by_kernel(torch.device("meta")) is None, "where nothing can be compared, or it cannot run"
+
+
+@pytest.mark.parametrize(
+    ("target", "table", "made"), [(("cuda", 90, 32), "*i32", "cubin"), (("hip", "gfx942", 64), "*i64", "hsaco")]
+)
+def test_the_kernel_compiles_for_devices_that_are_not_here(
+    target: tuple[Any, ...], table: str, made: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    triton = pytest.importorskip("triton")
+    backends, compiler = (importlib.import_module(f"triton.{name}") for name in ("backends.compiler", "compiler"))
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    kernel = importlib.import_module("adept_ds.units.one_pass_kernel").adamw_kernel
+    types = {name: "*fp32" if name.endswith("_ptr") else "fp32" for name in kernel.arg_names}
+    types |= {"blocks_ptr": "*i32", "block_table_ptr": "*i64", "table_ptr": table, "number": "i32", "size": "constexpr"}
+    source = compiler.ASTSource(kernel, types, {"size": BLOCK})
+    assert triton.compile(source, target=backends.GPUTarget(*target)).asm[made]
 
 
 def test_segments_say_the_unit_of_every_element_wherever_a_partition_cuts() -> None:
