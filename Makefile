@@ -52,6 +52,7 @@ bench: $(VENV)/.demo
 	$(OFFLINE) $(BIN)/python tools/bench_refresh.py --model $(DEMO_DIR)/model --corpus $(DEMO_DIR)/general_probe.jsonl
 	$(OFFLINE) $(BIN)/python tools/bench_step.py --granularity matrix
 	$(OFFLINE) $(BIN)/python tools/bench_step.py --granularity fine
+	$(OFFLINE) $(BIN)/python tools/bench_counts.py
 	$(OFFLINE) $(BIN)/python tools/bench_checkpoint.py --folder $(DEMO_DIR)
 
 clean:

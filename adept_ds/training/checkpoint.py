@@ -1,6 +1,7 @@
 """What a checkpoint says of itself (manifest.json), what it must fit to be resumed from, and loading it.
 
     checkpoints/step_N/        what `engine.save_checkpoint` would write (zero_to_fp32 and ds_to_universal read it)
+    checkpoints/step_N/random_state_rank_R.safetensors, unit_names.json, and what a method adds
     checkpoints/step_N/manifest.json    a directory without it is not a checkpoint
 
 Frozen weights are not saved: they come from the expanded checkpoint, whose fingerprint the manifest records. See
@@ -9,22 +10,23 @@ Frozen weights are not saved: they come from the expanded checkpoint, whose fing
 
 from __future__ import annotations
 
-import random
 import uuid
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from pydantic import Field, NonNegativeInt, model_validator
 
 from adept_ds.base.errors import DamagedError, InputError
 from adept_ds.base.proofs import FileProof, InnerName, Sealed, check_file, check_size
 from adept_ds.base.run_dir import checkpoint_tag, manifest_of
-from adept_ds.models.device import device_rng_state, set_device_rng_state
 from adept_ds.ranks.collectives import Ranks
+from adept_ds.training.random_states import load_random_state, restore_older
 from adept_ds.weights.saved_state import read_saved_state
 from adept_ds.zero.engine import Engine
 from adept_ds.zero.resuming import resume
+
+UNIT_NAMES = "unit_names.json"
+"""The names of all units, once, in the order of the multipliers in every rank's file of optimizer states."""
 
 _GO_ON = "set it back to go on with this run, or start another one in a run_dir of its own"
 
@@ -72,15 +74,13 @@ class CheckpointManifest(Sealed):
         return self
 
 
-def load_checkpoint(
-    engine: Engine, directory: Path, manifest: CheckpointManifest, ranks: Ranks
-) -> list[dict[str, Any]]:
+def load_checkpoint(engine: Engine, directory: Path, manifest: CheckpointManifest, ranks: Ranks) -> dict[str, Any]:
     """Restore weights of the copies, optimizer, multipliers and random state of step `manifest.step`.
 
     Other ranks, or another ZeRO stage, may have written them (see `zero.resuming`).
 
     Returns:
-        The state that the trainer had on each of the ranks that wrote it.
+        The state that the trainer had, on rank 0 where ranks differ.
 
     Raises:
         InputError: a file of it is damaged.
@@ -88,9 +88,19 @@ def load_checkpoint(
     place = directory / checkpoint_tag(manifest.step)
     saved = ranks.on_each(lambda: read_saved_state(place), CheckpointManifest.remedy())
     resume(engine, saved)
-    written: list[tuple[Any, dict[str, Any]]] = saved.client["adept_ds"]["ranks"]
-    _restore_rng_state([rng for rng, _ in written], ranks.rank)
-    return [state for _, state in written]
+    client = saved.client["adept_ds"]
+    if "ranks" in client:
+        return _of_older(client["ranks"], ranks.rank)
+    ranks.on_each(lambda: load_random_state(place, ranks.rank), CheckpointManifest.remedy())
+    state: dict[str, Any] = client["state"]
+    return state
+
+
+def _of_older(written: list[tuple[dict[str, Any], dict[str, Any]]], rank: int) -> dict[str, Any]:
+    """An older program gathered the states of all ranks into each of its files; a method's are handed on together."""
+    restore_older([of_rank for of_rank, _ in written], rank)
+    states = [state for _, state in written]
+    return states[0] | {"rule": states[0].get("rule", {}) | {"of_ranks": [state.get("rule", {}) for state in states]}}
 
 
 def check_whole(checkpoint: Path) -> CheckpointManifest:
@@ -168,18 +178,3 @@ def _count(ranks: int) -> str:
 def _are_texts(value: Any) -> bool:
     """Whose digests say nothing to people (see `run.identity`)."""
     return isinstance(value, list) and any(isinstance(source, dict) for source in value)
-
-
-def random_state() -> dict[str, Any]:
-    """Of this rank's generators."""
-    return {"python": random.getstate(), "torch": torch.get_rng_state(), "cuda": device_rng_state()}
-
-
-def _restore_rng_state(states: list[dict[str, Any]], rank: int) -> None:
-    """A rank that was not there begins with a state of its own, drawn from that of one that was."""
-    state = states[rank % len(states)]
-    random.setstate(state["python"])
-    torch.set_rng_state(state["torch"])
-    set_device_rng_state(state["cuda"])
-    if rank >= len(states):
-        torch.manual_seed(int(torch.randint(1 << 62, ())) + rank)

@@ -26,8 +26,9 @@ from adept_ds.base.files import NewDirectory, write_text, writing
 from adept_ds.base.proofs import FileProof
 from adept_ds.base.run_dir import checkpoint_steps, checkpoint_tag, manifest_of
 from adept_ds.ranks.collectives import Ranks
-from adept_ds.training.checkpoint import CheckpointManifest, WrittenFile, random_state
+from adept_ds.training.checkpoint import CheckpointManifest, WrittenFile
 from adept_ds.training.checkpoint_files import CheckpointFiles
+from adept_ds.training.random_states import save_random_state
 from adept_ds.weights.deepspeed_files import write_scripts
 from adept_ds.zero.checkpoint_states import checkpoint_states
 from adept_ds.zero.engine import Engine
@@ -78,7 +79,7 @@ class CheckpointWriter:
         """Begin a checkpoint, after the one before it; not in the background, it is there when this returns.
 
         Args:
-            state: of the trainer on this rank.
+            state: of the trainer: what goes on from it is that of rank 0.
             more: adds this rank's other files.
             stays: steps whose checkpoints are not removed for it.
 
@@ -89,9 +90,10 @@ class CheckpointWriter:
         folder = self._ranks.on_main(lambda: self._begin(manifest.step))
         files = CheckpointFiles(copied=self._background)
         try:
-            client_state = {"step": manifest.step, "ranks": self._ranks.gather((random_state(), state))}
+            client_state = {"step": manifest.step, "state": state}
             for name, content in checkpoint_states(self._engine, {"adept_ds": client_state}).items():
                 files.add_state(name, content)
+            save_random_state(files, self._ranks.rank)
             more(files)
         except BaseException:
             self.discard()

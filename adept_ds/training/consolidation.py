@@ -6,7 +6,7 @@ export mixes by it, so that what is evaluated during training is not consolidate
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -114,8 +114,7 @@ class ConsolidationRule(TrainingRule):
     def state_dict(self) -> dict[str, Any]:
         return {"general": self._general.state_dict(), "domain": self._domain.state_dict(), "steps": self._steps}
 
-    def load(self, checkpoint: Path, states: Sequence[dict[str, Any]]) -> None:
-        state = states[0]  # all ranks held the same
+    def load(self, checkpoint: Path, state: dict[str, Any]) -> None:
         self._general.load_state_dict(state["general"])
         self._domain.load_state_dict(state["domain"])
         self._steps = state["steps"]

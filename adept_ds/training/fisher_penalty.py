@@ -5,7 +5,7 @@ It costs 8 bytes for each trained element over all ranks, on the device that ste
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +85,7 @@ class FisherPenalty(TrainingRule):
     def save(self, files: CheckpointFiles) -> None:
         files.add_tensors(elements_file(_FISHER, self._ranks.rank), self._fisher)
 
-    def load(self, checkpoint: Path, states: Sequence[dict[str, Any]]) -> None:
+    def load(self, checkpoint: Path, state: dict[str, Any]) -> None:
         saved = SavedElements(checkpoint, _FISHER)
         self._fisher = {
             name: saved.of(name, first, stop).to(device) for name, first, stop, device in _own_elements(self._engine)

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import load_file
+
+from adept_ds.training.checkpoint_files import CheckpointFiles
 from adept_ds.training.rule import Refresh, TrainingRule
 from adept_ds.units.importance import Importances, OnlineImportance
 from adept_ds.units.unit_lr import UnitLR
+from adept_ds.weights.by_rank import elements_file, elements_files
+
+_SUMS = "unit_sums"
 
 
 class ImportanceRule(TrainingRule):
@@ -35,9 +42,15 @@ class ImportanceRule(TrainingRule):
     def start(self) -> Refresh | None:
         return None if self._initial is None else self._refreshed(self._initial)
 
-    def load(self, checkpoint: Path, states: Sequence[dict[str, Any]]) -> None:
-        if self.online:
-            self.online.load_state_dicts(states)
+    def load(self, checkpoint: Path, state: dict[str, Any]) -> None:
+        if not self.online:
+            return
+        if "of_ranks" in state:  # of an older program
+            written = [torch.tensor(of_rank["sums"], dtype=torch.float64) for of_rank in state["of_ranks"]]
+            mine = self.online.share_of(written)
+        else:
+            mine = [load_file(file)[_SUMS] for file in self.online.share_of(elements_files(checkpoint, _SUMS))]
+        self.online.go_on(mine, state["count"])
 
     def refreshes_after(self, step: int) -> bool:
         return step % self._every == 0
@@ -47,7 +60,11 @@ class ImportanceRule(TrainingRule):
         return None if importance is None else self._refreshed(importance)
 
     def state_dict(self) -> dict[str, Any]:
-        return self.online.state_dict() if self.online else {}
+        return {"count": self.online.count} if self.online else {}
+
+    def save(self, files: CheckpointFiles) -> None:
+        if self.online:
+            files.add_tensors(elements_file(_SUMS, self.online.rank), {_SUMS: self.online.sums})
 
     def _refreshed(self, importance: Importances) -> Refresh:
         multipliers = self._unit_lr.refresh(importance.general, importance.domain)

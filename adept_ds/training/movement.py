@@ -1,7 +1,8 @@
 """How far each unit has moved: what shows that its multiplier acted.
 
 Weights at the start are read from the expanded checkpoint, where they lie anyway; those of the last refresh are kept on
-the host, 4 bytes for each trained element over all ranks.
+the host, 4 bytes for each trained element over all ranks. Both are brought to where the weights are now, a parameter at
+a time, and subtracted there.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from adept_ds.models.directory import ModelDirectory
 from adept_ds.ranks.collectives import Ranks
 from adept_ds.training.checkpoint_files import CheckpointFiles
 from adept_ds.units.registry import UnitRegistry
+from adept_ds.units.unit_sums import UnitTotals
 from adept_ds.weights.by_rank import SavedElements, elements_file
 from adept_ds.weights.start_weights import StartWeights
 from adept_ds.zero.engine import Engine
@@ -47,19 +49,17 @@ class UnitMovement:
 
     def measure(self, step: int) -> tuple[list[float], list[float]]:
         """Change of every unit since `self.since` and since the start, in registry order; the same on every rank."""
-        now = self._weights()
-        sums = torch.zeros(2, len(self._registry), dtype=torch.float64)
-        for fragment in self._fragments():
+        recent, since_start = UnitTotals(self._registry), UnitTotals(self._registry)
+        for fragment, now in self._fragments():
             name = fragment.parameter
-            start = self._first[name] if self._first else self._stored_start(fragment)
-            changes = (now[name] - (start if self._last is None else self._last[name]), now[name] - start)
-            for tile in self._registry.tiles(name, fragment.param_start, fragment.param_stop):
-                for total, change in zip(sums, changes, strict=True):
-                    squares = tile.view(change).square().sum(1 - tile.axis, dtype=torch.float64)
-                    total.index_add_(0, tile.units, squares)
-        self._last, self.since = now, step
-        recent, since_start = self._ranks.sum(sums.flatten()).sqrt().view(2, -1).tolist()
-        return recent, since_start
+            start = (self._first[name] if self._first else self._stored_start(fragment)).to(now.device)
+            last = start if self._last is None else self._last[name].to(now.device)
+            for totals, before in ((recent, last), (since_start, start)):
+                totals.add(name, fragment.param_start, (now - before).square_())
+        self._last, self.since = self._weights(), step
+        sums = torch.cat([recent.take(), since_start.take()])
+        changes: list[list[float]] = self._ranks.sum(sums).sqrt().view(2, -1).tolist()
+        return changes[0], changes[1]
 
     def save(self, files: CheckpointFiles, step: int) -> None:
         """Into the checkpoint of step `step`, unless its own weights are those that are kept."""
@@ -75,19 +75,18 @@ class UnitMovement:
             saved = SavedElements(checkpoint, _MOVEMENT)
             self._last = {
                 fragment.parameter: saved.of(fragment.parameter, fragment.param_start, fragment.param_stop)
-                for fragment in self._fragments()
+                for fragment, _ in self._fragments()
             }
 
-    def _fragments(self) -> Iterator[Fragment]:
-        return (fragment for partition in self._layout for fragment in partition.fragments)
+    def _fragments(self) -> Iterator[tuple[Fragment, torch.Tensor]]:
+        """What this rank steps of each parameter, and its fp32 weights, which are the engine's own."""
+        for partition in self._layout:
+            for fragment in partition.fragments:
+                yield fragment, partition.tensor[fragment.flat].detach()
 
     def _weights(self) -> dict[str, torch.Tensor]:
-        """Of each parameter, by full name, the elements that this rank steps."""
-        return {
-            fragment.parameter: partition.tensor[fragment.flat].detach().to("cpu", torch.float32, copy=True)
-            for partition in self._layout
-            for fragment in partition.fragments
-        }
+        """Of each parameter, by full name, the elements that this rank steps, copied to the host."""
+        return {fragment.parameter: now.to("cpu", torch.float32, copy=True) for fragment, now in self._fragments()}
 
     def _stored_start(self, fragment: Fragment) -> torch.Tensor:
         """The fragment's elements at the start."""

@@ -36,11 +36,11 @@ class TrainingRule:
         """Before the first step of a run that begins; not when it goes on."""
         return None
 
-    def load(self, checkpoint: Path, states: Sequence[dict[str, Any]]) -> None:
+    def load(self, checkpoint: Path, state: dict[str, Any]) -> None:
         """Go on from a checkpoint, whose weights and multipliers are loaded already.
 
         Args:
-            states: what `state_dict` gave on each of the ranks that wrote it, which may have been fewer or more.
+            state: what `state_dict` gave on rank 0 of the ranks that wrote it, which may have been fewer or more.
         """
 
     def before_update(self) -> dict[str, float]:
@@ -60,12 +60,12 @@ class TrainingRule:
         return None
 
     def state_dict(self) -> dict[str, Any]:
-        """Of this rank, for a checkpoint: small, of numbers, texts and lists."""
+        """For a checkpoint what all ranks have alike: small, of numbers, texts and lists."""
         return {}
 
     def save(self, files: CheckpointFiles) -> None:
-        """Add what is too large for `state_dict` to this rank's files of a checkpoint; by elements, see
-        `weights.by_rank`."""
+        """Add what is too large for `state_dict`, or this rank's own, to its files of a checkpoint (see
+        `weights.by_rank`)."""
 
 
 def check_start(values: Sequence[float]) -> None:

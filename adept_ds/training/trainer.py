@@ -27,7 +27,7 @@ from adept_ds.models.flops import StepFlops
 from adept_ds.ranks.collectives import Ranks
 from adept_ds.ranks.stopping import StopRequest
 from adept_ds.training.anchor import Anchor
-from adept_ds.training.checkpoint import CheckpointManifest, load_checkpoint
+from adept_ds.training.checkpoint import UNIT_NAMES, CheckpointManifest, load_checkpoint
 from adept_ds.training.checkpoint_choice import put_aside
 from adept_ds.training.checkpoint_files import CheckpointFiles
 from adept_ds.training.checkpoint_writer import CheckpointWriter, Retention
@@ -162,6 +162,8 @@ class Trainer:
         def more(files: CheckpointFiles) -> None:
             self.movement.save(files, step)
             self.rule.save(files)
+            if self.ranks.is_main:
+                files.add_json(UNIT_NAMES, self.unit_lr.registry.names)
 
         self._writer.save(self.manifest_at(step), state, more, stays={self.guard.best} if self.guard else set())
 
@@ -173,13 +175,12 @@ class Trainer:
         self.ranks.on_main(lambda: record.save(self.run_dir.guard))
 
     def _resume(self, step: int) -> None:
-        states = load_checkpoint(self.engine, self.run_dir.checkpoints, self.manifest_at(step), self.ranks)
-        self._tokens = states[0]["tokens"]
+        state = load_checkpoint(self.engine, self.run_dir.checkpoints, self.manifest_at(step), self.ranks)
+        self._tokens = state["tokens"]
         self.unit_lr.check_ranks_agree()
         checkpoint = self.run_dir.checkpoints / checkpoint_tag(step)
-        state = states[0]  # what all ranks have alike
         self.movement.load(checkpoint, step, state["movement_since"])
-        self.rule.load(checkpoint, [of_rank["rule"] for of_rank in states])
+        self.rule.load(checkpoint, state["rule"])
         if "skips" in state:  # of an older version not
             self._skips.load_state_dict(state["skips"])
         if self.guard and "guard" in state:

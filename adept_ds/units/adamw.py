@@ -1,7 +1,8 @@
-"""AdamW that steps views of DeepSpeed's flat partitions, each with its unit's multiplier.
+"""AdamW over DeepSpeed's flat partitions, in which every element has its unit's multiplier.
 
-Units that are whole runs of elements are stepped in one fused call per distinct multiplier, without copying anything;
-units that are rows or columns (heads, neurons) in chunks that stay in the cache.
+On an accelerator a partition is one pass, whatever lies in it (see `one_pass`). On a CPU views of it are stepped: units
+that are whole runs of elements in one fused call per distinct multiplier, without copying anything; units that are rows
+or columns (heads, neurons) in chunks that stay in the cache.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ from typing import Any
 import torch
 
 from adept_ds.units.multipliers import UnitMultipliers, with_gradient
+from adept_ds.units.one_pass import adamw_pass
 from adept_ds.units.placement import Tile
+from adept_ds.units.segments import UnitSlice
 
 _CPU_CHUNK = 1 << 16
 """Elements whose weight, gradient, moments and copy stay in a core's cache while they are stepped and rescaled."""
@@ -23,6 +26,7 @@ class UnitAdamW(torch.optim.AdamW):
 
     Args:
         params, lr, betas, eps, weight_decay: as `torch.optim.AdamW`; one parameter group.
+        one_pass: step as on an accelerator, or as on a CPU; None: as is fast where the tensors are.
     """
 
     def __init__(
@@ -33,11 +37,13 @@ class UnitAdamW(torch.optim.AdamW):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
+        one_pass: bool | None = None,
     ) -> None:
         super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
         if len(self.param_groups) != 1:
             raise ValueError("UnitAdamW takes one parameter group: units, not groups, carry the multipliers")
         self.multipliers = UnitMultipliers(self)
+        self.one_pass = one_pass
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
@@ -55,8 +61,14 @@ class UnitAdamW(torch.optim.AdamW):
         state["step"] += 1
         tensors = (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"])
         flat = [tensor.view(-1) for tensor in tensors if tensor is not None]
-        slices = self.multipliers.slices_of(parameter)
-        exact, factors = self.multipliers.by_index(parameter.device)
+        if self.one_pass or (self.one_pass is None and parameter.device.type != "cpu"):
+            factors = self.multipliers.on(parameter.device)
+            adamw_pass(flat, state["step"], self.multipliers.segments_of(parameter), factors, self.param_groups[0])
+        else:
+            self._step_views(flat, state["step"], self.multipliers.slices_of(parameter))
+
+    def _step_views(self, flat: list[torch.Tensor], step: torch.Tensor, slices: Sequence[UnitSlice]) -> None:
+        exact, factors = self.multipliers.exact, self.multipliers.on(flat[0].device)
         runs_of_factor: dict[float, list[tuple[int, int]]] = {}
         for unit_slice in slices:
             if unit_slice.is_uniform:
@@ -64,13 +76,13 @@ class UnitAdamW(torch.optim.AdamW):
                 runs_of_factor.setdefault(factor, []).append((unit_slice.start, unit_slice.stop))
         for factor, runs in runs_of_factor.items():
             views = [[tensor[start:stop] for start, stop in _merge_neighbours(runs)] for tensor in flat]
-            self._fused_step(views, state["step"], factor)
+            self._fused_step(views, step, factor)
         for unit_slice in slices:
             if not unit_slice.is_uniform:
                 for tile in unit_slice.tiles:
                     views = [[tile.view(tensor[unit_slice.start : unit_slice.stop])] for tensor in flat]
                     held_back = 1.0 - tile.spread(factors)
-                    self._step_tile(views, state["step"], tile, held_back, unit_slice.lr_ratio)
+                    self._step_tile(views, step, tile, held_back, unit_slice.lr_ratio)
 
     def _step_tile(
         self,
@@ -84,8 +96,7 @@ class UnitAdamW(torch.optim.AdamW):
 
         In chunks of rows: what was copied, stepped and taken back chunk by chunk crosses the memory bus once.
         """
-        is_cpu = held_back.device.type == "cpu"
-        rows = max(1, _CPU_CHUNK // tile.columns) if is_cpu else tile.rows
+        rows = max(1, _CPU_CHUNK // tile.columns)
         for first in range(0, tile.rows, rows):
             chunk = [[view[first : first + rows] for view in group] for group in views]
             weight = chunk[0][0]

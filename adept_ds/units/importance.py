@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeVar
 
 import torch
 
@@ -20,6 +20,8 @@ from adept_ds.units.registry import UnitRegistry
 from adept_ds.units.unit_sums import GradientBatches, UnitSums
 from adept_ds.zero.engine import Engine
 from adept_ds.zero.gradients import gradients_outside_training
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -67,8 +69,12 @@ class OnlineImportance:
     def __init__(self, engine: Engine, registry: UnitRegistry, ranks: Ranks) -> None:
         self._registry, self._ranks = registry, ranks
         self._unit_sums = UnitSums(engine, registry, ranks)
-        self._total, self._count = torch.zeros(len(registry), dtype=torch.float64), 0
-        self._before = (self._total, self._count)
+        self.rank = ranks.rank
+        self.sums = torch.zeros(len(registry), dtype=torch.float64)
+        """[n_units], of this rank."""
+        self.count = 0
+        """Of batches, on every rank."""
+        self._before = (self.sums, self.count)
 
     def observe(self, share: float) -> None:
         """Take in the gradient of a training batch's replayed sequences.
@@ -79,36 +85,33 @@ class OnlineImportance:
         Args:
             share: of the batch, that is replayed: the loss of a training step is a mean over the whole batch.
         """
-        self._before = (self._total.clone(), self._count)
+        self._before = (self.sums.clone(), self.count)
         sums = self._unit_sums.local()
         if self._unit_sums.have_overflowed(sums):
             return  # the step will be skipped for the same reason
-        self._total += sums / share
-        self._count += 1
+        self.sums += sums / share
+        self.count += 1
 
     def take_back(self) -> None:
         """Forget the last batch: its step was skipped, on every rank."""
-        self._total, self._count = self._before
+        self.sums, self.count = self._before
 
     def take(self) -> list[float] | None:
         """Importance of every unit, in registry order, and begin anew; None if nothing was observed."""
-        if not self._count:
+        if not self.count:
             return None
-        mean = _means(self._total, self._count, self._registry, self._ranks)
-        self._total, self._count = torch.zeros_like(self._total), 0
+        mean = _means(self.sums, self.count, self._registry, self._ranks)
+        self.sums, self.count = torch.zeros_like(self.sums), 0
         return mean
 
-    def state_dict(self) -> dict[str, Any]:
-        """Of this rank."""
-        return {"sums": self._total.tolist(), "count": self._count}
+    def share_of(self, written: Sequence[T]) -> Sequence[T]:
+        """Of what ranks wrote, each one thing, in the order of these ranks, what this rank takes over: its own share,
+        or several, or none."""
+        return written[self._ranks.rank :: self._ranks.world_size]
 
-    def load_state_dicts(self, states: Sequence[dict[str, Any]]) -> None:
-        """Go on from those of the ranks that there were. Only the sum over ranks counts: every rank takes over its own
-        share of it, or that of several, or none.
-        """
-        mine = [state["sums"] for state in states[self._ranks.rank :: self._ranks.world_size]]
-        self._total = torch.tensor(mine, dtype=torch.float64).reshape(-1, len(self._registry)).sum(0)
-        self._count = states[0]["count"]
+    def go_on(self, shares: Sequence[torch.Tensor], count: int) -> None:
+        """Go on from the `sums` of `share_of` all ranks that there were. Only the sum over ranks counts."""
+        self.sums, self.count = sum(shares, torch.zeros(len(self._registry), dtype=torch.float64)), count
 
 
 def _means(total: torch.Tensor, count: int, registry: UnitRegistry, ranks: Ranks) -> list[float]:

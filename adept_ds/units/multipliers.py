@@ -8,41 +8,21 @@ into a partition with its own norm all-reduce, and a group cannot hold a part of
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
-from adept_ds.units.placement import Placement, Tile
+from adept_ds.base.errors import InputError
+from adept_ds.units.segments import Segments, UnitSlice
 
 MULTIPLIERS_KEY = "unit_multipliers"
-
-
+NAMES_KEY = "unit_names"
 SMOOTHED_KEY = "unit_importance"
-"""Keys in the first parameter group: there, DeepSpeed saves and restores them together with the optimizer."""
-
-
-@dataclass(frozen=True)
-class UnitSlice:
-    """A run of a flat tensor's elements that comes from one parameter."""
-
-    start: int
-    stop: int
-    placement: Placement
-    offset: int = 0
-    """Where the run begins in the flattened parameter."""
-    lr_ratio: float = 1.0
-    """The learning rate of these elements over that of their unit, whatever its multiplier is."""
-    tiles: tuple[Tile, ...] = field(init=False, compare=False)
-
-    def __post_init__(self) -> None:
-        tiles = self.placement.tiles(self.offset, self.offset + self.stop - self.start)
-        object.__setattr__(self, "tiles", tuple(tiles))
-
-    @property
-    def is_uniform(self) -> bool:
-        return self.placement.axis is None
+"""Keys in the first parameter group: there, DeepSpeed saves and restores them together with the optimizer. In each
+rank's file, so they are [n_units] float32, a digest of the names, and [n_units] float64."""
 
 
 class UnitMultipliers:
@@ -54,26 +34,55 @@ class UnitMultipliers:
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self._optimizer = optimizer
+        self._names: list[str] = []
+        self._digest = ""
         self._slices: dict[int, list[UnitSlice]] = {}
-        self._last_held: dict[str, float] = {}
-        self._cached: tuple[dict[str, float], list[float], torch.Tensor] | None = None
+        self._segments: dict[int, Segments] = {}
+        self._last_held = torch.zeros(0)
+        self._derived: dict[Any, Any] = {}
+        """From the vector that is held now."""
 
     def name_units(self, names: Sequence[str]) -> None:
         """Declare all units, in the order of their indices; every multiplier starts at 1."""
-        self._optimizer.param_groups[0][MULTIPLIERS_KEY] = dict.fromkeys(names, 1.0)
+        self._names = list(names)
+        self._digest = hashlib.sha256("\n".join(names).encode()).hexdigest()
+        self._hold(torch.ones(len(names)))
+
+    @property
+    def vector(self) -> torch.Tensor:
+        """[n_units] float32 on the host, in the order of the units' indices; never changed in place."""
+        # At stages 1 and 2 DeepSpeed steps one parameter group after the other, and takes the others away meanwhile.
+        holding = [group for group in self._optimizer.param_groups if MULTIPLIERS_KEY in group]
+        if holding and holding[0][MULTIPLIERS_KEY] is not self._last_held:  # a checkpoint was loaded
+            self._last_held = self._checked(holding[0])
+            for group in holding:  # of a universal one, all groups have what the first one had
+                del group[MULTIPLIERS_KEY]
+            self._hold(self._last_held)
+        return self._last_held
+
+    @vector.setter
+    def vector(self, values: Sequence[float]) -> None:
+        """In effect from the next step on, rounded to float32."""
+        if len(values) != len(self._names):
+            raise ValueError(f"{len(values)} multipliers for {len(self._names)} units")
+        self._hold(torch.tensor(values, dtype=torch.float32))
 
     @property
     def values(self) -> dict[str, float]:
-        """Multiplier of each unit (a copy)."""
-        return dict(self._held)
+        """Multiplier of each unit (a copy): the shortest decimal that is the float32 which is held."""
+        return dict(zip(self._names, self.in_order, strict=True))
+
+    @property
+    def in_order(self) -> list[float]:
+        """`values` in the order of the units' indices."""
+        return list(self._from_vector("shortest", lambda held: held.numpy().astype(str).astype(np.float64).tolist()))
 
     def set(self, multipliers: Mapping[str, float]) -> None:
         """Take new multipliers, in effect from the next step on. Raises `ValueError` unless every unit has one."""
-        known = self._held
-        if multipliers.keys() != known.keys():
-            odd = sorted(multipliers.keys() ^ known.keys())
-            raise ValueError(f"multipliers must name every unit exactly once; at fault: {odd[:3]}")
-        self._optimizer.param_groups[0][MULTIPLIERS_KEY] = {unit: float(multipliers[unit]) for unit in known}
+        odd = multipliers.keys() ^ set(self._names)
+        if odd:
+            raise ValueError(f"multipliers must name every unit exactly once; at fault: {sorted(odd)[:3]}")
+        self.vector = [multipliers[unit] for unit in self._names]
 
     @property
     def smoothed_importance(self) -> list[float] | None:
@@ -82,11 +91,12 @@ class UnitMultipliers:
 
         Kept here because it has to survive a checkpoint together with the multipliers.
         """
-        return self._optimizer.param_groups[0].get(SMOOTHED_KEY)
+        held = self._optimizer.param_groups[0].get(SMOOTHED_KEY)
+        return held.tolist() if isinstance(held, torch.Tensor) else held  # of an older program it is a list
 
     @smoothed_importance.setter
     def smoothed_importance(self, values: Sequence[float]) -> None:
-        self._optimizer.param_groups[0][SMOOTHED_KEY] = list(values)
+        self._optimizer.param_groups[0][SMOOTHED_KEY] = torch.tensor(values, dtype=torch.float64)
 
     def bind(self, tensor: torch.Tensor, slices: Sequence[UnitSlice]) -> None:
         """Say which elements of a flat tensor belong to which unit. Elements of no slice are padding.
@@ -94,46 +104,74 @@ class UnitMultipliers:
         Raises:
             ValueError: slices overlap, leave the tensor or mention a unit that was not declared.
         """
-        names, end = list(self._held), 0
+        end = 0
         for unit_slice in slices:
             last = unit_slice.placement.first + unit_slice.placement.count - 1
-            if last >= len(names):
-                raise ValueError(f"unit number {last} was not declared; there are {len(names)}")
+            if last >= len(self._names):
+                raise ValueError(f"unit number {last} was not declared; there are {len(self._names)}")
             if not end <= unit_slice.start < unit_slice.stop <= tensor.numel():
-                unit = names[unit_slice.placement.first]
+                unit = self._names[unit_slice.placement.first]
                 raise ValueError(
                     f"elements {unit_slice.start}:{unit_slice.stop} of unit '{unit}' overlap or do not exist"
                 )
             end = unit_slice.stop
         self._slices[id(tensor)] = list(slices)
+        self._segments[id(tensor)] = Segments.of(slices, tensor.numel(), tensor.device)
 
     def slices_of(self, tensor: torch.Tensor) -> list[UnitSlice]:
-        if id(tensor) not in self._slices:
-            raise ValueError("step() got a tensor that was never bound; call bind() for every flat tensor first")
+        self._check_bound(tensor)
         return self._slices[id(tensor)]
 
-    def by_index(self, device: torch.device) -> tuple[list[float], torch.Tensor]:
-        """Multipliers in the order of the units' indices: exact, and as [n_units] float32 on `device`."""
-        held = self._held
-        # A refresh and a loaded checkpoint both bring a new dictionary.
-        if self._cached is None or self._cached[0] is not held or self._cached[2].device != device:
-            exact = list(held.values())
-            self._cached = (held, exact, torch.tensor(exact, dtype=torch.float32, device=device))
-        return self._cached[1], self._cached[2]
+    def segments_of(self, tensor: torch.Tensor) -> Segments:
+        """On the tensor's device since it was bound."""
+        self._check_bound(tensor)
+        return self._segments[id(tensor)]
+
+    @property
+    def exact(self) -> list[float]:
+        """`vector` as numbers, to the last bit."""
+        exact: list[float] = self._from_vector("exact", torch.Tensor.tolist)
+        return exact
+
+    def on(self, device: torch.device) -> torch.Tensor:
+        """`vector` on a device; copied there once after each change."""
+        found: torch.Tensor = self._from_vector(device, lambda held: held.to(device))
+        return found
 
     @property
     def map_bytes(self) -> int:
         """Memory of the map from elements to units."""
-        tiles = [tile for slices in self._slices.values() for unit_slice in slices for tile in unit_slice.tiles]
-        return sum(tile.units.numel() * tile.units.element_size() for tile in tiles)
+        return sum(segments.num_bytes for segments in self._segments.values())
 
-    @property
-    def _held(self) -> dict[str, float]:
-        # At stages 1 and 2 DeepSpeed steps one parameter group after the other, and takes the others away meanwhile.
-        # The first one, where a loaded checkpoint puts its multipliers, comes first.
-        for group in self._optimizer.param_groups:
-            self._last_held = group.get(MULTIPLIERS_KEY, self._last_held)
-        return self._last_held
+    def _check_bound(self, tensor: torch.Tensor) -> None:
+        if id(tensor) not in self._slices:
+            raise ValueError("step() got a tensor that was never bound; call bind() for every flat tensor first")
+
+    def _from_vector(self, what: Any, derive: Callable[[torch.Tensor], Any]) -> Any:
+        held = self.vector
+        if what not in self._derived:
+            self._derived[what] = derive(held)
+        return self._derived[what]
+
+    def _hold(self, values: torch.Tensor) -> None:
+        self._derived = {}
+        first = self._optimizer.param_groups[0]
+        self._last_held = first[MULTIPLIERS_KEY] = values
+        first[NAMES_KEY] = self._digest
+
+    def _checked(self, group: Mapping[str, Any]) -> torch.Tensor:
+        """What the parameter group of a checkpoint holds. Raises `InputError` if it is of other units."""
+        held = group[MULTIPLIERS_KEY]
+        if isinstance(held, Mapping):  # of an older program, by name
+            is_ours, held = list(held) == self._names, torch.tensor(list(held.values()), dtype=torch.float32)
+        else:
+            is_ours = group.get(NAMES_KEY) == self._digest and len(held) == len(self._names)
+        if not is_ours:
+            raise InputError(
+                "the checkpoint is of other units, or they have another order; go on with the model and the settings "
+                "that it was written with"
+            )
+        return held.cpu()
 
 
 def attach_multipliers(optimizer: torch.optim.Optimizer) -> UnitMultipliers:
@@ -151,7 +189,7 @@ def attach_multipliers(optimizer: torch.optim.Optimizer) -> UnitMultipliers:
     @torch.no_grad()
     def take_share(stepping: torch.optim.Optimizer, *_: Any) -> None:
         for tensor, old in before.items():
-            flat, factors = tensor.detach().view(-1), multipliers.by_index(tensor.device)[1]
+            flat, factors = tensor.detach().view(-1), multipliers.on(tensor.device)
             for unit_slice in multipliers.slices_of(tensor):
                 new, previous = (
                     flat[unit_slice.start : unit_slice.stop],

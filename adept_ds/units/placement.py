@@ -1,16 +1,26 @@
-"""Which units the elements of a parameter belong to, by a few numbers and never by one per element.
+"""Which units the elements of a parameter belong to, by a few numbers and never by one per element, row or column.
 
 A head owns rows of q_proj and columns of o_proj, a neuron rows of gate_proj and up_proj and a column of down_proj, so
-units are scattered over a flattened parameter.
+units are scattered over a flattened parameter. But they follow each other regularly: multipliers are spread over
+elements by slices and repetitions, and elements summed along dimensions, without an index on any device.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
+
+
+class Cycle(NamedTuple):
+    """Element e of a part belongs to its unit number (e mod modulus) div divisor mod units."""
+
+    modulus: int
+    divisor: int
+    units: int
 
 
 @dataclass(frozen=True)
@@ -21,10 +31,21 @@ class Tile:
     """First element, counted from the beginning of the run that was tiled."""
     rows: int
     columns: int
-    units: torch.Tensor
-    """[rows] or [columns] int64: the unit of each."""
     axis: int
-    """0: `units` are those of the rows, 1: of the columns."""
+    """0: a line is a row, 1: a column."""
+    first: int
+    """Index of the first of the units that lines go through."""
+    count: int
+    """How many these are; beyond the last one the first one comes again."""
+    line: int = 0
+    """Number of the first line, where line 0 is the first one of unit `first`."""
+    span: int = 1
+    """Lines of a unit that follow each other."""
+
+    @property
+    def units(self) -> torch.Tensor:
+        """[rows] or [columns] int64: the unit of each."""
+        return self.first + torch.arange(self.line, self.line + self._lines) // self.span % self.count
 
     def view(self, run: torch.Tensor) -> torch.Tensor:
         """The tile's elements, out of those of its run: [rows, columns]."""
@@ -32,7 +53,51 @@ class Tile:
 
     def spread(self, values: torch.Tensor) -> torch.Tensor:
         """Values of all units -> those of this tile, to be broadcast over it: [rows, 1] or [1, columns]."""
-        return values[self.units].unsqueeze(1 - self.axis)
+        before, position = self.line % self.span, self.line // self.span % self.count
+        needed = -(-(before + self._lines) // self.span)
+        if position + needed <= self.count:
+            found = values[self.first + position : self.first + position + needed]
+        else:
+            once = values[self.first : self.first + self.count]
+            found = once.repeat(-(-(position + needed) // self.count))[position : position + needed]
+        if self.span > 1:
+            found = found.repeat_interleave(self.span)[before : before + self._lines]
+        return found.unsqueeze(1 - self.axis)
+
+    @property
+    def _lines(self) -> int:
+        return self.columns if self.axis else self.rows
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Tiles of one shape that follow each other, such as those of experts."""
+
+    first: Tile
+    count: int
+
+    def takes(self, tile: Tile) -> bool:
+        """Whether this tile is the next one."""
+        shape = (self.first.rows, self.first.columns, self.first.axis)
+        end = self.first.start + self.count * self.first.rows * self.first.columns
+        return (tile.rows, tile.columns, tile.axis, tile.start) == (*shape, end)
+
+    def line_sums(self, run: torch.Tensor) -> torch.Tensor:
+        """[tiles * (rows or columns)] float64: the sum over each line, one tile behind the other; in a fixed order."""
+        rows, columns = self.first.rows, self.first.columns
+        elements = run[self.first.start : self.first.start + self.count * rows * columns]
+        return elements.view(self.count, rows, columns).sum(2 - self.first.axis, dtype=torch.float64).flatten()
+
+
+def stacked(tiles: Iterable[Tile]) -> list[Stack]:
+    """As few stacks as hold them, in the same order."""
+    stacks: list[Stack] = []
+    for tile in tiles:
+        if stacks and stacks[-1].takes(tile):
+            stacks[-1] = Stack(stacks[-1].first, stacks[-1].count + 1)
+        else:
+            stacks.append(Stack(tile, 1))
+    return stacks
 
 
 @dataclass(frozen=True)
@@ -61,30 +126,31 @@ class Placement:
     def numel(self) -> int:
         return math.prod(self.shape)
 
+    @property
+    def cycle(self) -> Cycle:
+        """How its units follow each other, from element 0 on."""
+        if self.axis is None:
+            return Cycle(1, 1, 1)
+        row = math.prod(self.shape[1:])
+        if self.axis == 0:
+            return Cycle(row * self.span * self.count, row * self.span, self.count)
+        return Cycle(row, self.span, self.count)
+
     def tiles(self, start: int, stop: int) -> list[Tile]:
         """Cut elements start:stop into at most three tiles; a cut may fall anywhere."""
         if self.axis is None:
-            return [Tile(0, 1, stop - start, torch.tensor([self.first]), 0)]
+            return [Tile(0, 1, stop - start, 0, self.first, 1)]
         row = math.prod(self.shape[1:])
         if self.axis == 0:
             period = row * self.span
             return [
-                Tile(begin - start, rows, columns, self._unit(begin // period + torch.arange(rows)), 0)
+                Tile(begin - start, rows, columns, 0, self.first, self.count, begin // period)
                 for begin, rows, columns in _whole_rows(start, stop, period)
             ]
         return [
-            Tile(
-                begin - start,
-                rows,
-                columns,
-                self._unit(torch.arange(begin % row, begin % row + columns) // self.span),
-                1,
-            )
+            Tile(begin - start, rows, columns, 1, self.first, self.count, begin % row, self.span)
             for begin, rows, columns in _whole_rows(start, stop, row)
         ]
-
-    def _unit(self, position: torch.Tensor) -> torch.Tensor:
-        return self.first + position % self.count
 
 
 def _whole_rows(start: int, stop: int, width: int) -> Iterator[tuple[int, int, int]]:

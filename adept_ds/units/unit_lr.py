@@ -9,8 +9,9 @@ Works alone, with any model and optimizer (see docs/unit_lr.md):
 from __future__ import annotations
 
 import hashlib
-import struct
 from collections.abc import Iterator, Mapping, Sequence
+
+import torch
 
 from adept_ds.base.errors import InputError, UnitMismatchError
 from adept_ds.config.deepspeed import unsupported_feature
@@ -19,8 +20,9 @@ from adept_ds.ranks.collectives import Ranks
 from adept_ds.ranks.groups import joined
 from adept_ds.units.adamw import UnitAdamW
 from adept_ds.units.lr_policy import multipliers_from_importance, smooth
-from adept_ds.units.multipliers import UnitSlice, attach_multipliers
+from adept_ds.units.multipliers import attach_multipliers
 from adept_ds.units.registry import UnitRegistry
+from adept_ds.units.segments import UnitSlice
 from adept_ds.zero.engine import Engine, client_optimizer, ds_config, parameter_shapes
 from adept_ds.zero.layout import Fragment, partition_layout
 
@@ -74,7 +76,7 @@ class UnitLR:
     @property
     def multipliers(self) -> list[float]:
         """In registry order."""
-        return list(self._multipliers.values.values())
+        return self._multipliers.in_order
 
     @property
     def map_bytes(self) -> int:
@@ -104,16 +106,16 @@ class UnitLR:
             )
             self._multipliers.smoothed_importance = smoothed
             importance, domain = smoothed[: len(importance)], smoothed[len(importance) :] if domain else None
-        multipliers = multipliers_from_importance(importance, self.registry.units, self._policy, domain)
-        self.set(dict(zip(self.registry.names, multipliers, strict=True)))
-        return multipliers
+        self._multipliers.vector = multipliers_from_importance(importance, self.registry.units, self._policy, domain)
+        self.check_ranks_agree()
+        return self.multipliers
 
     def check_ranks_agree(self) -> None:
         """Raises `UnitMismatchError`, naming the unit, if a rank holds another multiplier than rank 0.
 
         A digest travels; the multipliers themselves only to say who disagrees.
         """
-        if self._ranks.all_equal(_digest(self.multipliers)):
+        if self._ranks.all_equal(_digest(self._multipliers.vector)):
             return
         held = self._ranks.gather(self.multipliers)
         for rank, multipliers in enumerate(held):
@@ -137,6 +139,6 @@ def _registry_of(engine: Engine, unit_of: Mapping[str, str]) -> UnitRegistry:
     return UnitRegistry.from_mapping(trainable | dict(unit_of), shapes)
 
 
-def _digest(values: Sequence[float]) -> float:
+def _digest(values: torch.Tensor) -> float:
     """48 bits of a hash, which a float64 holds exactly."""
-    return float(int.from_bytes(hashlib.sha256(struct.pack(f"{len(values)}d", *values)).digest()[:6], "big"))
+    return float(int.from_bytes(hashlib.sha256(values.numpy().tobytes()).digest()[:6], "big"))

@@ -19,6 +19,7 @@ from adept_ds.data.order import rank_batches
 from adept_ds.models.frozen_prefix import FrozenPrefix
 from adept_ds.ranks.collectives import Ranks
 from adept_ds.ranks.unfinished import Work
+from adept_ds.units.placement import Stack, stacked
 from adept_ds.units.registry import UnitRegistry
 from adept_ds.zero.engine import Engine
 from adept_ds.zero.gradients import clear_gradients, local_weight_and_grad, loss_scale, set_loss_scale
@@ -55,6 +56,45 @@ class GradientBatches:
         return num_bytes // (self.micro_batch_size * self.blocks.seq_len * bytes_per_token)
 
 
+class UnitTotals:
+    """A total for each unit, gathered parameter by parameter; may be used again and again.
+
+    Rows and columns are summed where the elements are, in float64, so that the split over ranks does not show; what is
+    left, a number for each of them, is copied to the host once. The order of all sums is fixed.
+    """
+
+    def __init__(self, registry: UnitRegistry) -> None:
+        self._registry = registry
+        self._known: dict[tuple[str, int, int], tuple[list[Stack], torch.Tensor]] = {}
+        """The tiles of each run of elements, and the units of their rows and columns."""
+        self._sums: list[torch.Tensor] = []
+        self._units: list[torch.Tensor] = []
+
+    def add(self, parameter: str, start: int, values: torch.Tensor) -> None:
+        """Add to each unit the sum of its values.
+
+        Args:
+            values: [n], of the n elements of the flattened parameter that begin with element `start`.
+        """
+        run = (parameter, start, start + values.numel())
+        if not values.numel():
+            return
+        if run not in self._known:
+            tiles = list(self._registry.tiles(*run))
+            self._known[run] = stacked(tiles), torch.cat([tile.units for tile in tiles])
+        stacks, units = self._known[run]
+        self._units.append(units)
+        self._sums += [stack.line_sums(values) for stack in stacks]
+
+    def take(self) -> torch.Tensor:
+        """[n_units] float64 on the host, and begin anew."""
+        totals = torch.zeros(len(self._registry), dtype=torch.float64)
+        if self._sums:
+            totals.index_add_(0, torch.cat(self._units), torch.cat(self._sums).cpu())
+        self._units, self._sums = [], []
+        return totals
+
+
 class UnitSums:
     """Sums of a score over this rank's elements of every unit.
 
@@ -64,22 +104,22 @@ class UnitSums:
 
     def __init__(self, engine: Engine, registry: UnitRegistry, ranks: Ranks, score: Score = weight_times_grad) -> None:
         self._engine, self._registry, self._ranks, self._score = engine, registry, ranks, score
+        self._totals = UnitTotals(registry)
         named = engine.module.named_parameters()
         self._parameters: list[tuple[str, Any]] = [(name, p) for name, p in named if name in registry.placements]
 
     @torch.no_grad()
     def local(self) -> torch.Tensor:
-        """[n_units] float64, from the gradients that the engine holds right now."""
-        sums = torch.zeros(len(self._registry), dtype=torch.float64)
+        """[n_units] float64 on the host, from the gradients that the engine holds right now.
+
+        Copied once from where the gradients are (see `UnitTotals`).
+        """
         for name, parameter in self._parameters:
             found = local_weight_and_grad(self._engine, parameter)
             if found is not None:
                 weight, grad, start = found
-                # float64 so that the split over ranks does not show.
-                values = self._score(weight, grad)
-                for tile in self._registry.tiles(name, start, start + values.numel()):
-                    sums.index_add_(0, tile.units, tile.view(values).sum(1 - tile.axis, dtype=torch.float64).cpu())
-        return sums
+                self._totals.add(name, start, self._score(weight, grad))
+        return self._totals.take()
 
     def of_batches(
         self,

@@ -55,12 +55,16 @@ def elements_file(what: str, rank: int) -> str:
     return f"{what}_rank_{rank}.safetensors"
 
 
+def elements_files(directory: Path, what: str) -> list[Path]:
+    """Those of ranks 0, 1, ... in this order. Raises `ValueError` if there is none of a rank."""
+    return files_by_rank(directory, rf"{what}_rank_(\d+)\.safetensors")
+
+
 class SavedElements:
     """What the ranks of a run wrote into files of elements, read by the ranks of another."""
 
     def __init__(self, directory: Path, what: str) -> None:
-        files = files_by_rank(directory, rf"{what}_rank_(\d+)\.safetensors")
-        self._files = [safe_open(file, framework="pt") for file in files]
+        self._files = [safe_open(file, framework="pt") for file in elements_files(directory, what)]
 
     def of(self, parameter: str, start: int, stop: int) -> torch.Tensor:
         """[stop - start]: elements start:stop of the flattened parameter."""

@@ -37,7 +37,12 @@ def cpu_adam(parameters: Any, **options: Any) -> torch.optim.Optimizer:
     return DeepSpeedCPUAdam(parameters, adamw_mode=True, **options)
 
 
-OTHER_OPTIMIZERS = {"attached": stock_adamw, "cpu_adam": cpu_adam}
+def one_pass(parameters: Any, **options: Any) -> torch.optim.Optimizer:
+    """Steps as on an accelerator."""
+    return UnitAdamW(parameters, one_pass=True, **options)
+
+
+OTHER_OPTIMIZERS = {"attached": stock_adamw, "cpu_adam": cpu_adam, "one_pass": one_pass}
 
 ZERO_SETTINGS: dict[str, dict[str, Any]] = {
     "above_threshold": {"stage": 3, "stage3_param_persistence_threshold": 0},

@@ -8,13 +8,15 @@ from typing import Any
 import torch
 
 from adept_ds.units.adamw import UnitAdamW
-from adept_ds.units.multipliers import UnitSlice
 from adept_ds.units.placement import Placement
+from adept_ds.units.segments import UnitSlice
 
 SIZES = {"a": 7, "b": 13, "c": 1, "d": 20}
 MULTIPLIERS = {"a": 2.0, "b": 0.0, "c": 0.37, "d": 1.0}
 PADDING = 3
 OPTIONS: dict[str, Any] = {"lr": 0.05, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+OPTIONS_OF_OURS: dict[str, Any] = {}
+"""That torch's own AdamW has not."""
 UNITS = list(SIZES)
 
 
@@ -49,7 +51,7 @@ def gradient(step: int) -> torch.Tensor:
 
 
 def unit_adamw(flat: torch.Tensor, slices: Sequence[UnitSlice] = SLICES, **options: Any) -> UnitAdamW:
-    optimizer = UnitAdamW([flat], **(OPTIONS | options))
+    optimizer = UnitAdamW([flat], **(OPTIONS | OPTIONS_OF_OURS | options))
     optimizer.multipliers.name_units(UNITS)
     optimizer.multipliers.bind(flat, slices)
     return optimizer

@@ -110,10 +110,14 @@ def state(engine: Engine, ranks: Ranks) -> dict[str, Any]:
         "vectors": vectors,
         "forward": whole_values(engine),
         "steps": ranks.gather([float(of_one["step"]) for of_one in optimizer.state.values()]),
-        "groups": [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups],
+        "groups": [{k: _plain(v) for k, v in group.items() if k != "params"} for group in optimizer.param_groups],
         "loss_scale": loss_scale(engine),
         "counted": engine.global_steps,  # type: ignore[attr-defined]
     }
+
+
+def _plain(value: Any) -> Any:
+    return value.tolist() if isinstance(value, torch.Tensor) else value
 
 
 def train(folder: Path, cell: str, ranks: Ranks) -> dict[str, Any]:
@@ -127,8 +131,7 @@ def train(folder: Path, cell: str, ranks: Ranks) -> dict[str, Any]:
         step=SAVED_AFTER, world_size=int(size), zero_stage=ZERO[written]["stage"], fingerprint="", settings={}
     )
     if continued:
-        writers = [state["rank"] for state in load_checkpoint(engine, checkpoints, manifest, ranks)]
-        assert writers == list(range(int(size)))
+        assert load_checkpoint(engine, checkpoints, manifest, ranks) == {"rank": 0}
     else:
         if kind == "fp16":
             set_loss_scale(engine, 2.0**9)

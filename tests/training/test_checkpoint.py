@@ -28,6 +28,8 @@ from adept_ds.training.checkpoint import (
     load_checkpoint,
     verify,
 )
+from adept_ds.training.checkpoint_files import CheckpointFiles
+from adept_ds.training.random_states import save_random_state
 
 TEXTS = {"data.domain": [{"texts": ["0" * 64], "share": 1.0}], "data.replay": []}
 OTHER_TEXTS = {"data.domain": [{"texts": ["1" * 64], "share": 1.0}]}
@@ -107,30 +109,54 @@ def test_ranks_and_stage_may_change_and_that_is_said(tmp_path: Path, change: dic
 # --- random numbers -------------------------------------------------------------------------------------------------
 
 
-def draws_after_loading(directory: Path, written: list[Any], rank: int, world_size: int) -> list[float]:
+def seed(rank: int) -> None:
+    torch.manual_seed(rank)
+    random.seed(rank)
+    random.gauss(0, 1)  # half of a pair: the other half is part of the state
+
+
+def draw() -> list[float]:
+    return [*torch.rand(3).tolist(), random.gauss(0, 1), random.random()]
+
+
+def draws_after_loading(directory: Path, written: int, rank: int, world_size: int, *, older: bool) -> list[float]:
     """What a rank draws next where training goes on, on a device without random numbers of its own."""
-    saved = SimpleNamespace(client={"adept_ds": {"ranks": written}})
+    client: dict[str, Any] = {"state": {"rank": 0}}
+    if older:
+        states = []
+        for writer in range(written):
+            seed(writer)
+            states.append({"torch": torch.get_rng_state(), "python": random.getstate(), "cuda": None})
+        client = {"ranks": [(state, {"rank": writer}) for writer, state in enumerate(states)]}
+    saved = SimpleNamespace(client={"adept_ds": client})
     module = "adept_ds.training.checkpoint"
-    ranks = mock.Mock(rank=rank, world_size=world_size, on_each=lambda *_: saved)
-    with mock.patch(f"{module}.resume"), mock.patch(f"{module}.read_saved_state"), torch.random.fork_rng(devices=[]):
-        states = load_checkpoint(cast(Any, None), directory, MANIFEST, ranks)
-        assert states == [{"rank": writer} for writer in range(len(written))]
-        return [*torch.rand(3).tolist(), random.random()]
+    ranks = mock.Mock(rank=rank, world_size=world_size, on_each=lambda action, _: action())
+    with mock.patch(f"{module}.resume"), mock.patch(f"{module}.read_saved_state", return_value=saved):
+        assert load_checkpoint(cast(Any, None), directory, MANIFEST, ranks)["rank"] == 0
+    return draw()
 
 
-def test_ranks_that_were_there_draw_on_and_others_draw_something_of_their_own(tmp_path: Path) -> None:
+@pytest.mark.parametrize("older", [False, True], ids=["a file of each rank", "all in the state, as before"])
+def test_ranks_that_were_there_draw_on_and_others_draw_something_of_their_own(tmp_path: Path, older: bool) -> None:
     """Of two ranks that wrote, on two, one and five; the same each time."""
-    written, following = [], []
+    following, before = [], (torch.get_rng_state(), random.getstate())
     for rank in range(2):
-        state = torch.Generator().manual_seed(rank)
-        python = random.Random(rank)
-        written.append(({"torch": state.get_state(), "python": python.getstate(), "cuda": None}, {"rank": rank}))
-        following.append([*torch.rand(3, generator=state).tolist(), python.random()])
+        seed(rank)
+        files = CheckpointFiles(copied=False)
+        save_random_state(files, rank)
+        (tmp_path / "step_20").mkdir(exist_ok=True)
+        files.write(tmp_path / "step_20")
+        following.append(draw())
     for world_size in (1, 2, 5):
-        found = [draws_after_loading(tmp_path, written, rank, world_size) for rank in range(world_size)]
+        found, again = (
+            [draws_after_loading(tmp_path, 2, rank, world_size, older=older) for rank in range(world_size)]
+            for _ in range(2)
+        )
         assert found[:2] == following[:world_size]
-        assert found == [draws_after_loading(tmp_path, written, rank, world_size) for rank in range(world_size)]
+        assert found == again
         assert len({draws[0] for draws in found}) == world_size
+    torch.set_rng_state(before[0])
+    random.setstate(before[1])
 
 
 # --- what its files are ---------------------------------------------------------------------------------------------

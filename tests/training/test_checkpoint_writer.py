@@ -25,6 +25,7 @@ from adept_ds.training.checkpoint import CheckpointManifest, WrittenFile, verify
 from adept_ds.training.checkpoint_files import CheckpointFiles, on_host
 from adept_ds.training.checkpoint_writer import CheckpointWriter, Retention
 
+RANDOM = "random_state_rank_0.safetensors"
 SCRIPTS = ["zero_to_fp32.py", "zero_to_torch.py"]
 
 
@@ -69,10 +70,9 @@ def test_a_checkpoint_is_there_when_it_is_whole_and_the_oldest_go(tmp_path: Path
     assert checkpoint_steps(tmp_path) == [2, 3]
     assert (tmp_path / "latest").read_text() == "step_3"
     assert names(tmp_path) == ["latest", "step_2", "step_3", *SCRIPTS]
-    assert names(tmp_path / "step_3") == ["manifest.json", "states.pt"]
+    assert names(tmp_path / "step_3") == ["manifest.json", RANDOM, "states.pt"]
     assert torch.equal(stored(tmp_path, 3)["weight"], torch.full((1000,), 3.0))
-    ((_, state),) = stored(tmp_path, 3)["adept_ds"]["ranks"]
-    assert state == {"tokens": 3}
+    assert stored(tmp_path, 3)["adept_ds"] == {"step": 3, "state": {"tokens": 3}}
     assert engine.checkpoint_engine is None, "the engine's own is back"
 
 
@@ -93,7 +93,11 @@ def test_the_newest_stay_and_every_so_many_th(steps: list[int], newest: int, eve
 def test_a_manifest_says_what_every_file_is_and_who_wrote_it(tmp_path: Path) -> None:
     save(writer(tmp_path, OneTensor()), 1, lambda files: files.add_tensors("more.safetensors", {"a": torch.ones(3)}))
     manifest = verify(tmp_path / "step_1", Ranks())
-    assert set(manifest.files) == {"states.pt", "more.safetensors"} == {*names(tmp_path / "step_1")} - {"manifest.json"}
+    assert (
+        set(manifest.files)
+        == {"states.pt", "more.safetensors", RANDOM}
+        == {*names(tmp_path / "step_1")} - {"manifest.json"}
+    )
     for name, file in manifest.files.items():
         assert isinstance(file, WrittenFile) and file.rank == 0
         assert file.size == (tmp_path / "step_1" / name).stat().st_size

@@ -1,4 +1,4 @@
-"""UnitAdamW against PyTorch's own AdamW with one parameter group per unit."""
+"""UnitAdamW against PyTorch's own AdamW with one parameter group per unit: each way to take a step, on the CPU."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 from harness.flat_units import (
     MULTIPLIERS,
     OPTIONS,
+    OPTIONS_OF_OURS,
     SIZES,
     SLICES,
     TOTAL,
@@ -24,10 +25,19 @@ from harness.flat_units import (
 )
 
 from adept_ds.units.adamw import UnitAdamW, _merge_neighbours
-from adept_ds.units.multipliers import MULTIPLIERS_KEY, UnitSlice, attach_multipliers
+from adept_ds.units.multipliers import MULTIPLIERS_KEY, NAMES_KEY, attach_multipliers
 from adept_ds.units.placement import Placement
+from adept_ds.units.segments import UnitSlice
 
 STEPS = 6
+
+
+@pytest.fixture(params=[False, True], ids=["views", "one pass"], autouse=True)
+def one_pass(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """As on a CPU, and as on an accelerator. In chunks so small that some end inside a unit."""
+    monkeypatch.setattr("adept_ds.units.one_pass.CHUNK", 10)
+    monkeypatch.setitem(OPTIONS_OF_OURS, "one_pass", request.param)
+    return bool(request.param)
 
 
 def train(optimizer: UnitAdamW, flat: torch.Tensor, steps: range, lrs: Sequence[float] | None = None) -> None:
@@ -93,7 +103,7 @@ def test_how_a_unit_is_cut_into_slices_does_not_matter() -> None:
     results = []
     for cuts in ([0, 16, 64], [0, 64], [0, 32, 48, 64]):
         flat = torch.randn(64, generator=torch.Generator().manual_seed(0)).requires_grad_(True)
-        optimizer = UnitAdamW([flat], **OPTIONS)
+        optimizer = UnitAdamW([flat], **OPTIONS, **OPTIONS_OF_OURS)
         optimizer.multipliers.name_units(UNITS)
         # Units alternate in the list, so that touching slices are not merged away; both have the same multiplier.
         pieces = [run_of(start, stop, "ab"[i % 2]) for i, (start, stop) in enumerate(pairwise(cuts))]
@@ -192,13 +202,13 @@ def test_the_state_is_that_of_the_stock_optimizer() -> None:
     ours, theirs = optimizer.state_dict(), stock.state_dict()
     shape_of = {key: value.shape for key, value in theirs["state"][0].items()}
     assert {key: value.shape for key, value in ours["state"][0].items()} == shape_of
-    assert set(ours["param_groups"][0]) - set(theirs["param_groups"][0]) == {MULTIPLIERS_KEY}
+    assert set(ours["param_groups"][0]) - set(theirs["param_groups"][0]) == {MULTIPLIERS_KEY, NAMES_KEY}
 
 
 def test_an_unbound_tensor_is_refused_and_not_moved() -> None:
     flat = flat_tensor()
     before = flat.detach().clone()
-    optimizer = UnitAdamW([flat], **OPTIONS)
+    optimizer = UnitAdamW([flat], **OPTIONS, **OPTIONS_OF_OURS)
     flat.grad = gradient(0)
     with pytest.raises(ValueError, match="never bound"):
         optimizer.step()
@@ -254,7 +264,7 @@ def test_rows_and_columns_move_as_under_adamw_with_their_own_learning_rate(
         optimizer: torch.optim.Optimizer = torch.optim.AdamW([flat], foreach=True, **OPTIONS)
         multipliers = attach_multipliers(optimizer)
     else:
-        optimizer = UnitAdamW([flat], **OPTIONS)
+        optimizer = UnitAdamW([flat], **OPTIONS, **OPTIONS_OF_OURS)
         multipliers = optimizer.multipliers
     multipliers.name_units(list(values))
     multipliers.bind(flat, [UnitSlice(0, last - first, placement, first, ratio)])

@@ -28,11 +28,12 @@ CELLS = {
     1: ["zero1/fine", "zero3/fine", "zero3/matrix/online"],
     2: [f"{stage}/{granularity}" for stage in STAGES for granularity in GRANULARITIES]
     + ["zero3/fine/recomputed", "zero2/fine/attached", "zero3_offload/fine/attached"]
+    + ["zero2/fine/one_pass", "zero3/fine/one_pass"]
     + [f"{stage}/matrix/online" for stage in STAGES]
     + ["zero3/fine/above_threshold", "zero3/fine/around_threshold", "zero3/fine/many_groups"]
     + ["zero3/fine/params_offloaded", "zero2/fine/overlapping"],
     3: [f"{stage}/fine" for stage in STAGES]
-    + ["zero2/matrix", "zero3/matrix", "zero2/matrix/online", "zero3/fine/above_threshold"],
+    + ["zero2/matrix", "zero3/matrix", "zero2/matrix/online", "zero3/fine/above_threshold", "zero3/fine/one_pass"],
     4: ["zero2/fine", "zero3/fine"],
 }
 """ds_configs file / granularity / variant, by number of ranks.

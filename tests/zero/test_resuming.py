@@ -103,7 +103,7 @@ def test_what_is_compared_is_not_the_same_everywhere(outcomes: dict[int, dict[st
         assert any(not torch.equal(master, master.bfloat16().float()) for master in masters)
     first, second = outcomes[2]["groups/zero1"]["at"]["groups"]
     assert (first["lr"], first["weight_decay"]) != (second["lr"], second["weight_decay"])
-    assert len(set(first["unit_multipliers"].values())) == 5
+    assert len(set(first["unit_multipliers"])) == 5
     assert len(outcomes[4]["whole/many_groups"]["at"]["steps"][0]) > 2
     assert outcomes[2]["fp16/zero2"]["at"]["loss_scale"] == 2.0**9
     sizes = [value.numel() for (_, key), value in outcomes[4]["whole/zero1"]["at"]["vectors"].items() if key == "fp32"]
