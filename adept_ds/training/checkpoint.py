@@ -20,7 +20,7 @@ from adept_ds.base.errors import DamagedError, InputError
 from adept_ds.base.proofs import FileProof, InnerName, Sealed, check_file, check_size
 from adept_ds.base.run_dir import checkpoint_tag, manifest_of
 from adept_ds.ranks.collectives import Ranks
-from adept_ds.training.random_states import load_random_state, restore_older
+from adept_ds.training.random_states import load_random_state
 from adept_ds.weights.saved_state import read_saved_state
 from adept_ds.zero.engine import Engine
 from adept_ds.zero.resuming import resume
@@ -89,18 +89,9 @@ def load_checkpoint(engine: Engine, directory: Path, manifest: CheckpointManifes
     saved = ranks.on_each(lambda: read_saved_state(place), CheckpointManifest.remedy())
     resume(engine, saved)
     client = saved.client["adept_ds"]
-    if "ranks" in client:
-        return _of_older(client["ranks"], ranks.rank)
     ranks.on_each(lambda: load_random_state(place, ranks.rank), CheckpointManifest.remedy())
     state: dict[str, Any] = client["state"]
     return state
-
-
-def _of_older(written: list[tuple[dict[str, Any], dict[str, Any]]], rank: int) -> dict[str, Any]:
-    """An older program gathered the states of all ranks into each of its files; a method's are handed on together."""
-    restore_older([of_rank for of_rank, _ in written], rank)
-    states = [state for _, state in written]
-    return states[0] | {"rule": states[0].get("rule", {}) | {"of_ranks": [state.get("rule", {}) for state in states]}}
 
 
 def check_whole(checkpoint: Path) -> CheckpointManifest:

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file
 
 from adept_ds.training.checkpoint_files import CheckpointFiles
@@ -43,14 +42,9 @@ class ImportanceRule(TrainingRule):
         return None if self._initial is None else self._refreshed(self._initial)
 
     def load(self, checkpoint: Path, state: dict[str, Any]) -> None:
-        if not self.online:
-            return
-        if "of_ranks" in state:  # of an older program
-            written = [torch.tensor(of_rank["sums"], dtype=torch.float64) for of_rank in state["of_ranks"]]
-            mine = self.online.share_of(written)
-        else:
+        if self.online:
             mine = [load_file(file)[_SUMS] for file in self.online.share_of(elements_files(checkpoint, _SUMS))]
-        self.online.go_on(mine, state["count"])
+            self.online.go_on(mine, state["count"])
 
     def refreshes_after(self, step: int) -> bool:
         return step % self._every == 0

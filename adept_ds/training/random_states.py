@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -38,19 +36,8 @@ def load_random_state(checkpoint: Path, rank: int) -> None:
     files = elements_files(checkpoint, _WHAT)
     state = load_file(files[rank % len(files)])
     gauss, device = state["gauss"].tolist(), state["device"]
-    python = (_VERSION, tuple(state["python"].tolist()), gauss[0] if gauss else None)
-    _restore(python, state["torch"], device if device.numel() else None, is_new=rank >= len(files), rank=rank)
-
-
-def restore_older(states: Sequence[dict[str, Any]], rank: int) -> None:
-    """Of a checkpoint in which an older program kept the states of all ranks together."""
-    state = states[rank % len(states)]
-    _restore(state["python"], state["torch"], state["cuda"], is_new=rank >= len(states), rank=rank)
-
-
-def _restore(python: Any, host: torch.Tensor, device: torch.Tensor | None, *, is_new: bool, rank: int) -> None:
-    random.setstate(python)
-    torch.set_rng_state(host)
-    set_device_rng_state(device)
-    if is_new:
+    random.setstate((_VERSION, tuple(state["python"].tolist()), gauss[0] if gauss else None))
+    torch.set_rng_state(state["torch"])
+    set_device_rng_state(device if device.numel() else None)
+    if rank >= len(files):
         torch.manual_seed(int(torch.randint(1 << 62, ())) + rank)

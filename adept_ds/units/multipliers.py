@@ -92,7 +92,7 @@ class UnitMultipliers:
         Kept here because it has to survive a checkpoint together with the multipliers.
         """
         held = self._optimizer.param_groups[0].get(SMOOTHED_KEY)
-        return held.tolist() if isinstance(held, torch.Tensor) else held  # of an older program it is a list
+        return None if held is None else held.tolist()
 
     @smoothed_importance.setter
     def smoothed_importance(self, values: Sequence[float]) -> None:
@@ -161,12 +161,8 @@ class UnitMultipliers:
 
     def _checked(self, group: Mapping[str, Any]) -> torch.Tensor:
         """What the parameter group of a checkpoint holds. Raises `InputError` if it is of other units."""
-        held = group[MULTIPLIERS_KEY]
-        if isinstance(held, Mapping):  # of an older program, by name
-            is_ours, held = list(held) == self._names, torch.tensor(list(held.values()), dtype=torch.float32)
-        else:
-            is_ours = group.get(NAMES_KEY) == self._digest and len(held) == len(self._names)
-        if not is_ours:
+        held: torch.Tensor = group[MULTIPLIERS_KEY]
+        if group.get(NAMES_KEY) != self._digest:
             raise InputError(
                 "the checkpoint is of other units, or they have another order; go on with the model and the settings "
                 "that it was written with"

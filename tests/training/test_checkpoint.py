@@ -119,15 +119,9 @@ def draw() -> list[float]:
     return [*torch.rand(3).tolist(), random.gauss(0, 1), random.random()]
 
 
-def draws_after_loading(directory: Path, written: int, rank: int, world_size: int, *, older: bool) -> list[float]:
+def draws_after_loading(directory: Path, rank: int, world_size: int) -> list[float]:
     """What a rank draws next where training goes on, on a device without random numbers of its own."""
     client: dict[str, Any] = {"state": {"rank": 0}}
-    if older:
-        states = []
-        for writer in range(written):
-            seed(writer)
-            states.append({"torch": torch.get_rng_state(), "python": random.getstate(), "cuda": None})
-        client = {"ranks": [(state, {"rank": writer}) for writer, state in enumerate(states)]}
     saved = SimpleNamespace(client={"adept_ds": client})
     module = "adept_ds.training.checkpoint"
     ranks = mock.Mock(rank=rank, world_size=world_size, on_each=lambda action, _: action())
@@ -136,8 +130,7 @@ def draws_after_loading(directory: Path, written: int, rank: int, world_size: in
     return draw()
 
 
-@pytest.mark.parametrize("older", [False, True], ids=["a file of each rank", "all in the state, as before"])
-def test_ranks_that_were_there_draw_on_and_others_draw_something_of_their_own(tmp_path: Path, older: bool) -> None:
+def test_ranks_that_were_there_draw_on_and_others_draw_something_of_their_own(tmp_path: Path) -> None:
     """Of two ranks that wrote, on two, one and five; the same each time."""
     following, before = [], (torch.get_rng_state(), random.getstate())
     for rank in range(2):
@@ -149,8 +142,7 @@ def test_ranks_that_were_there_draw_on_and_others_draw_something_of_their_own(tm
         following.append(draw())
     for world_size in (1, 2, 5):
         found, again = (
-            [draws_after_loading(tmp_path, 2, rank, world_size, older=older) for rank in range(world_size)]
-            for _ in range(2)
+            [draws_after_loading(tmp_path, rank, world_size) for rank in range(world_size)] for _ in range(2)
         )
         assert found[:2] == following[:world_size]
         assert found == again

@@ -30,23 +30,18 @@ def summed(of: ImportanceRule) -> torch.Tensor:
     return of.online.sums
 
 
-@pytest.mark.parametrize("older", [False, True], ids=["a file of each rank", "all in the state, as before"])
 @pytest.mark.parametrize("now", [1, 2, 3, 4])
 @pytest.mark.parametrize("written", [1, 2, 3, 4])
-def test_the_sum_over_ranks_stays_and_on_as_many_each_keeps_its_own(
-    tmp_path: Path, written: int, now: int, older: bool
-) -> None:
+def test_the_sum_over_ranks_stays_and_on_as_many_each_keeps_its_own(tmp_path: Path, written: int, now: int) -> None:
     """The sum is all that a refresh asks for; the same bits come out only where nothing is added up beforehand."""
-    rules, states = [rule(rank, written) for rank in range(written)], []
+    rules = [rule(rank, written) for rank in range(written)]
     for rank, of in enumerate(rules):
         assert of.online is not None
         of.online.go_on([torch.tensor([10.0**rank, 0.1 + rank], dtype=torch.float64)], 5)
         files = CheckpointFiles(copied=False)
         of.save(files)
-        states.append({"sums": summed(of).tolist(), "count": 5})
-        if not older:
-            assert set(files.write(tmp_path)) == {f"unit_sums_rank_{rank}.safetensors"}
-    state = states[0] | {"of_ranks": states} if older else rules[0].state_dict()
+        assert set(files.write(tmp_path)) == {f"unit_sums_rank_{rank}.safetensors"}
+    state = rules[0].state_dict()
     found = [rule(rank, now) for rank in range(now)]
     for of in found:
         of.load(tmp_path, state)
