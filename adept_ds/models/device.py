@@ -78,6 +78,17 @@ def host_copy(tensor: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
 
 
+def pinned(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A copy in memory that the device fetches from by itself, while the host goes on; may be called in any thread.
+
+    A tensor on the host, for a CPU, stays as it is.
+    """
+    if device.type != "cuda":
+        return tensor
+    with torch.cuda.device(device):  # a thread begins with the first one of the host
+        return tensor.pin_memory()
+
+
 class Stopwatch:
     """Seconds that the device works, from when the watch is made until it is stopped; neither waits for the device."""
 

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-IGNORED_LABEL = -100
+from adept_ds.models.hidden_states import final_hidden
 
+IGNORED_LABEL = -100
 
 _CHUNK_ELEMENTS = 1 << 24
 """Logits held at once: 64 MiB in float32."""
@@ -166,8 +167,7 @@ def install_row_losses(model: torch.nn.Module, divisor: float = 1.0, cap: float 
     def model_forward(
         self: Any, input_ids: torch.Tensor, labels: torch.Tensor, positions: torch.Tensor | None = None
     ) -> torch.Tensor:
-        hidden = self.base_model(input_ids=input_ids, position_ids=positions, use_cache=False).last_hidden_state
-        return head(hidden, labels)
+        return head(final_hidden(self, input_ids, positions), labels)
 
     head.forward = types.MethodType(head_forward, head)
     model.forward = types.MethodType(model_forward, model)

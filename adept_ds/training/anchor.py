@@ -62,17 +62,22 @@ class Anchor:
             for of_ranks in self._text.micro_batches(step, self._ranks.world_size)
         ]
 
-    def take(self) -> tuple[float, float]:
-        """Of the step: this rank's sum over predicted tokens, and seconds. Waits for the device."""
-        total = float(torch.stack(self._sums).sum())
-        seconds = sum(watch.seconds() for watch in self._watches)
-        self._sums, self._watches = [], []
-        return total, seconds
+    def take(self) -> torch.Tensor:
+        """Of the step, this rank's sum over predicted tokens: a float64 scalar on the device."""
+        total = torch.stack(self._sums).sum().double()
+        self._sums = []
+        return total
 
-    def record(self, step: int, total: float, seconds: float) -> dict[str, float]:
+    def seconds(self) -> float:
+        """Of the step. Waits until the device has come so far."""
+        seconds = sum(watch.seconds() for watch in self._watches)
+        self._watches = []
+        return seconds
+
+    def record(self, step: int, total: float) -> dict[str, float]:
         """What joins the record of a step, of `take` of all ranks: A, tokens without padding, and seconds."""
         value = total / max(1, self._text.predicted_tokens(step))
-        return {"anchor": value, "anchor_tokens": self._text.num_tokens(step), "anchor_seconds": seconds}
+        return {"anchor": value, "anchor_tokens": self._text.num_tokens(step), "anchor_seconds": self.seconds()}
 
     def operations(self, step: int) -> float:
         return self._flops * self._text.num_tokens(step)

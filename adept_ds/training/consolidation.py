@@ -103,7 +103,7 @@ class ConsolidationRule(TrainingRule):
         check_start(self._general.scores)
         return Refresh(self._general.scores, self._unit_lr.multipliers)
 
-    def before_update(self) -> dict[str, float]:
+    def before_update(self) -> dict[str, torch.Tensor]:
         if self._steps % self._every == 0:
             importance = self._mean(self._unit_sums.local())
             if importance.isfinite().all():  # or loss scaling (fp16) was too much, and the step is skipped

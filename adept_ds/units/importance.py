@@ -6,7 +6,7 @@ General text comes from a corpus of its own, in passes of its own, or from the s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,30 +68,29 @@ class OnlineImportance:
         self._registry, self._ranks = registry, ranks
         self._unit_sums = UnitSums(engine, registry, ranks)
         self._total, self._count = torch.zeros(len(registry), dtype=torch.float64), 0
-        self._before = (self._total, self._count)
+        self._last: Callable[[], torch.Tensor] | None = None
+        """What the last batch adds to the total: asked for when the host has waited for the device anyway."""
 
     def observe(self, share: float) -> None:
         """Take in the gradient of a training batch's replayed sequences.
 
         To be called at their end (see `zero.gradients.end_segment`), when nothing else of the batch has had its
-        backward pass.
+        backward pass. The host does not wait for it: a step follows, which it waits for.
 
         Args:
             share: of the batch, that is replayed: the loss of a training step is a mean over the whole batch.
         """
-        self._before = (self._total.clone(), self._count)
-        sums = self._unit_sums.local()
-        if self._unit_sums.have_overflowed(sums):
-            return  # the step will be skipped for the same reason
-        self._total += sums / share
-        self._count += 1
+        self._take_in()
+        sums = self._unit_sums.local_later()
+        self._last = lambda: sums() / share
 
     def take_back(self) -> None:
-        """Forget the last batch: its step was skipped, on every rank."""
-        self._total, self._count = self._before
+        """Forget the last batch: its step was skipped, on every rank; in fp16 since gradients may have overflowed."""
+        self._last = None
 
     def take(self) -> list[float] | None:
         """Importance of every unit, in registry order, and begin anew; None if nothing was observed."""
+        self._take_in()
         if not self._count:
             return None
         mean = _means(self._total, self._count, self._registry, self._ranks)
@@ -100,6 +99,7 @@ class OnlineImportance:
 
     def state_dict(self) -> dict[str, Any]:
         """Of this rank."""
+        self._take_in()
         return {"sums": self._total.tolist(), "count": self._count}
 
     def load_state_dicts(self, states: Sequence[dict[str, Any]]) -> None:
@@ -109,6 +109,13 @@ class OnlineImportance:
         mine = [state["sums"] for state in states[self._ranks.rank :: self._ranks.world_size]]
         self._total = torch.tensor(mine, dtype=torch.float64).reshape(-1, len(self._registry)).sum(0)
         self._count = states[0]["count"]
+
+    def _take_in(self) -> None:
+        """After the step of the last batch, which the host has waited for."""
+        if self._last is not None:
+            self._total += self._last()
+            self._count += 1
+            self._last = None
 
 
 def _means(total: torch.Tensor, count: int, registry: UnitRegistry, ranks: Ranks) -> list[float]:

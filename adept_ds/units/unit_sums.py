@@ -16,6 +16,7 @@ import torch
 
 from adept_ds.data.blocks import Blocks
 from adept_ds.data.order import rank_batches
+from adept_ds.models.device import host_copy
 from adept_ds.models.frozen_prefix import FrozenPrefix
 from adept_ds.ranks.collectives import Ranks
 from adept_ds.ranks.unfinished import Work
@@ -67,10 +68,21 @@ class UnitSums:
         named = engine.module.named_parameters()
         self._parameters: list[tuple[str, Any]] = [(name, p) for name, p in named if name in registry.placements]
 
-    @torch.no_grad()
     def local(self) -> torch.Tensor:
-        """[n_units] float64, from the gradients that the engine holds right now."""
-        sums = torch.zeros(len(self._registry), dtype=torch.float64)
+        """[n_units] float64, from the gradients that the engine holds right now; in one copy to the host."""
+        sums, units = self._of_tiles()
+        return self._by_unit(sums.cpu(), units)
+
+    def local_later(self) -> Callable[[], torch.Tensor]:
+        """The same, for which the host does not wait: what is returned may be called when it has waited for something
+        that the device does later."""
+        sums, units = self._of_tiles()
+        return partial(self._by_unit, host_copy(sums), units)
+
+    @torch.no_grad()
+    def _of_tiles(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sums over parts of units, float64 on the device, and of each part its unit."""
+        sums, units = [torch.zeros(0, dtype=torch.float64, device=self._engine.device)], [torch.zeros(0).long()]
         for name, parameter in self._parameters:
             found = local_weight_and_grad(self._engine, parameter)
             if found is not None:
@@ -78,8 +90,13 @@ class UnitSums:
                 # float64 so that the split over ranks does not show.
                 values = self._score(weight, grad)
                 for tile in self._registry.tiles(name, start, start + values.numel()):
-                    sums.index_add_(0, tile.units, tile.view(values).sum(1 - tile.axis, dtype=torch.float64).cpu())
-        return sums
+                    sums.append(tile.view(values).sum(1 - tile.axis, dtype=torch.float64).to(sums[0].device))
+                    units.append(tile.units)
+        return torch.cat(sums), torch.cat(units)
+
+    def _by_unit(self, sums: torch.Tensor, units: torch.Tensor) -> torch.Tensor:
+        """On the host, where they are added up in the same order every time."""
+        return torch.zeros(len(self._registry), dtype=torch.float64).index_add_(0, units, sums)
 
     def of_batches(
         self,
