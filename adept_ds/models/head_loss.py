@@ -15,12 +15,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from adept_ds.models.head_chunks import bytes_per_logit, tokens_at_once
 from adept_ds.models.hidden_states import final_hidden
 
 IGNORED_LABEL = -100
 
 _CHUNK_ELEMENTS = 1 << 24
-"""Logits held at once: 64 MiB in float32."""
+"""Logits held at once on a CPU: 64 MiB in float32."""
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -47,7 +48,7 @@ class _HeadLoss(torch.autograd.Function):
         flat_hidden, flat_labels = hidden.reshape(-1, dim), labels.reshape(-1)
         losses = torch.empty(rows * tokens, dtype=torch.float32, device=hidden.device)
         gradients = _Gradients.wanted(ctx.needs_input_grad, flat_hidden, weight, bias)
-        step = max(1, _CHUNK_ELEMENTS // weight.shape[0])
+        step = tokens_at_once(weight, bytes_per_logit(weight, divisor, cap), _CHUNK_ELEMENTS)
         for start in range(0, rows * tokens, step):
             chunk = slice(start, start + step)
             logits, saturation = head_logits(flat_hidden[chunk], weight, bias, divisor, cap)

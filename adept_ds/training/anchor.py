@@ -17,6 +17,7 @@ from functools import partial
 import torch
 
 from adept_ds.data.anchor_text import AnchorText
+from adept_ds.data.blocks import Batch
 from adept_ds.data.order import FILLER
 from adept_ds.models.anchor_passes import AnchorPasses
 from adept_ds.models.device import Stopwatch, host_copy
@@ -88,7 +89,7 @@ class Anchor:
         with _without_dropout(self._engine.module):
             known = self._known.of(of_ranks, self._base_states, self._engine.device)
             with self._orders.of("anchored"), self._passes.anchored(known):
-                sums = self._engine(*self._text.batch(mine).to(self._engine.device))
+                sums = self._engine(*self._batch(mine))
                 self._engine.backward(sums.sum() * factor, scale_wrt_gas=False)
         self._sums.append(sums.detach().sum())
         watch.stop()
@@ -100,8 +101,12 @@ class Anchor:
         A block at a time: what is known of it shall not depend, not by a bit, on which others a step brought along.
         """
         with torch.no_grad(), self._orders.of("base"), self._passes.of_base():
-            found: torch.Tensor = self._engine(*self._text.batch([block]).to(self._engine.device))
+            found: torch.Tensor = self._engine(*self._batch([block]))
         return found[0]
+
+    def _batch(self, blocks: list[int]) -> Batch:
+        """On the device, which the host does not wait for."""
+        return self._text.batch(blocks).pinned(self._engine.device).to(self._engine.device)
 
 
 class _KnownStates:
