@@ -129,24 +129,26 @@ def find_liger(wanted: Wanted, say: Callable[[str], None] = lambda line: None) -
     """
     if wanted == "torch" or (wanted == "auto" and device_name() != "cuda"):
         return None
-    complaint, remedy, found = "", "set it to auto or torch", None
     if device_name() != "cuda":
-        complaint = f"liger-kernel computes on CUDA devices, and this one is '{device_name()}'"
-    else:
-        version = _installed_version()
-        if version is None:
-            if wanted == "auto":
-                return None
-            complaint, remedy = "liger-kernel is not installed", "pip install 'adept-ds[liger]', or " + remedy
-        else:
-            found, complaint = _loaded(version, say)
-            remedy = f"install liger-kernel=={WRITTEN_AGAINST}, or " + remedy
-    if not complaint:
-        return found
-    if wanted == "auto":
-        say(f"{complaint}: PyTorch's operations are used")
-        return None
-    raise InputError(f"train.kernels: liger is not possible: {complaint}; {remedy}")
+        raise InputError(
+            f"train.kernels: liger computes on CUDA devices, and this one is '{device_name()}'; set it to auto or torch"
+        )
+    version = _installed_version()
+    if version is None:
+        if wanted == "auto":
+            return None
+        raise InputError(
+            "train.kernels: liger-kernel is not installed; pip install 'adept-ds[liger]', or set it to auto or torch"
+        )
+    found, wrong = _loaded(say)
+    if wrong and wanted == "liger":
+        raise InputError(
+            f"train.kernels: liger-kernel {version} is not as {WRITTEN_AGAINST}, which adept-ds was written against "
+            f"({wrong}); install liger-kernel=={WRITTEN_AGAINST}, or set it to auto or torch"
+        )
+    if wrong:
+        say(f"liger-kernel {version} is not as {WRITTEN_AGAINST} ({wrong}): PyTorch's operations are used")
+    return found
 
 
 def _installed_version() -> str | None:
@@ -156,7 +158,7 @@ def _installed_version() -> str | None:
         return None
 
 
-def _loaded(version: str, say: Callable[[str], None]) -> tuple[Liger | None, str]:
+def _loaded(say: Callable[[str], None]) -> tuple[Liger | None, str]:
     """The kernels, or what is wrong with them."""
     try:
         kernel = importlib.import_module("liger_kernel.ops.cross_entropy").liger_cross_entropy_kernel
@@ -169,7 +171,7 @@ def _loaded(version: str, say: Callable[[str], None]) -> tuple[Liger | None, str
     else:
         if not wrong:
             return liger, ""
-    return None, f"liger-kernel {version} is not as {WRITTEN_AGAINST}, which adept-ds was written against ({wrong})"
+    return None, wrong
 
 
 def _disagreement(liger: Liger, device: torch.device, caps: Sequence[float | None] = (None, 3.0)) -> str:
