@@ -111,20 +111,19 @@ class Blocks:
         input_ids = np.zeros((len(indices), self.seq_len), np.int64)
         labels = np.full_like(input_ids, IGNORED_LABEL)
         positions = np.zeros_like(input_ids) if self._restarts else None
-        extra = self._extra
+        flat_ids, flat_labels, extra = input_ids.reshape(-1), labels.reshape(-1), self._extra
         for source, rows, bounds, numbers in self._segments(indices):
             widths = bounds[:, 1] - bounds[:, 0] + extra
             starts = np.cumsum(widths) - widths  # of each text, in its row
             starts += (rows * self.seq_len - starts[np.searchsorted(numbers, np.arange(len(rows)))])[numbers]
             which, within = ranges(widths - extra)
             place = starts[which] + extra + within
-            tokens = source.tokens[bounds[which, 0] + within]
-            input_ids.flat[place] = labels.flat[place] = tokens
+            flat_ids[place] = flat_labels[place] = source.tokens[bounds[which, 0] + within]
             if self.bos_id is not None:
-                input_ids.flat[starts] = labels.flat[starts] = self.bos_id
+                flat_ids[starts] = flat_labels[starts] = self.bos_id
             if positions is not None:
-                positions.flat[place] = extra + within
-                labels.flat[starts] = IGNORED_LABEL  # what stands before it is another text
+                positions.reshape(-1)[place] = extra + within
+                flat_labels[starts] = IGNORED_LABEL  # what stands before it is another text
         restarting = None if positions is None else torch.from_numpy(positions)
         return Batch(torch.from_numpy(input_ids), torch.from_numpy(labels), restarting)
 

@@ -1,8 +1,8 @@
 """The ranks of a run, and the few small collectives that the program needs.
 
 Control traffic (a handful of numbers, an error, a yes or no) goes over a gloo group on the CPU: it never waits
-for an accelerator's stream, and sums are float64 on every device. Two collectives go between the devices: that of
-numbers that are there, in every training step (`sum_on_device`), and one for large tensors (`slice_of_sum`).
+for an accelerator's stream, and sums are float64 on every device. Two go between the devices: of what every training
+step finds out there (`sum_on_device`), and of large tensors (`slice_of_sum`).
 """
 
 from __future__ import annotations
