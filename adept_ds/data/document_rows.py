@@ -48,9 +48,8 @@ class _OwnRows:
     def __len__(self) -> int:
         return len(self.parts)
 
-    def segments(self, block: int) -> list[tuple[int, int]]:
-        start, stop = self.parts[block]
-        return [(int(start), int(stop))]
+    def segments(self, blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return self.parts[blocks], np.arange(len(blocks))
 
 
 @dataclass(frozen=True)

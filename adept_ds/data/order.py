@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 FILLER = -1
@@ -21,18 +22,26 @@ def endless_order(first: int, last: int, num_blocks: int, seed: int, source: int
     A pure function of its arguments, so a resumed run and a run on another number of ranks see the same data.
     """
     seed += source * _BETWEEN_SOURCES
-    return [int(_permutation(num_blocks, seed + p // num_blocks)[p % num_blocks]) for p in range(first, last)]
+    found = list[int]()
+    while first < last:
+        epoch, at = divmod(first, num_blocks)
+        count = min(last - first, num_blocks - at)
+        found += _permutation(num_blocks, seed + epoch)[at : at + count].tolist()
+        first += count
+    return found
 
 
 def block_order(num_blocks: int, seed: int) -> list[int]:
     """A permutation of the blocks that depends on the seed alone."""
-    return _permutation(num_blocks, seed).tolist()
+    order: list[int] = _permutation(num_blocks, seed).tolist()
+    return order
 
 
 @functools.lru_cache(maxsize=32)
-def _permutation(num_blocks: int, seed: int) -> torch.Tensor:
+def _permutation(num_blocks: int, seed: int) -> np.ndarray:
     """Kept for the current epochs of all sources, and the next: with many millions of blocks it takes a while."""
-    return torch.randperm(num_blocks, generator=torch.Generator().manual_seed(seed))
+    order: np.ndarray = torch.randperm(num_blocks, generator=torch.Generator().manual_seed(seed)).numpy()
+    return order
 
 
 def rank_batches(indices: Sequence[int], rank: int, world_size: int, batch_size: int) -> list[list[int]]:

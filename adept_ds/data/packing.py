@@ -50,8 +50,13 @@ class Layout(Protocol):
 
     def __len__(self) -> int: ...
 
-    def segments(self, block: int) -> list[tuple[int, int]]:
-        """Ranges of tokens, in their order in the block."""
+    def segments(self, blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Ranges of tokens of these blocks, in their order in each block.
+
+        Returns:
+            bounds [segments, 2] int64: first token of each, and the first after it; and of each the position of its
+            block in `blocks`, ascending [segments].
+        """
         ...
 
 
@@ -68,9 +73,10 @@ class Concatenated:
         whole, rest = divmod(self.num_tokens, self.block_tokens)
         return whole + (self.keep_tail and rest > 1)
 
-    def segments(self, block: int) -> list[tuple[int, int]]:
-        start = block * self.block_tokens
-        return [(start, min(start + self.block_tokens, self.num_tokens))]
+    def segments(self, blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        starts = blocks * self.block_tokens
+        stops = np.minimum(starts + self.block_tokens, self.num_tokens)
+        return np.stack([starts, stops], axis=1), np.arange(len(blocks))
 
 
 @dataclass(frozen=True)
@@ -86,9 +92,10 @@ class WholeDocuments:
     def __len__(self) -> int:
         return len(self.firsts) - 1
 
-    def segments(self, block: int) -> list[tuple[int, int]]:
-        first, last = self.firsts[block], self.firsts[block + 1]
-        return [(int(start), int(stop)) for start, stop in self.parts[first:last]]
+    def segments(self, blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        firsts = self.firsts[blocks]
+        numbers, within = ranges(self.firsts[blocks + 1] - firsts)
+        return self.parts[firsts[numbers] + within], numbers
 
     @classmethod
     def of(cls, ends: np.ndarray, block_tokens: int) -> WholeDocuments:
@@ -103,6 +110,15 @@ class WholeDocuments:
         filled = [block for stretch in stretches for block in _fit(stretch, block_tokens)]
         firsts = np.cumsum([0, *map(len, filled)], dtype=np.int64)
         return cls(np.concatenate(filled) if filled else parts, firsts)
+
+
+def ranges(lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Ranges from 0 to each length, one behind the other: of each number the position of its range, and the number.
+
+    [n] -> [sum], [sum]: 2, 0, 3 -> 0 0 2 2 2, 0 1 0 1 2
+    """
+    which = np.repeat(np.arange(len(lengths)), lengths)
+    return which, np.arange(len(which)) - (np.cumsum(lengths) - lengths)[which]
 
 
 def fit_documents(file: TokenFile, block_tokens: int) -> WholeDocuments:

@@ -304,7 +304,9 @@ class StreamedCorpus:
         ]
 
     def batch(self, indices: Sequence[int]) -> Batch:
-        return Batch.joined([blocks.batch([block]) for blocks, block in self._found(indices)])
+        together = itertools.groupby(self._found(indices), key=lambda found: id(found[0]))
+        parts = [list(of_window) for _, of_window in together]
+        return Batch.joined([part[0][0].batch([block for _, block in part]) for part in parts])
 
     def num_tokens(self, indices: Sequence[int]) -> int:
         return sum(blocks.num_tokens([block]) for blocks, block in self._found(indices))

@@ -16,6 +16,7 @@ from adept_ds.models.bypass import pass_through, replaced_forwards
 from adept_ds.models.families import Family
 from adept_ds.models.head_divergence import row_divergences
 from adept_ds.models.head_loss import IGNORED_LABEL
+from adept_ds.models.hidden_states import final_hidden
 
 Kind = Literal["kl", "neutral"]
 
@@ -59,7 +60,7 @@ class AnchorPasses:
         def forward(
             input_ids: torch.Tensor, labels: torch.Tensor, positions: torch.Tensor | None = None
         ) -> torch.Tensor:
-            final = self._run(input_ids, positions)
+            final = final_hidden(self._model, input_ids, positions)
             return torch.stack([entering.pop(), final] if self._kind == "kl" else [entering.pop()], dim=1)
 
         bypassed = self._copies if self._kind == "kl" else self._above_lowest
@@ -109,7 +110,7 @@ class AnchorPasses:
             counted[:, 0] = False
             copies = {copy: of_copy(copy, counted) for copy in self._copies}
             with replaced_forwards(copies | {self._head: divergences}):
-                hidden = self._run(input_ids, positions)
+                hidden = final_hidden(self._model, input_ids, positions)
                 if self._kind == "neutral":
                     return torch.stack(written).mean(0)
                 return self._head(hidden, labels)
@@ -117,13 +118,6 @@ class AnchorPasses:
         idle = [*self._below, *(self._above_highest if self._kind == "neutral" else [])]
         with replaced_forwards(dict.fromkeys(idle, pass_through) | {self._model: forward}):
             yield
-
-    def _run(self, input_ids: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:
-        """What enters the head. [rows, tokens, dim]"""
-        hidden: torch.Tensor = self._model.base_model(
-            input_ids=input_ids, position_ids=positions, use_cache=False
-        ).last_hidden_state
-        return hidden
 
 
 def _share_of_stream(before: torch.Tensor, after: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:

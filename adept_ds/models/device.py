@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import resource
 import sys
@@ -78,6 +79,17 @@ def host_copy(tensor: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
 
 
+def pinned(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A copy in memory that the device fetches from by itself, while the host goes on; may be called in any thread.
+
+    A tensor on the host, for a CPU, stays as it is.
+    """
+    if device.type != "cuda":
+        return tensor
+    with torch.cuda.device(device):  # a thread begins with the first one of the host
+        return tensor.pin_memory()
+
+
 class Stopwatch:
     """Seconds that the device works, from when the watch is made until it is stopped; neither waits for the device."""
 
@@ -134,6 +146,16 @@ def free_memory_bytes(ranks_on_host: int) -> int:
     if torch.cuda.is_available():
         return int(torch.cuda.mem_get_info()[0])  # what the caching allocator holds back counts as used: it was needed
     return min(int(psutil.virtual_memory().available), free_in_cgroups()) // ranks_on_host
+
+
+@functools.cache
+def device_memory_bytes(device: torch.device) -> int | None:
+    """All memory of an accelerator; None: of a CPU, which shares it with others."""
+    if device.type == "cpu":
+        return None
+    from deepspeed.accelerator import get_accelerator
+
+    return int(get_accelerator().total_memory(device.index))
 
 
 def free_in_cgroups(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int:

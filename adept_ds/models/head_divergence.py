@@ -17,10 +17,11 @@ from typing import Any
 
 import torch
 
+from adept_ds.models.head_chunks import bytes_per_logit, tokens_at_once
 from adept_ds.models.head_loss import IGNORED_LABEL, head_logits, shifted_labels
 
 _CHUNK_ELEMENTS = 1 << 23
-"""Logits of each model that are held at once: 32 MiB in float32."""
+"""Logits of each model that are held at once on a CPU: 32 MiB in float32."""
 
 
 class _HeadDivergence(torch.autograd.Function):
@@ -46,7 +47,7 @@ class _HeadDivergence(torch.autograd.Function):
         counted = labels.reshape(-1) != IGNORED_LABEL
         divergences = torch.empty(rows * tokens, dtype=torch.float32, device=hidden.device)
         gradient = torch.empty_like(flat) if ctx.needs_input_grad[0] else None
-        step = max(1, _CHUNK_ELEMENTS // weight.shape[0])
+        step = tokens_at_once(weight, 2 * bytes_per_logit(weight, divisor, cap), _CHUNK_ELEMENTS)
         for start in range(0, rows * tokens, step):
             chunk = slice(start, start + step)
             log_p = head_logits(flat_base[chunk], weight, bias, divisor, cap)[0].log_softmax(-1)

@@ -15,11 +15,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from adept_ds.models.head_chunks import bytes_per_logit, tokens_at_once
+from adept_ds.models.hidden_states import final_hidden
+from adept_ds.models.liger import Liger
+
 IGNORED_LABEL = -100
 
-
 _CHUNK_ELEMENTS = 1 << 24
-"""Logits held at once: 64 MiB in float32."""
+"""Logits held at once on a CPU: 64 MiB in float32."""
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -41,27 +44,23 @@ class _HeadLoss(torch.autograd.Function):
         bias: torch.Tensor | None,
         divisor: float = 1.0,
         cap: float | None = None,
+        liger: Liger | None = None,
     ) -> torch.Tensor:
         rows, tokens, dim = hidden.shape
         flat_hidden, flat_labels = hidden.reshape(-1, dim), labels.reshape(-1)
         losses = torch.empty(rows * tokens, dtype=torch.float32, device=hidden.device)
         gradients = _Gradients.wanted(ctx.needs_input_grad, flat_hidden, weight, bias)
-        step = max(1, _CHUNK_ELEMENTS // weight.shape[0])
+        step = tokens_at_once(weight, bytes_per_logit(weight, divisor, cap), _CHUNK_ELEMENTS)
         for start in range(0, rows * tokens, step):
             chunk = slice(start, start + step)
-            logits, saturation = head_logits(flat_hidden[chunk], weight, bias, divisor, cap)
             target = flat_labels[chunk]
-            log_normaliser = torch.logsumexp(logits, dim=-1)
-            counted = target != IGNORED_LABEL
-            index = target.clamp_min(0).unsqueeze(-1)
-            losses[chunk] = (log_normaliser - logits.gather(-1, index).squeeze(-1)) * counted
+            if liger is not None:
+                logits = F.linear(flat_hidden[chunk], weight, bias)
+                losses[chunk] = liger.cross_entropy(logits, target, cap, gradients is not None)
+            else:
+                logits, saturation = head_logits(flat_hidden[chunk], weight, bias, divisor, cap)
+                losses[chunk] = _cross_entropy(logits, saturation, target, divisor, gradients is not None)
             if gradients is not None:
-                # d loss / d logits = softmax - one-hot; formed in the logits' own memory.
-                logits.sub_(log_normaliser.unsqueeze(-1)).exp_()
-                logits.scatter_add_(-1, index, torch.full_like(index, -1, dtype=logits.dtype))
-                logits.mul_(counted.unsqueeze(-1) / divisor)
-                if saturation is not None:
-                    logits.mul_(saturation.square_().neg_().add_(1))
                 gradients.add(chunk, logits, flat_hidden, weight)
         if gradients is not None:
             ctx.hidden_shape = hidden.shape
@@ -80,7 +79,30 @@ class _HeadLoss(torch.autograd.Function):
             of_any_row = torch.where(alike, of_rows[0], torch.nan)  # the host need not know
             # In place, as each is as large as the head; a second backward pass would be refused by autograd.
             of_head = [None if grad is None else grad.mul_(of_any_row) for grad in of_head]
-        return hidden, None, *of_head, None, None
+        return hidden, None, *of_head, None, None, None
+
+
+def _cross_entropy(
+    logits: torch.Tensor, saturation: torch.Tensor | None, target: torch.Tensor, divisor: float, with_gradient: bool
+) -> torch.Tensor:
+    """Loss of each token, 0 where the label is ignored. [tokens] float32
+
+    Args:
+        logits, saturation: as from `head_logits`; `with_gradient`, the loss' gradient with respect to what the head
+            says stands in the place of the logits afterwards.
+    """
+    log_normaliser = torch.logsumexp(logits, dim=-1)
+    counted = target != IGNORED_LABEL
+    index = target.clamp_min(0).unsqueeze(-1)
+    losses = (log_normaliser - logits.gather(-1, index).squeeze(-1)) * counted
+    if with_gradient:
+        # d loss / d logits = softmax - one-hot; formed in the logits' own memory.
+        logits.sub_(log_normaliser.unsqueeze(-1)).exp_()
+        logits.scatter_add_(-1, index, torch.full_like(index, -1, dtype=logits.dtype))
+        logits.mul_(counted.unsqueeze(-1) / divisor)
+        if saturation is not None:
+            logits.mul_(saturation.square_().neg_().add_(1))
+    return losses
 
 
 @dataclass(frozen=True)
@@ -109,7 +131,7 @@ class _Gradients:
         )
 
     def add(self, chunk: slice, logits: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor) -> None:
-        """A chunk of tokens, whose gradients with respect to the logits are `logits` [tokens, vocab] float32."""
+        """A chunk of tokens, whose gradients with respect to the logits are `logits` [tokens, vocab]."""
         products = logits.to(weight.dtype)
         if self.hidden is not None:
             self.hidden[chunk] = products @ weight
@@ -119,7 +141,7 @@ class _Gradients:
             else:  # a product in half precision, a sum of them in float32
                 self.weight.add_(products.t() @ hidden[chunk])
         if self.bias is not None:
-            self.bias.add_(logits.sum(0))
+            self.bias.add_(logits.sum(0, dtype=torch.float32))
 
 
 def head_logits(
@@ -140,7 +162,9 @@ def shifted_labels(labels: torch.Tensor) -> torch.Tensor:
     return F.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL)
 
 
-def install_row_losses(model: torch.nn.Module, divisor: float = 1.0, cap: float | None = None) -> None:
+def install_row_losses(
+    model: torch.nn.Module, divisor: float = 1.0, cap: float | None = None, liger: Liger | None = None
+) -> None:
     """Make `model(input_ids, labels, positions)` return the summed next-token loss of each row, [rows] float32.
 
     `positions` [rows, tokens], where a row holds several texts, restarts at 0 with each of them; transformers then lets
@@ -152,7 +176,9 @@ def install_row_losses(model: torch.nn.Module, divisor: float = 1.0, cap: float 
 
     Args:
         divisor, cap: what the model's own forward does to the logits afterwards (see `Family.logit_transform`).
+        liger: its kernel makes losses of logits, where it can; None: PyTorch's operations do.
     """
+    kernel = liger if liger and liger.takes(divisor) else None
     head: Any = model.get_output_embeddings()  # type: ignore[operator]
 
     def head_forward(self: Any, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -161,13 +187,12 @@ def install_row_losses(model: torch.nn.Module, divisor: float = 1.0, cap: float 
         weight, bias = self.weight, self.bias
         if not torch.is_grad_enabled():  # inside a `Function` it never is
             weight, bias = weight.detach(), None if bias is None else bias.detach()
-        return _HeadLoss.apply(hidden, shifted_labels(labels), weight, bias, divisor, cap)
+        return _HeadLoss.apply(hidden, shifted_labels(labels), weight, bias, divisor, cap, kernel)
 
     def model_forward(
         self: Any, input_ids: torch.Tensor, labels: torch.Tensor, positions: torch.Tensor | None = None
     ) -> torch.Tensor:
-        hidden = self.base_model(input_ids=input_ids, position_ids=positions, use_cache=False).last_hidden_state
-        return head(hidden, labels)
+        return head(final_hidden(self, input_ids, positions), labels)
 
     head.forward = types.MethodType(head_forward, head)
     model.forward = types.MethodType(model_forward, model)

@@ -13,16 +13,18 @@ from adept_ds.models.completeness import SAVE_AGAIN, complete_weights
 from adept_ds.models.directory import ModelDirectory, understood_by_transformers
 from adept_ds.models.families import Family
 from adept_ds.models.head_loss import install_row_losses
+from adept_ds.models.liger import Liger
 
 
 def load_causal_lm(
-    source: ModelDirectory, dtype: torch.dtype, ds_config: dict[str, Any] | None = None
+    source: ModelDirectory, dtype: torch.dtype, ds_config: dict[str, Any] | None = None, liger: Liger | None = None
 ) -> torch.nn.Module:
     """A frozen causal language model whose `forward(input_ids, labels)` returns summed losses per row.
 
     Args:
         ds_config: with ZeRO stage 3, each rank keeps only its partition from the first tensor on; None loads the
             whole model.
+        liger: kernels to compute with; None: PyTorch's.
 
     Raises:
         InputError: the files and the architecture do not agree; seen before any weight is read.
@@ -39,7 +41,9 @@ def load_causal_lm(
     del zero3
     model.requires_grad_(False)
     model.config.use_cache = False
-    install_row_losses(model, *source.family.logit_transform(model.config))
+    if liger:
+        liger.put_into(model)
+    install_row_losses(model, *source.family.logit_transform(model.config), liger)
     return model
 
 

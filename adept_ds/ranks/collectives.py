@@ -1,8 +1,8 @@
 """The ranks of a run, and the few small collectives that the program needs.
 
 Control traffic (a handful of numbers, an error, a yes or no) goes over a gloo group on the CPU: it never waits
-for an accelerator's stream, and sums are float64 on every device. One collective alone is for large tensors, and goes
-between the devices: `slice_of_sum`.
+for an accelerator's stream, and sums are float64 on every device. Two go between the devices: of what every training
+step finds out there (`sum_on_device`), and of large tensors (`slice_of_sum`).
 """
 
 from __future__ import annotations
@@ -48,6 +48,16 @@ class Ranks:
         total = torch.as_tensor(values, dtype=torch.float64).cpu().clone()
         if self.world_size > 1:
             torch.distributed.all_reduce(total, group=self.control)
+        return total
+
+    def sum_on_device(self, values: torch.Tensor) -> torch.Tensor:
+        """Element-wise sum over ranks, where `values` [n] are: one all-reduce between the devices, for which no host
+        waits. By all ranks in the same order."""
+        total = values.clone()
+        if self.world_size > 1:
+            import torch
+
+            torch.distributed.all_reduce(total)
         return total
 
     def slice_of_sum(self, values: torch.Tensor) -> torch.Tensor:

@@ -15,6 +15,7 @@ from adept_ds.base.terminal import Terminal
 from adept_ds.base.version import __version__
 from adept_ds.config.resolved import ResolvedConfig
 from adept_ds.models.device import resolve_precision
+from adept_ds.models.liger import Liger, find_liger
 from adept_ds.models.loading import check_architecture
 from adept_ds.ranks.collectives import Ranks
 from adept_ds.ranks.stopping import StopRequest
@@ -54,12 +55,21 @@ class Context:
 
         ledger = Ledger(settings.run_dir.ledger, ranks, keep, digests.file, say)
         identity = Identity(digests, progress)
-        return cls(settings, ranks, terminal, progress, Corpora(settings, progress), ledger, identity, keep)
+        context = cls(settings, ranks, terminal, progress, Corpora(settings, progress), ledger, identity, keep)
+        if settings.deepspeed is not None:
+            _ = context.liger  # complains
+        return context
 
     @cached_property
     def precision(self) -> torch.dtype:
         """Of all engines. Raises `InputError`: the device cannot compute in the precision that is asked for."""
         return resolve_precision(self.settings.config.train.precision)
+
+    @cached_property
+    def liger(self) -> Liger | None:
+        """Kernels of all engines, where they are not PyTorch's. Raises `InputError`: those that are asked for cannot be
+        had."""
+        return find_liger(self.settings.config.train.kernels, partial(self.terminal.stage, "kernels"))
 
     @property
     def run_dir(self) -> RunDirectory:
@@ -68,7 +78,7 @@ class Context:
     @property
     def engines(self) -> EngineSettings:
         assert self.settings.deepspeed is not None
-        return EngineSettings(self.settings.deepspeed, self.precision, self.ranks)
+        return EngineSettings(self.settings.deepspeed, self.precision, self.ranks, self.liger)
 
     def unchanged(self, stage: str) -> None:
         """Say that a stage was not run again."""
@@ -83,6 +93,7 @@ def _keep(settings: ResolvedConfig, ranks: Ranks, terminal: Terminal, stage: str
         "deepspeed": settings.deepspeed,
         "batches": [config.probe.micro_batch_size, config.probe.max_stack_tokens, config.train.micro_batch_size],
         "precision": config.train.precision,
+        "kernels": config.train.kernels,
         "versions": [__version__, torch.__version__],
     }
     digest = json_digest(plain([made_of, how]))

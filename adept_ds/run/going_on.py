@@ -35,6 +35,7 @@ _NOT_PART_OF_TRAINING = {
     "eval_every",
     "activation_checkpointing",
     "keep_gathered_gib",
+    "kernels",
     "max_skipped",
 }
 """Keys of the train section that change how a run is done, but not what comes out."""

@@ -32,7 +32,14 @@ _HOW: dict[str, Any] = {
     "dist_timeout_minutes": True,
     "preset": True,
     "data": {"workers"},
-    "train": {"checkpoint_every", "keep_checkpoints", "keep_gathered_gib", "activation_checkpointing", "max_skipped"},
+    "train": {
+        "checkpoint_every",
+        "keep_checkpoints",
+        "keep_gathered_gib",
+        "activation_checkpointing",
+        "kernels",
+        "max_skipped",
+    },
     "checkpoint": True,
     "anchor": {"cache_mib"},
 }

@@ -17,6 +17,7 @@ from functools import partial
 import torch
 
 from adept_ds.data.anchor_text import AnchorText
+from adept_ds.data.blocks import Batch
 from adept_ds.data.order import FILLER
 from adept_ds.models.anchor_passes import AnchorPasses
 from adept_ds.models.device import Stopwatch, host_copy
@@ -62,17 +63,22 @@ class Anchor:
             for of_ranks in self._text.micro_batches(step, self._ranks.world_size)
         ]
 
-    def take(self) -> tuple[float, float]:
-        """Of the step: this rank's sum over predicted tokens, and seconds. Waits for the device."""
-        total = float(torch.stack(self._sums).sum())
-        seconds = sum(watch.seconds() for watch in self._watches)
-        self._sums, self._watches = [], []
-        return total, seconds
+    def take(self) -> torch.Tensor:
+        """Of the step, this rank's sum over predicted tokens: a float64 scalar on the device."""
+        total = torch.stack(self._sums).sum().double()
+        self._sums = []
+        return total
 
-    def record(self, step: int, total: float, seconds: float) -> dict[str, float]:
+    def seconds(self) -> float:
+        """Of the step. Waits until the device has come so far."""
+        seconds = sum(watch.seconds() for watch in self._watches)
+        self._watches = []
+        return seconds
+
+    def record(self, step: int, total: float) -> dict[str, float]:
         """What joins the record of a step, of `take` of all ranks: A, tokens without padding, and seconds."""
         value = total / max(1, self._text.predicted_tokens(step))
-        return {"anchor": value, "anchor_tokens": self._text.num_tokens(step), "anchor_seconds": seconds}
+        return {"anchor": value, "anchor_tokens": self._text.num_tokens(step), "anchor_seconds": self.seconds()}
 
     def operations(self, step: int) -> float:
         return self._flops * self._text.num_tokens(step)
@@ -83,7 +89,7 @@ class Anchor:
         with _without_dropout(self._engine.module):
             known = self._known.of(of_ranks, self._base_states, self._engine.device)
             with self._orders.of("anchored"), self._passes.anchored(known):
-                sums = self._engine(*self._text.batch(mine).to(self._engine.device))
+                sums = self._engine(*self._batch(mine))
                 self._engine.backward(sums.sum() * factor, scale_wrt_gas=False)
         self._sums.append(sums.detach().sum())
         watch.stop()
@@ -95,8 +101,12 @@ class Anchor:
         A block at a time: what is known of it shall not depend, not by a bit, on which others a step brought along.
         """
         with torch.no_grad(), self._orders.of("base"), self._passes.of_base():
-            found: torch.Tensor = self._engine(*self._text.batch([block]).to(self._engine.device))
+            found: torch.Tensor = self._engine(*self._batch([block]))
         return found[0]
+
+    def _batch(self, blocks: list[int]) -> Batch:
+        """On the device, which the host does not wait for."""
+        return self._text.batch(blocks).pinned(self._engine.device).to(self._engine.device)
 
 
 class _KnownStates:

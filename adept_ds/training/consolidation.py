@@ -89,6 +89,7 @@ class ConsolidationRule(TrainingRule):
         self._general = SmoothedImportance(len(unit_lr.registry), smoothing)
         self._domain = SmoothedImportance(len(unit_lr.registry), smoothing)
         self._steps = 0
+        self._last: Callable[[], torch.Tensor] | None = None
 
     def start(self) -> Refresh:
         """Score units on general text, as if training went over it without moving; multipliers stay."""
@@ -103,15 +104,22 @@ class ConsolidationRule(TrainingRule):
         check_start(self._general.scores)
         return Refresh(self._general.scores, self._unit_lr.multipliers)
 
-    def before_update(self) -> dict[str, float]:
+    def before_update(self) -> dict[str, torch.Tensor]:
+        self._observe_last()
         if self._steps % self._every == 0:
-            importance = self._mean(self._unit_sums.local())
-            if importance.isfinite().all():  # or loss scaling (fp16) was too much, and the step is skipped
-                self._domain.observe(importance)
+            self._last = self._unit_sums.local_later()
         self._steps += 1
         return {}
 
+    def _observe_last(self) -> None:
+        """The gradient that was looked at last: after its step, for which the host has waited anyway."""
+        if self._last is not None:
+            importance, self._last = self._mean(self._last()), None
+            if importance.isfinite().all():  # or loss scaling (fp16) was too much, and the step was skipped
+                self._domain.observe(importance)
+
     def state_dict(self) -> dict[str, Any]:
+        self._observe_last()
         return {"general": self._general.state_dict(), "domain": self._domain.state_dict(), "steps": self._steps}
 
     def load(self, checkpoint: Path, state: dict[str, Any]) -> None:

@@ -67,7 +67,7 @@ class FisherPenalty(TrainingRule):
         check_start(means)
         return Refresh(means, self._unit_lr.multipliers)
 
-    def before_update(self) -> dict[str, float]:
+    def before_update(self) -> dict[str, torch.Tensor]:
         """Add the term's gradient; the term itself, at the weights before the update, is what is recorded."""
         terms: list[torch.Tensor] = []
 
@@ -78,9 +78,8 @@ class FisherPenalty(TrainingRule):
             return pull
 
         add_to_gradient(self._engine, gradient)
-        # The host waits for the device here, as it does right after for the gradient's norm.
-        own = float(torch.stack(terms).sum()) / 2 if terms else 0.0
-        return {"penalty": float(self._ranks.sum([own]))}
+        nothing = torch.zeros((), dtype=torch.float64, device=self._engine.device)
+        return {"penalty": torch.stack(terms).sum().to(nothing) / 2 if terms else nothing}
 
     def save(self, files: CheckpointFiles) -> None:
         files.add_tensors(elements_file(_FISHER, self._ranks.rank), self._fisher)

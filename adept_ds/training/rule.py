@@ -6,11 +6,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from adept_ds.base.errors import NonFiniteLossError
 from adept_ds.training.checkpoint_files import CheckpointFiles
 from adept_ds.units.importance import OnlineImportance
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -43,11 +46,13 @@ class TrainingRule:
             state: what `state_dict` gave on rank 0 of the ranks that wrote it, which may have been fewer or more.
         """
 
-    def before_update(self) -> dict[str, float]:
+    def before_update(self) -> dict[str, torch.Tensor]:
         """When a step's gradient is complete and no weight has changed yet; may add to the gradient.
 
         Returns:
-            What joins the record of the step: name of a term -> value.
+            What joins the record of the step: name of a term -> this rank's share of it, whose sum over ranks is
+            recorded. Each a float64 scalar on the device, which the host need not wait for; the same names on every
+            rank.
         """
         return {}
 

@@ -48,6 +48,7 @@ class RunLog:
         say: Callable[[str], None] = lambda line: None,
     ) -> None:
         self._active, self._run_dir = active, run_dir
+        self._late: dict[str, Any] | None = None
         if not active:
             return
         kept = _keep_until(run_dir.metrics, first_step, _StepOrRefresh, say)
@@ -64,10 +65,21 @@ class RunLog:
             self._board.write("text", "config", f"```yaml\n{config_text}\n```")
 
     def step(self, record: dict[str, Any]) -> None:
-        """One optimizer step: {"step", "loss", ...}."""
-        self._write("train", record)
+        """One optimizer step: {"step", "loss", ...}.
+
+        It is written at the next call, whichever that is: best while the device is busy with the step after it.
+        """
+        self.catch_up()
+        self._late = record
+
+    def catch_up(self) -> None:
+        """Write the last step, if it is not: before whatever may be found on the disk later than it."""
+        record, self._late = self._late, None
+        if record is not None:
+            self._write("train", record)
 
     def evaluation(self, step: int, results: dict[str, dict[str, Any]]) -> None:
+        self.catch_up()
         if self._active:
             _append(self._run_dir.metrics, {"step": step, "eval": results})
             for name, result in results.items():
@@ -75,6 +87,7 @@ class RunLog:
 
     def guard(self, step: int, record: dict[str, Any]) -> None:
         """What the guard found at an evaluation (see `training.guard`)."""
+        self.catch_up()
         if self._active:
             _append(self._run_dir.metrics, {"step": step, "guard": record})
             for name, limits in record["general"].items():
@@ -95,6 +108,7 @@ class RunLog:
         Args:
             domain_importance: where multipliers follow from importances for the domain too.
         """
+        self.catch_up()
         if not self._active:
             return
         records = [
@@ -120,6 +134,7 @@ class RunLog:
 
         TensorBoard gets the root mean square over a unit's elements since the start, so that sizes do not show.
         """
+        self.catch_up()
         if not self._active:
             return
         records = [
@@ -132,6 +147,7 @@ class RunLog:
         self._show_units("movement", step, units, rms)
 
     def close(self) -> None:
+        self.catch_up()
         if self._active:
             self._board.close()
 

@@ -77,3 +77,9 @@ class Skips:
             return _LARGEST
         mean = statistics.fmean(window)
         return mean + self._sigma * math.sqrt(math.fsum((x - mean) ** 2 for x in window) / (len(window) - 1))
+
+
+def in_words(reason: Reason, ranks: Sequence[int]) -> str:
+    """Args: ranks: on which alone it was so; none: on all of them."""
+    what = {"loss": "loss is no number", "gradient": "gradient is no number"}.get(reason, f"{reason}s")
+    return what + (f" on rank {', '.join(map(str, ranks))} alone" if ranks else "")

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import torch
 
 from adept_ds.config.train_sections import TrainSection
-from adept_ds.data.training_data import BatchEntry, TrainingData, micro_batches
+from adept_ds.data.training_data import StepBatch
 from adept_ds.ranks.collectives import Ranks
 from adept_ds.units.importance import OnlineImportance
 from adept_ds.zero.engine import Engine
 from adept_ds.zero.gradients import end_segment
+from adept_ds.zero.optimizer_step import step_below
 
 
 def lr_factor(step: int, train: TrainSection) -> float:
@@ -35,36 +36,35 @@ def lr_factor(step: int, train: TrainSection) -> float:
 
 def accumulate_gradient(
     engine: Engine,
-    data: TrainingData,
-    entries: Sequence[BatchEntry],
-    train: TrainSection,
-    ranks: Ranks,
+    batch: StepBatch,
     online: OnlineImportance | None = None,
     further: Sequence[Callable[[], None]] = (),
-) -> tuple[float, float]:
-    """The gradient of the mean token loss over the global batch `entries`; weights change when the engine steps next.
+) -> torch.Tensor:
+    """The gradient of the mean token loss over the global batch; weights change when the engine steps next.
 
-    Returns the sum of this rank's token losses over domain sequences, and over replayed ones.
+    The host waits for nothing.
 
     Args:
+        batch: this rank's share of it.
         online: sees the gradient of the replayed rows alone; they must then fill whole micro-batches of every rank.
-        further: micro-batches of the same step, behind those of `entries`. Each makes a backward pass, which adds to
+        further: micro-batches of the same step, behind those of `batch`. Each makes a backward pass, which adds to
             the gradient; the engine counts them among its accumulation steps.
+
+    Returns:
+        The sum of this rank's token losses over domain sequences, and over replayed ones. [2] float64
     """
-    batches = micro_batches(entries, train, ranks.rank, ranks.world_size)
-    replayed = sum(rows[-1].replayed for rows in batches)
+    batches = batch.micro_batches(engine.device)
     num_micro_batches = len(batches) + len(further)
     # The engine averages over ranks; all tokens of the batch shall count alike.
-    tokens = data.predicted_tokens(entries)
-    tokens_per_row = tokens / len(entries)
+    tokens_per_row = batch.predicted / batch.sequences
     add_replayed: Callable[[], None] | None = None
     row_losses: list[torch.Tensor] = []
     for number, rows in enumerate(batches, start=1):
-        losses = engine(*data.batch(rows).to(engine.device))
+        losses = engine(*rows)
         row_losses.append(losses.detach())
         backward = partial(engine.backward, (losses / tokens_per_row).mean() / len(batches), scale_wrt_gas=False)
-        if online and number == replayed:
-            share = data.predicted_tokens([entry for entry in entries if entry.replayed]) / tokens
+        if online and number == batch.replayed_batches:
+            share = batch.replay_predicted / batch.predicted
             add_replayed = end_segment(engine, backward, partial(online.observe, share))
         else:
             backward()
@@ -76,11 +76,29 @@ def accumulate_gradient(
             engine.step()
     if add_replayed:
         add_replayed()
-    domain_loss = replay_loss = 0.0
-    flat = torch.cat(row_losses).tolist()  # the only time that the host waits for the device
-    for entry, loss in zip((entry for rows in batches for entry in rows), flat, strict=True):
-        if entry.replayed:
-            replay_loss += loss
-        else:
-            domain_loss += loss
-    return domain_loss, replay_loss
+    flat = torch.cat(row_losses).double()
+    return torch.stack([flat[batch.replayed_rows :].sum(), flat[: batch.replayed_rows].sum()])
+
+
+def update_weights(
+    engine: Engine,
+    ranks: Ranks,
+    own: Mapping[str, torch.Tensor],
+    largest_norm: Callable[[Mapping[str, float]], float],
+) -> tuple[dict[str, float], float]:
+    """Take the optimizer's step, unless the gradient's norm is above `largest_norm` (see `step_below`).
+
+    Args:
+        own: numbers of this rank, the same names on every rank; float64 scalars on the device.
+        largest_norm: from their sums over ranks.
+
+    Returns:
+        These sums, and the norm: on the host, in one copy.
+    """
+
+    def of_names(values: Sequence[float]) -> dict[str, float]:
+        return dict(zip(own, values, strict=True))
+
+    told = ranks.sum_on_device(torch.stack(list(own.values())))
+    values, norm = step_below(engine, told, lambda values: largest_norm(of_names(values)))
+    return of_names(values), norm

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import torch
 from rich.markup import escape
 
 from adept_ds.base.errors import NonFiniteLossError, StopRequestedError
@@ -21,6 +22,7 @@ from adept_ds.base.progress import ProgressCallback
 from adept_ds.base.run_dir import RunDirectory, checkpoint_steps, checkpoint_tag
 from adept_ds.base.terminal import Terminal
 from adept_ds.config.schema import Config
+from adept_ds.data.ahead import BatchesAhead
 from adept_ds.data.training_data import TrainingData
 from adept_ds.models.device import free_memory_bytes, peak_memory_bytes
 from adept_ds.models.flops import StepFlops
@@ -37,10 +39,10 @@ from adept_ds.training.guard import Guard
 from adept_ds.training.movement import UnitMovement
 from adept_ds.training.rule import Refresh, TrainingRule
 from adept_ds.training.run_log import RunLog
-from adept_ds.training.skipping import Skips
-from adept_ds.training.step import accumulate_gradient, lr_factor
+from adept_ds.training.skipping import Skips, in_words
+from adept_ds.training.step import accumulate_gradient, lr_factor, update_weights
 from adept_ds.units.unit_lr import UnitLR
-from adept_ds.zero.engine import Engine, set_learning_rate, step_below
+from adept_ds.zero.engine import Engine, set_learning_rate
 from adept_ds.zero.gathered import keep_frozen_gathered
 from adept_ds.zero.gradients import loss_scale
 from adept_ds.zero.layout import trained_weights_are_finite
@@ -77,6 +79,7 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self._skips = Skips(self.config.train)
+        self._batches = BatchesAhead(self.data, self.config.train, self.ranks, self.engine.device)
 
     @cached_property
     def _writer(self) -> CheckpointWriter:
@@ -94,25 +97,25 @@ class Trainer:
         """
         train = self.config.train
         with (
-            RunLog(self.run_dir, first_step, config_text, active=self.ranks.is_main, say=self._say) as log,
+            RunLog(self.run_dir, first_step, config_text, active=self.ranks.is_main, say=self._say) as self._log,
             self.terminal.progress("training", together=True) as bar,
             self._checkpoints(),
         ):
             if first_step:
                 self._resume(first_step)
             else:
-                self._start(log)
+                self._start()
             for step in range(first_step, train.steps):
                 record, stop_agreed, written = self._train_step(step)
                 if written:
                     self._writer.finish()
-                log.step(record)
+                self._log.step(record)
                 if "skipped" in record:
                     self._check_skipped(step + 1, record)
                 bar((step + 1) / train.steps, _progress_text(record, train.steps))
                 if step == first_step:
                     self._keep_frozen_gathered()
-                self._after_step(step + 1, log)
+                self._after_step(step + 1)
                 is_last = step + 1 == train.steps
                 if self.guard and self.guard.stops:
                     self._end_by_guard(step + 1)
@@ -141,12 +144,13 @@ class Trainer:
     def _say(self, line: str) -> None:
         self.terminal.stage("train", escape(line))
 
-    def _start(self, log: RunLog) -> None:
+    def _start(self) -> None:
         """Multipliers and losses before the first step."""
-        self._refresh(self.rule.start, 0, log)
-        self._evaluate(0, log)
+        self._refresh(self.rule.start, 0)
+        self._evaluate(0)
 
     def _save(self, step: int) -> None:
+        self._log.catch_up()
         if self.ranks.max(0.0 if trained_weights_are_finite(self.engine) else 1.0)[0]:
             raise self._given_up(f"weights are no numbers after step {step}", step)
         self._save_is_due = False
@@ -197,69 +201,76 @@ class Trainer:
 
     def _train_step(self, step: int) -> tuple[dict[str, Any], bool, bool]:
         """One optimizer step: its record, whether the ranks agreed to stop after it, and whether all of them have
-        written a checkpoint that is to be published."""
+        written a checkpoint that is to be published.
+
+        The host waits for the device once, for a handful of numbers that say all of it (see `update_weights`).
+        """
         train = self.config.train
         start = time.perf_counter()
         lr = train.lr * lr_factor(step, train) * (self.guard.factor if self.guard else 1.0)
         set_learning_rate(self.engine, lr)
-        entries = self.data.global_batch(step, train)
+        batch = self._batches.of_step(step)
         further = self.anchor.backward_passes(step) if self.anchor else []
         with self.copy_dropout.of_step(step) as bypassed:
-            domain, replay = accumulate_gradient(
-                self.engine, self.data, entries, train, self.ranks, self.rule.online, further
-            )
-        anchor, anchor_seconds = self.anchor.take() if self.anchor else (0.0, 0.0)
-        mine = domain + replay + anchor
-        signs = [float(self.stop.requested), float(self._writer.is_written)]
-        domain, replay, anchor, stops, written = self.ranks.sum([domain, replay, anchor, *signs]).tolist()
-        tokens, predicted = self.data.num_tokens(entries), self.data.predicted_tokens(entries)
-        loss = (domain + replay) / predicted
-        seen = loss if math.isfinite(anchor) else anchor
+            domain, replay = accumulate_gradient(self.engine, batch, self.rule.online, further)
+        anchor = self.anchor.take() if self.anchor else torch.zeros_like(domain)
         terms = self.rule.before_update()
-        grad_norm = step_below(self.engine, self._skips.largest_norm(seen))
-        skipped = self._skips.decide(seen, grad_norm)
+        self._log.catch_up()  # while the device computes
+        own = {"domain": domain, "replay": replay, "anchor": anchor, **self._signs(domain), **terms}
+
+        def seen(told: Mapping[str, float]) -> float:
+            """What is looked at as the loss."""
+            loss = (told["domain"] + told["replay"]) / batch.predicted
+            return loss if math.isfinite(told["anchor"]) else told["anchor"]
+
+        told, grad_norm = update_weights(
+            self.engine, self.ranks, own, lambda told: self._skips.largest_norm(seen(told))
+        )
+        skipped = self._skips.decide(seen(told), grad_norm)
         if skipped and self.rule.online:
             self.rule.online.take_back()
         seconds = time.perf_counter() - start
-        replayed = [entry for entry in entries if entry.replayed]
-        operations = self.flops_without(bypassed).total * tokens
+        operations = self.flops_without(bypassed).total * batch.tokens
         operations += self.anchor.operations(step) if self.anchor else 0.0
-        self._tokens += tokens
-        record = {
+        self._tokens += batch.tokens
+        record: dict[str, Any] = {
             "step": step + 1,
-            "loss": loss,
+            "loss": (told["domain"] + told["replay"]) / batch.predicted,
             "lr": lr,
             "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
             "tokens": self._tokens,
             "seconds": seconds,
-            "tokens_per_second": tokens / seconds,
+            "tokens_per_second": batch.tokens / seconds,
             "mfu": operations / seconds / (self.matmul_rate * self.ranks.world_size),
             "peak_memory_bytes": peak_memory_bytes(),
-            **terms,
+            **{name: told[name] for name in terms},
         }
-        if replayed:
-            replay_tokens = self.data.predicted_tokens(replayed)
-            record |= {"domain_loss": domain / (predicted - replay_tokens), "replay_loss": replay / replay_tokens}
+        if batch.replay_predicted:
+            record |= {"domain_loss": told["domain"] / (batch.predicted - batch.replay_predicted)}
+            record |= {"replay_loss": told["replay"] / batch.replay_predicted}
         if train.copy_dropout:
             record |= {"bypassed": sorted(bypassed)}
         if self.anchor:
-            record |= self.anchor.record(step, anchor, anchor_seconds)
+            record |= self.anchor.record(step, told["anchor"])
         if train.precision == "fp16":
             record |= {"loss_scale": loss_scale(self.engine)}
         if skipped:
             record |= {"skipped": skipped, "skipped_steps": self._skips.total}
             if skipped == "loss":
-                record |= {"ranks": [rank for rank, of in enumerate(self.ranks.gather(mine)) if not math.isfinite(of)]}
-        return record, stops > 0, written == self.ranks.world_size
+                on_ranks = self.ranks.gather(float(domain + replay + anchor))
+                record |= {"ranks": [rank for rank, of in enumerate(on_ranks) if not math.isfinite(of)]}
+        return record, told["stop"] > 0, told["written"] == self.ranks.world_size
+
+    def _signs(self, like: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What this rank wants the others to know after the step; it rides along with the losses."""
+        signs = {"stop": self.stop.requested, "written": self._writer.is_written}
+        return {name: torch.full_like(like, float(sign)) for name, sign in signs.items()}
 
     def _check_skipped(self, step: int, record: dict[str, Any]) -> None:
         """Raises `NonFiniteLossError`: it was one too many in a row."""
         ranks, count = record.get("ranks", []), self._skips.in_a_row
         on_some = 0 < len(ranks) < self.ranks.world_size
-        what = {"loss": "loss is no number", "gradient": "gradient is no number"}.get(
-            record["skipped"], f"{record['skipped']}s"
-        )
-        what += f" on rank {', '.join(map(str, ranks))} alone" if on_some else ""
+        what = in_words(record["skipped"], ranks if on_some else ())
         self.terminal.stage("", f"step {step} is skipped on all ranks: {what}")
         ends_so = step == self.config.train.steps and count > 0 and not record["skipped"].endswith("spike")
         if count >= self.config.train.max_skipped or ends_so:
@@ -278,6 +289,7 @@ class Trainer:
             of_the_machine: weights are not to blame, since the same ones gave numbers on other ranks.
         """
         lr, checkpoints = self.config.train.lr, self.run_dir.checkpoints
+        self._log.catch_up()
         self._writer.finish()
         if not of_the_machine:
             self.ranks.on_main(lambda: put_aside(checkpoints, step, "broken"))
@@ -286,20 +298,20 @@ class Trainer:
         remedy = "look at the machine" if of_the_machine else "lower it"
         return NonFiniteLossError(f"train.lr: with {lr:g}, {what}; {remedy}, and run the same command again: {goes_on}")
 
-    def _after_step(self, step: int, log: RunLog) -> None:
+    def _after_step(self, step: int) -> None:
         is_last = step == self.config.train.steps
         refreshes = not is_last and self.rule.refreshes_after(step)
         if refreshes or is_last:
             since, multipliers = self.movement.since, self.unit_lr.multipliers
             moved = self.movement.measure(step)
-            log.movement(step, since, self.unit_lr.registry.units, multipliers, *moved)
+            self._log.movement(step, since, self.unit_lr.registry.units, multipliers, *moved)
         if refreshes:
-            self._refresh(self.rule.refresh, step, log)
+            self._refresh(self.rule.refresh, step)
         every = self.config.train.eval_every
         if is_last or (every and step % every == 0):
-            self._evaluate(step, log)
+            self._evaluate(step)
 
-    def _refresh(self, refresh: Callable[[], Refresh | None], step: int, log: RunLog) -> None:
+    def _refresh(self, refresh: Callable[[], Refresh | None], step: int) -> None:
         start = time.perf_counter()
         try:
             found = refresh()
@@ -308,9 +320,9 @@ class Trainer:
         if found is not None:
             seconds = time.perf_counter() - start
             units = self.unit_lr.registry.units
-            log.refresh(step, units, found.importance, found.multipliers, seconds, found.domain_importance)
+            self._log.refresh(step, units, found.importance, found.multipliers, seconds, found.domain_importance)
 
-    def _evaluate(self, step: int, log: RunLog) -> None:
+    def _evaluate(self, step: int) -> None:
         if not (self.eval_sets and self.config.train.eval_every):
             return
         with outside_training(self.engine), self.terminal.progress("evaluating", together=True) as bar:
@@ -319,11 +331,11 @@ class Trainer:
                 results = found.corpora if found else self._losses_of_blocks(bar)
             except NonFiniteLossError as error:
                 raise self._given_up(f"after step {step}, {error}", step) from None
-        log.evaluation(step, results)
+        self._log.evaluation(step, results)
         losses = ", ".join(f"{name} {result['loss']:.4f}" for name, result in results.items())
         self.terminal.stage("", f"step {step}: held-out loss {losses}")
         if self.guard and found:
-            log.guard(step, self.guard.judge(step, found.reading))
+            self._log.guard(step, self.guard.judge(step, found.reading))
             if self.guard.complaint:
                 self.terminal.stage("guard", self.guard.words())
             self._save_is_due |= self.guard.keeps_best and self.guard.best == step > 0

@@ -6,7 +6,7 @@ General text comes from a corpus of its own, in passes of its own, or from the s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -69,39 +69,49 @@ class OnlineImportance:
     def __init__(self, engine: Engine, registry: UnitRegistry, ranks: Ranks) -> None:
         self._registry, self._ranks = registry, ranks
         self._unit_sums = UnitSums(engine, registry, ranks)
-        self.rank = ranks.rank
-        self.sums = torch.zeros(len(registry), dtype=torch.float64)
-        """[n_units], of this rank."""
-        self.count = 0
+        self._sums, self._count = torch.zeros(len(registry), dtype=torch.float64), 0
+        self._last: Callable[[], torch.Tensor] | None = None
+        """What the last batch adds to the sums: asked for when the host has waited for the device anyway."""
+
+    @property
+    def rank(self) -> int:
+        return self._ranks.rank
+
+    @property
+    def sums(self) -> torch.Tensor:
+        """[n_units] float64, of this rank."""
+        self._take_in()
+        return self._sums
+
+    @property
+    def count(self) -> int:
         """Of batches, on every rank."""
-        self._before = (self.sums, self.count)
+        self._take_in()
+        return self._count
 
     def observe(self, share: float) -> None:
         """Take in the gradient of a training batch's replayed sequences.
 
         To be called at their end (see `zero.gradients.end_segment`), when nothing else of the batch has had its
-        backward pass.
+        backward pass. The host does not wait for it: a step follows, which it waits for.
 
         Args:
             share: of the batch, that is replayed: the loss of a training step is a mean over the whole batch.
         """
-        self._before = (self.sums.clone(), self.count)
-        sums = self._unit_sums.local()
-        if self._unit_sums.have_overflowed(sums):
-            return  # the step will be skipped for the same reason
-        self.sums += sums / share
-        self.count += 1
+        self._take_in()
+        sums = self._unit_sums.local_later()
+        self._last = lambda: sums() / share
 
     def take_back(self) -> None:
-        """Forget the last batch: its step was skipped, on every rank."""
-        self.sums, self.count = self._before
+        """Forget the last batch: its step was skipped, on every rank; in fp16 since gradients may have overflowed."""
+        self._last = None
 
     def take(self) -> list[float] | None:
         """Importance of every unit, in registry order, and begin anew; None if nothing was observed."""
         if not self.count:
             return None
         mean = _means(self.sums, self.count, self._registry, self._ranks)
-        self.sums, self.count = torch.zeros_like(self.sums), 0
+        self._sums, self._count = torch.zeros_like(self.sums), 0
         return mean
 
     def share_of(self, written: Sequence[T]) -> Sequence[T]:
@@ -111,7 +121,14 @@ class OnlineImportance:
 
     def go_on(self, shares: Sequence[torch.Tensor], count: int) -> None:
         """Go on from the `sums` of `share_of` all ranks that there were. Only the sum over ranks counts."""
-        self.sums, self.count = sum(shares, torch.zeros(len(self._registry), dtype=torch.float64)), count
+        self._sums, self._count = sum(shares, torch.zeros(len(self._registry), dtype=torch.float64)), count
+
+    def _take_in(self) -> None:
+        """After the step of the last batch, which the host has waited for."""
+        if self._last is not None:
+            self._sums = self._sums + self._last()
+            self._count += 1
+            self._last = None
 
 
 def _means(total: torch.Tensor, count: int, registry: UnitRegistry, ranks: Ranks) -> list[float]:

@@ -16,6 +16,7 @@ import torch
 
 from adept_ds.data.blocks import Blocks
 from adept_ds.data.order import rank_batches
+from adept_ds.models.device import host_copy
 from adept_ds.models.frozen_prefix import FrozenPrefix
 from adept_ds.ranks.collectives import Ranks
 from adept_ds.ranks.unfinished import Work
@@ -88,11 +89,24 @@ class UnitTotals:
 
     def take(self) -> torch.Tensor:
         """[n_units] float64 on the host, and begin anew."""
-        totals = torch.zeros(len(self._registry), dtype=torch.float64)
-        if self._sums:
-            totals.index_add_(0, torch.cat(self._units), torch.cat(self._sums).cpu())
+        sums, units = self._taken()
+        return self._by_unit(sums.cpu(), units)
+
+    def take_later(self) -> Callable[[], torch.Tensor]:
+        """The same, for which the host does not wait: what is returned may be called when it has waited for something
+        that the device does later."""
+        sums, units = self._taken()
+        return partial(self._by_unit, host_copy(sums), units)
+
+    def _taken(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sums of rows and columns, float64 where they are, and the unit of each."""
+        sums, units = self._sums or [torch.zeros(0, dtype=torch.float64)], self._units or [torch.zeros(0).long()]
         self._units, self._sums = [], []
-        return totals
+        return torch.cat(sums), torch.cat(units)
+
+    def _by_unit(self, sums: torch.Tensor, units: torch.Tensor) -> torch.Tensor:
+        """On the host, where they are added up in the same order every time."""
+        return torch.zeros(len(self._registry), dtype=torch.float64).index_add_(0, units, sums)
 
 
 class UnitSums:
@@ -108,18 +122,23 @@ class UnitSums:
         named = engine.module.named_parameters()
         self._parameters: list[tuple[str, Any]] = [(name, p) for name, p in named if name in registry.placements]
 
-    @torch.no_grad()
     def local(self) -> torch.Tensor:
-        """[n_units] float64 on the host, from the gradients that the engine holds right now.
+        """[n_units] float64 on the host, from the gradients that the engine holds right now; copied once from there."""
+        self._add_all()
+        return self._totals.take()
 
-        Copied once from where the gradients are (see `UnitTotals`).
-        """
+    def local_later(self) -> Callable[[], torch.Tensor]:
+        """The same, for which the host does not wait (see `UnitTotals.take_later`)."""
+        self._add_all()
+        return self._totals.take_later()
+
+    @torch.no_grad()
+    def _add_all(self) -> None:
         for name, parameter in self._parameters:
             found = local_weight_and_grad(self._engine, parameter)
             if found is not None:
                 weight, grad, start = found
                 self._totals.add(name, start, self._score(weight, grad))
-        return self._totals.take()
 
     def of_batches(
         self,

@@ -14,6 +14,7 @@ import torch
 
 from adept_ds.models.device import current_device, free_unused
 from adept_ds.models.directory import ModelDirectory
+from adept_ds.models.liger import Liger
 from adept_ds.models.loading import Trains, checkpoint_activations, load_causal_lm
 from adept_ds.ranks.collectives import Ranks
 from adept_ds.zero.engine import Engine
@@ -30,6 +31,8 @@ class EngineSettings:
     """The user's DeepSpeed configuration, checked (see `config.deepspeed`)."""
     precision: torch.dtype
     ranks: Ranks
+    liger: Liger | None = None
+    """Kernels, where they are not PyTorch's."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,7 @@ def build_training_engine(
     torch.manual_seed(seed + settings.ranks.rank)
     config = training_ds_config(settings, shape or StepShape.without_steps(settings.ranks))
     is_zero3 = config["zero_optimization"]["stage"] == 3
-    model = load_causal_lm(model_dir, settings.precision, config if is_zero3 else None)
+    model = load_causal_lm(model_dir, settings.precision, config if is_zero3 else None, settings.liger)
     model.train()
     trains.prepare(model)
     if recompute_activations:
@@ -103,7 +106,7 @@ def build_forward_engine(
     free_unused()
     config = _forward_ds_config(settings)
     is_zero3 = config["zero_optimization"]["stage"] == 3 and settings.ranks.world_size > 1
-    model = load_causal_lm(model_dir, settings.precision, config if is_zero3 else None)
+    model = load_causal_lm(model_dir, settings.precision, config if is_zero3 else None, settings.liger)
     model.eval()
     if prepare:
         prepare(model)
@@ -146,4 +149,11 @@ def _common_ds_config(settings: EngineSettings) -> dict[str, Any]:
         # For this pair DeepSpeed takes an optimizer of another make, without ZeRO's partitions. Stage 2 computes the
         # same numbers.
         user["zero_optimization"] = user["zero_optimization"] | {"stage": 2}
-    return user | {"bf16": {"enabled": bf16}, "fp16": {"enabled": fp16}, "steps_per_print": 1 << 30}
+    # DeepSpeed's own clock makes the host wait for the device twice in every micro-batch; the trainer has another.
+    user["timers"] = {"throughput": {"enabled": False}} | user.get("timers", {})
+    return user | {
+        # Whether the norm is a number is asked in every step; at stages 1 and 2 DeepSpeed would ask once more.
+        "bf16": {"enabled": bf16, "check_grad_overflow": False},
+        "fp16": {"enabled": fp16},
+        "steps_per_print": 1 << 30,
+    }

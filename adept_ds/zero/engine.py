@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
-from adept_ds.base.errors import NonFiniteLossError
 from adept_ds.config.deepspeed import read_deepspeed_config
 
 
@@ -61,41 +59,6 @@ def client_optimizer(engine: Engine) -> torch.optim.Optimizer:
 def set_learning_rate(engine: Engine, lr: float) -> None:
     for group in client_optimizer(engine).param_groups:
         group["lr"] = lr
-
-
-def step_below(engine: Engine, largest_norm: float) -> float:
-    """Take the optimizer's step, unless the norm of its gradient, unscaled and unclipped, is no number or above
-    `largest_norm`: then no weight and no moment changes, on any rank. Returns the norm.
-
-    DeepSpeed (0.19.8, runtime/zero/stage3.py and stage_1_and_2.py: `step`) looks at the norm itself, and steps on none
-    that is no number; what is beyond that costs nothing but a look at a number that the host has waited for already.
-
-    Raises:
-        NonFiniteLossError: in fp16, when losses cannot be scaled down any further.
-    """
-    optimizer, norms = client_optimizer(engine), list[float]()
-    step = optimizer.step
-
-    def step_if_below() -> None:
-        """Asked once for each sub-group of partitions."""
-        if not norms:
-            norms.append(float(engine.optimizer._global_grad_norm))
-        if norms[0] <= largest_norm:
-            step()
-
-    optimizer.step = step_if_below  # type: ignore[assignment]
-    try:
-        engine.step()
-    except Exception as error:
-        if "loss scale already at minimum" not in str(error):
-            raise
-        raise NonFiniteLossError(
-            "train.precision: gradients overflow in fp16 however far losses are scaled down; set it to bf16 or fp32, "
-            "or lower train.lr"
-        ) from None
-    finally:
-        del optimizer.step
-    return norms[0] if norms else math.inf
 
 
 def parameter_shapes(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:

@@ -45,8 +45,13 @@ def test_a_token_at_the_beginning_of_every_block_takes_a_place_in_it(
 
 
 def packed_lengths(lengths: list[int], block_tokens: int) -> list[list[int]]:
-    layout = WholeDocuments.of(np.cumsum(lengths), block_tokens)
-    return [[stop - start for start, stop in layout.segments(block)] for block in range(len(layout))]
+    segments = segments_by_block(WholeDocuments.of(np.cumsum(lengths), block_tokens))
+    return [[stop - start for start, stop in of_block] for of_block in segments]
+
+
+def segments_by_block(layout: WholeDocuments) -> list[list[tuple[int, int]]]:
+    bounds, numbers = layout.segments(np.arange(len(layout)))
+    return [[(start, stop) for start, stop in bounds[numbers == block].tolist()] for block in range(len(layout))]
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -54,8 +59,8 @@ def test_every_document_stands_whole_in_one_block_and_every_token_once(seed: int
     generator = np.random.default_rng(seed)
     lengths = generator.geometric(1 / 9, size=500)
     layout = WholeDocuments.of(np.cumsum(lengths), 16)
-    found = [segment for block in range(len(layout)) for segment in layout.segments(block)]
-    assert all(sum(stop - start for start, stop in layout.segments(b)) <= 16 for b in range(len(layout)))
+    found = [segment for of_block in segments_by_block(layout) for segment in of_block]
+    assert all(sum(stop - start for start, stop in of_block) <= 16 for of_block in segments_by_block(layout))
     counted = Counter(token for start, stop in found for token in range(start, stop))
     assert set(counted.values()) == {1}
     ends = np.cumsum(lengths)

@@ -20,7 +20,7 @@ from adept_ds.config.checks import anchor_shape
 from adept_ds.config.schema import Config
 from adept_ds.data.anchor_text import AnchorText
 from adept_ds.data.order import block_order
-from adept_ds.data.training_data import TrainingData
+from adept_ds.data.training_data import TrainingData, step_batch
 from adept_ds.models.anchor_passes import AnchorPasses
 from adept_ds.ranks.groups import join
 from adept_ds.ranks.launchers import rank_from_environment
@@ -67,11 +67,8 @@ def train(
         set_loss_scale(engine, 16.0)  # or many steps would pass until it is found
     for step in range(STEPS):
         set_learning_rate(engine, LR)
-        accumulate_gradient(
-            engine, data, data.global_batch(step, train), train, ranks, further=anchor.backward_passes(step)
-        )
-        total, seconds = anchor.take()
-        anchors.append(anchor.record(step, float(ranks.sum([total])), seconds)["anchor"])
+        accumulate_gradient(engine, step_batch(data, step, train, ranks), further=anchor.backward_passes(step))
+        anchors.append(anchor.record(step, float(ranks.sum(anchor.take().reshape(1))))["anchor"])
         engine.step()
         if step == 0 and keep_bytes:
             keep_frozen_gathered(engine, keep_bytes)

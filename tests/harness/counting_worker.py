@@ -18,7 +18,7 @@ from harness.workspace import Workspace
 
 from adept_ds.config.deepspeed import check_deepspeed_file
 from adept_ds.data.mixture import Mixture
-from adept_ds.data.training_data import TrainingData
+from adept_ds.data.training_data import TrainingData, step_batch
 from adept_ds.probing.sweep import bypass_losses, install_layer_sweep
 from adept_ds.ranks.groups import join
 from adept_ds.ranks.launchers import rank_from_environment
@@ -81,7 +81,7 @@ def backward(lab: Lab) -> dict[str, Any]:
 
             layer.register_forward_hook(note)
         data = TrainingData(lab.domain)
-        accumulate_gradient(engine, data, data.global_batch(0, config.train), config.train, lab.ranks)
+        accumulate_gradient(engine, step_batch(data, 0, config.train, lab.ranks))
         release(engine)
     return found
 

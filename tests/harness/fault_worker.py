@@ -137,9 +137,11 @@ def plant_loss(fault: Planted) -> None:
         now[0] = step + 1
         return whole_step(training, step)
 
-    def planted(*arguments: Any) -> tuple[float, float]:
-        domain, replay = whole_gradient(*arguments)
-        return (math.nan if fault.what == "nan" else math.inf) if now[0] == fault.at else domain, replay
+    def planted(*arguments: Any) -> Any:
+        losses = whole_gradient(*arguments)
+        if now[0] == fault.at:
+            losses[0] = math.nan if fault.what == "nan" else math.inf
+        return losses
 
     mock.patch.object(trainer.Trainer, "_train_step", stepped).start()
     mock.patch.object(trainer, "accumulate_gradient", planted).start()

@@ -22,7 +22,7 @@ from adept_ds.config.loading import parse_config
 from adept_ds.config.schema import Config
 from adept_ds.data.mixture import Mixture
 from adept_ds.data.order import block_order
-from adept_ds.data.training_data import TrainingData
+from adept_ds.data.training_data import TrainingData, step_batch
 from adept_ds.models.device import resolve_precision
 from adept_ds.models.directory import ModelDirectory
 from adept_ds.models.frozen_prefix import FrozenPrefix
@@ -102,9 +102,9 @@ def take_step(
     ranks: Ranks,
     online: OnlineImportance | None = None,
 ) -> tuple[float, float]:
-    losses = accumulate_gradient(engine, data, data.global_batch(step, config.train), config.train, ranks, online)
+    domain, replay = accumulate_gradient(engine, step_batch(data, step, config.train, ranks), online).tolist()
     engine.step()
-    return losses
+    return domain, replay
 
 
 def whole_values(engine: Engine) -> dict[str, torch.Tensor]:

@@ -237,7 +237,7 @@ with mock.patch.object(owner, name, killing):
 """`adept` that is killed at the end of a call of a function, the first, second, ..."""
 
 PLACES = {
-    "the second micro-batch of three of step 5": ("adept_ds.data.training_data.TrainingData.batch", 5),
+    "the second micro-batch of three of step 5": ("deepspeed.runtime.engine.DeepSpeedEngine.step", 5),
     "the refresh after step 4, when it is known and in no log": ("adept_ds.units.unit_lr.UnitLR.refresh", 1),
     "the evaluation after it": ("adept_ds.training.trainer.evaluate", 1),
 }

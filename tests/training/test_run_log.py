@@ -236,3 +236,21 @@ def test_of_a_log_that_has_all_lines_nothing_is_said(tmp_path: Path) -> None:
     run.metrics.write_text("".join(json.dumps({"step": step, "loss": 2.0}) + "\n" for step in (1, 2)))
     RunLog(run, 2, "", say=said.append).close()
     assert said == []
+
+
+@pytest.mark.parametrize("what", ["evaluation", "refresh", "guard", "movement", "catch_up", "step", "close"])
+def test_a_step_is_written_before_whatever_follows_it(tmp_path: Path, what: str) -> None:
+    """It waits for the device to be busy again, and for no longer than anything else that may be found on the disk."""
+    log = RunLog(RunDirectory(tmp_path), 0, "model: m")
+    log.step({"step": 1, "loss": 2.0})
+    assert not (tmp_path / "metrics.jsonl").exists()
+    arguments: dict[str, list[Any]] = {
+        "evaluation": [1, {"domain": {"loss": 3.0, "tokens": 5}}],
+        "refresh": [1, UNITS, [1.0, 2.0], [2.0, 0.0], 0.5],
+        "guard": [1, {"general": {}}],
+        "movement": [1, 0, UNITS, [1.0, 1.0], [0.1, 0.2], [0.1, 0.2]],
+        "step": [{"step": 2, "loss": 3.0}],
+    }
+    getattr(log, what)(*arguments.get(what, []))
+    assert read_json_lines(tmp_path / "metrics.jsonl")[0] == {"step": 1, "loss": 2.0}
+    log.close()

@@ -52,17 +52,19 @@ def stepped(training, step):
             file.write(json.dumps([step, Waits.asked]) + "\\n")
     return found
 
-def planted(engine, data, entries, train, ranks, online=None, further=()):
+def planted(engine, batch, online=None, further=()):
     fault, hooks = faults.get(str(now)), []
     if fault == "gradient" and is_last:
         first = next(p for p in engine.module.parameters() if p.requires_grad)
         hooks = [first.register_hook(lambda gradient: gradient * float("inf"))]
-    domain, replay = whole_gradient(engine, data, entries, train, ranks, online, further)
+    losses = whole_gradient(engine, batch, online, further)
     for hook in hooks:
         hook.remove()
     if is_last and fault in ("nan", "inf"):
-        domain = float(fault)
-    return (domain * 1000 if fault == "spike" else domain), replay
+        losses[0] = float(fault)
+    if fault == "spike":
+        losses[0] *= 1000
+    return losses
 
 trainer.Trainer._train_step, trainer.accumulate_gradient = stepped, planted
 main()

@@ -11,7 +11,7 @@ from harness.trainings import trained
 from harness.workspace import Workspace
 
 from adept_ds.base.errors import LayoutError
-from adept_ds.zero.layout import WRITTEN_AGAINST, Fragment, partition_layout
+from adept_ds.zero.layout import WRITTEN_AGAINST, Fragment, partition_layout, trained_weights_are_finite
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +87,17 @@ def test_fragments_come_in_the_order_of_the_partition_without_padding_and_withou
     # Five elements of a parameter in halves of three: two and one of padding. Of the other one, all lie on rank 0.
     (third,) = partition_layout(stage_3({"a": (0, 3), "b": (3, 7)}))
     assert third.fragments == (Fragment("a", 0, 3, 2),)
+
+
+def test_whether_weights_are_numbers_is_asked_of_weights_and_not_of_padding(on_rank_1: None) -> None:
+    """Stage 3 leaves what the memory held behind the last rank's part of a parameter, which may be a NaN."""
+    made = stage_3({"a": (0, 3), "b": (3, 7)})
+    (flat,) = made.optimizer.fp32_partitioned_groups_flat
+    flat[2:] = torch.nan
+    assert trained_weights_are_finite(made)
+    flat[1] = torch.inf
+    assert not trained_weights_are_finite(made)
+    assert trained_weights_are_finite(stage_3({"b": (0, 10)})), "a rank whose elements are padding alone"
 
 
 @pytest.mark.parametrize(
