@@ -20,15 +20,20 @@ from adept_ds.models.tokenizer_files import TokenizerFiles
 
 def check_num_copies(config: Config, model: ModelDirectory) -> None:
     """The model has the layers that are to be copied."""
-    copies = config.expand.num_copies
-    if copies is not None and copies > model.num_layers:
+    copies, spared = config.expand.num_copies, config.expand.spare_top
+    places = model.num_layers - spared
+    if places < 1:
         raise InputError(
-            f"expand.k: {copies} is more than the {model.num_layers} layers of '{config.model}'; "
-            f"choose at most {model.num_layers}"
+            f"expand.spare_top: {spared} leaves none of the {model.num_layers} layers of '{config.model}'; lower it"
+        )
+    if copies is not None and copies > places:
+        without = f" without the {spared} of expand.spare_top" if spared else ""
+        raise InputError(
+            f"expand.k: {copies} is more than the {places} layers of '{config.model}'{without}; choose at most {places}"
         )
     check_layers(config.expand.layers or [], model)
     if copies is not None and config.expand.by_gain:
-        check_room(copies, config.expand.min_distance, model.num_layers)
+        check_room(copies, config.expand.min_distance, places)
 
 
 def check_room(copies: int, distance: int, num_layers: int) -> None:

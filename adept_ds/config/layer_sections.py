@@ -115,6 +115,12 @@ class ExpandSection(Section):
         description="which layers: by delta; evenly spread, as in LLaMA-Pro; random, by probe.seed; the last; gain: "
         "where silent copies would do most for the domain and least harm to general text, to first order; or a list",
     )
+    spare_top: int = Field(
+        0,
+        ge=0,
+        le=10**4,
+        description="so many layers below the head are not copied: what a copy writes there goes straight into it",
+    )
     layers: list[int] | None = Field(None, min_length=1, description="indices of the source layers to copy")
     harm_weight: float = Field(
         1.0, ge=0, le=1e6, description="choose: gain: what a nat of general loss counts against a nat of domain loss"
@@ -143,7 +149,7 @@ class ExpandSection(Section):
             raise ValueError(f"k: {self.k} copies nothing; use 1 or more, or auto")
         if self.layers is None:
             return self
-        for key in ("k", "choose"):
+        for key in ("k", "choose", "spare_top"):
             if getattr(self, key) is not None and key in self.model_fields_set:
                 raise ValueError(f"{key} and layers exclude each other: remove one of them")
         if len(set(self.layers)) != len(self.layers):
@@ -190,6 +196,7 @@ class ExpandSection(Section):
         unused = set() if self.k == "auto" else set(_KEYS_OF_AUTO)
         unused |= set() if self.rule == "threshold" else {"threshold"}
         unused |= set() if self.layers is None else {"choose"}
+        unused |= set() if self.spare_top else {"spare_top"}
         unused |= set() if self.by_gain else set(_KEYS_OF_GAIN)
         unused |= set() if self.by_lowest_delta else {"tie_break"}
         return {key: value for key, value in tree.items() if key not in unused}

@@ -15,6 +15,7 @@ from adept_ds.base.records import Record
 from adept_ds.config.checks import check_room
 from adept_ds.config.layer_sections import ExpandSection
 from adept_ds.probing.result import SourceRecord
+from adept_ds.probing.selection import spared
 
 
 class TextRecord(Record):
@@ -96,7 +97,7 @@ def choose_places(section: ExpandSection, found: PlaceScores) -> PlaceBenefits:
     c, distance, k = section.harm_weight, section.min_distance, section.num_copies
     assert k is not None, "k: auto counts deltas, and is refused before"
     scores = [gain - c * max(0.0, harm) for gain, harm in zip(found.gains, found.harms, strict=True)]
-    chosen = greedy_places(scores, k, distance)
+    chosen = greedy_places(scores[: len(scores) - section.spare_top], k, distance)
     rows = zip(found.gains, found.harms, scores, strict=True)
     return PlaceBenefits(
         domain=found.domain,
@@ -108,7 +109,7 @@ def choose_places(section: ExpandSection, found: PlaceScores) -> PlaceBenefits:
         selected=tuple(sorted(chosen)),
         harm_weight=c,
         min_distance=distance,
-        reason=_reason(scores, chosen, c, distance),
+        reason=_reason(scores[: len(scores) - section.spare_top], chosen, c, distance) + spared(section),
         seconds=found.seconds,
     )
 

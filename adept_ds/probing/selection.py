@@ -93,6 +93,9 @@ def select_layers(
             f"probe: the delta of layer {broken[0]} is {deltas[broken[0]]}, no number; "
             "train.precision: fp32 avoids overflow, and probe.corpus may be at fault"
         )
+    deltas = deltas[: len(deltas) - section.spare_top]  # what is above does not count, for anything
+    if replicates is not None:
+        replicates = [sample[: len(deltas)] for sample in replicates]
     rules = {"knee": knee(deltas), "threshold": len(_below_threshold(deltas, section.threshold))}
     if section.limits:
         rules["budget"] = _within_budget(section, deltas, size, seed)
@@ -126,7 +129,7 @@ def layers_without_probe(section: ExpandSection, num_layers: int, seed: int) -> 
     assert not section.needs_probe
     if section.layers is not None:
         return sorted(section.layers)
-    return _chosen(section, [0.0] * num_layers, section.num_copies or 0, seed)
+    return _chosen(section, [0.0] * (num_layers - section.spare_top), section.num_copies or 0, seed)
 
 
 def lowest_layers(deltas: Sequence[float], k: int) -> list[int]:
@@ -258,7 +261,13 @@ def _reason(
             f"{value:.1%} {names[key]} (limit {limit:.1%})" for key, value, limit in _budget(section, chosen, size)
         )
         why += "" if section.rule == "budget" else f"; {section.rule} alone would give {rules[section.rule]}"
-    return f"k = {k}: {why}; {_next_layer(deltas, k) if section.choose == 'lowest' else _HOW[section.choose]}"
+    how = _next_layer(deltas, k) if section.choose == "lowest" else _HOW[section.choose]
+    return f"k = {k}: {why}; {how}{spared(section)}"
+
+
+def spared(section: ExpandSection) -> str:
+    """The end of a reason."""
+    return f"; the last {section.spare_top} layers are spared" if section.spare_top else ""
 
 
 def _tie_break(

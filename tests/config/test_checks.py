@@ -87,6 +87,15 @@ def test_without_replay_there_is_nothing_to_share() -> None:
     ("expand", "words"),
     [
         ({"k": 6}, r"^expand\.k: 6 is more than the 5 layers of .*at most 5$"),
+        (
+            {"k": 4, "spare_top": 2},
+            r"^expand\.k: 4 is more than the 3 layers of .* without the 2 of expand\.spare_top; ",
+        ),
+        ({"k": "auto", "spare_top": 5}, r"^expand\.spare_top: 5 leaves none of the 5 layers of .*; lower it$"),
+        (
+            {"k": 2, "choose": "gain", "min_distance": 3, "spare_top": 2},
+            r"^expand\.min_distance: 3 leaves room for 1 of ",
+        ),
         ({"layers": [4, 5]}, r"^expand\.layers: 5 is no layer of .*; it has 0 to 4$"),
         ({"layers": [-1]}, r"^expand\.layers: -1 is no layer of .*; it has 0 to 4$"),
     ],
@@ -102,7 +111,7 @@ def test_layers_that_the_model_does_not_have_are_refused(
 def test_every_layer_of_the_model_may_be_copied(workspace: Workspace, tmp_path: Path) -> None:
     model = ModelDirectory.read(workspace.model)
     check_layers(range(5), model)
-    for expand in ({"k": 5}, {"k": "auto"}, {"layers": [0, 4]}):
+    for expand in ({"k": 5}, {"k": 3, "spare_top": 2}, {"k": "auto"}, {"layers": [0, 4]}):
         check_num_copies(parse_config(workspace.tree(tmp_path / "run") | {"expand": expand}), model)
 
 

@@ -48,6 +48,11 @@ def test_copies_keep_their_distance() -> None:
     assert choose(harms=none, k=3, min_distance=2).selected == (1, 3, 5)
     assert choose(harms=none, k=2, min_distance=3).selected == (1, 5), "4 is nearer to none, but 5 gains more"
     assert choose(harms=none, k=2, min_distance=5).selected == (0, 5), "1 would leave no room for another"
+    assert choose(harms=none, k=2, min_distance=3, spare_top=1).selected == (1, 4)
+    spared = choose(harms=none, k=3, spare_top=3)
+    assert spared.selected == (0, 1, 2)
+    assert spared.reason.endswith("; no place is left; the last 3 layers are spared")
+    assert len(spared.places) == 6, "what was measured stays"
 
 
 @pytest.mark.parametrize("seed", range(30))

@@ -46,6 +46,21 @@ def test_uniform_is_llama_pros_interleaving() -> None:
             assert sizes.max() - sizes.min() <= 1
 
 
+@pytest.mark.parametrize("choose", ["lowest", "highest", "uniform", "random", "last"])
+def test_layers_that_are_spared_do_not_count_for_anything(choose: str) -> None:
+    """The choice is that of a model without them."""
+    replicates = np.random.default_rng(0).normal(DELTAS, 0.3, (50, 6))
+    found = select(k=3, choose=choose, spare_top=2, replicates=replicates.tolist())
+    expected = select(DELTAS[:4], k=3, choose=choose, replicates=replicates[:, :4].tolist())
+    assert (found.layers, found.rules, found.within_noise) == (expected.layers, expected.rules, expected.within_noise)
+    assert found.reason == f"{expected.reason}; the last 2 layers are spared"
+
+
+def test_evenly_spread_layers_that_spare_the_last() -> None:
+    section = ExpandSection(k=8, choose="uniform", spare_top=2)
+    assert layers_without_probe(section, 30, 0) == [2, 6, 9, 13, 16, 20, 23, 27]
+
+
 def test_random_layers_depend_on_the_seed_alone() -> None:
     section = ExpandSection(k=3, choose="random")
     chosen = {seed: layers_without_probe(section, 12, seed) for seed in range(20)}
