@@ -51,6 +51,8 @@ FILES = [
     "checkpoints/step_4/*model_states.pt",
     "checkpoints/step_4/*optim_states.pt",
     "checkpoints/step_4/manifest.json",
+    "checkpoints/step_4/random_state_rank_*.safetensors",
+    "checkpoints/step_4/unit_names.json",
     "checkpoints/zero_to_fp32.py",
     "checkpoints/zero_to_torch.py",
     "config.yaml",

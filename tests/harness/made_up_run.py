@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from adept_ds.base.run_records import log_line
 from adept_ds.report.page import write_report
 
 MATRICES = [f"self_attn.{n}_proj" for n in "qkvo"] + [f"mlp.{n}_proj" for n in ("gate", "up", "down")]
@@ -20,7 +21,7 @@ FIGURES = ("layers", "stack", "training", "evals", "units", "movement", "speed")
 
 
 def write_lines(path: Path, lines: list[dict[str, Any]]) -> None:
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    path.write_text("".join(map(log_line, lines)), encoding="utf-8")
 
 
 def write_importance(run_dir: Path, layers: int = 30) -> None:

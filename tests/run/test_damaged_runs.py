@@ -192,7 +192,7 @@ def test_a_line_in_the_middle_of_a_log_that_cannot_be_read_is_refused(copy: Trai
     """What it said is known nowhere else."""
     lines = copy.files.metrics.read_bytes().split(b"\n")
     copy.files.metrics.write_bytes(b"\n".join([lines[0], b"{", *lines[2:]]))
-    with pytest.raises(InputError, match=r"metrics\.jsonl' line 2 is damaged .*; correct this line"):
+    with pytest.raises(InputError, match=r"metrics\.jsonl' line 2 is damaged .*; restore it from a copy, or"):
         train_stage(context(copy))
 
 
