@@ -12,7 +12,7 @@ from harness.workspace import Workspace
 from rich.console import Console
 from rich.table import Table
 
-EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "16"))
+EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "8"))
 """Inputs of each kind, before its weight; `make test-fuzz` says how many are thrown in all."""
 
 _FULL = 200

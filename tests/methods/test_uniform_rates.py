@@ -21,6 +21,7 @@ from deepspeed.utils.zero_to_fp32 import convert_zero_checkpoint_to_state_dict
 from harness.complaints import assert_one_line
 from harness.finished_run import Finished
 from harness.launching import adept
+from harness.marks import slow
 from harness.packing import pack, rows_of_step
 from harness.workspace import Workspace
 from safetensors.torch import load_file
@@ -54,12 +55,12 @@ class Case:
 
 CASES = [
     Case("full", 2, 1, everything, {}),
-    Case("full", 1, 2, everything, {}),
+    slow(Case("full", 1, 2, everything, {})),
     Case("full", 3, 2, everything, {}),
-    Case("replay", 3, 1, everything, {}),
+    slow(Case("replay", 3, 1, everything, {})),
     Case("replay", 2, 2, everything, {}),
     Case("freeze", 3, 2, lambda name: name.startswith(("model.layers.1.", "model.layers.3.")), {"layers": [1, 3]}),
-    Case("freeze", 1, 1, lambda name: name.startswith("model.layers.4."), {"choose": "last", "k": 1}),
+    slow(Case("freeze", 1, 1, lambda name: name.startswith("model.layers.4."), {"choose": "last", "k": 1})),
     Case("llama_pro", 2, 2, lambda name: name.startswith(("model.layers.2.", "model.layers.6.")), {"k": 2}),
 ]
 

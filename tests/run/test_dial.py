@@ -21,6 +21,7 @@ from harness.complaints import refused
 from harness.domains import all_tensors, content
 from harness.forgetting import write_held_out
 from harness.launching import adept, start
+from harness.marks import slow
 from harness.plain_evaluation import document_sums
 from harness.trained_run import TrainedRun
 from harness.workspace import Workspace
@@ -211,7 +212,7 @@ def test_killed_in_the_middle_of_the_dial_it_goes_on_where_it_was(dialled: Diall
     assert without_seconds(run.files.dial) == wanted
 
 
-@pytest.mark.parametrize("zero", ["zero1", "zero3"])
+@pytest.mark.parametrize("zero", [slow("zero1"), "zero3"])
 def test_two_ranks_find_the_same(dialled: DialledRun, tmp_path: Path, zero: str) -> None:
     """Under ZeRO-3 of slices, and with whole models: the same positions, with losses to the rounding of a pass."""
     run, wanted = dialled.copied(tmp_path), dialled.record

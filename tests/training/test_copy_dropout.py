@@ -14,6 +14,7 @@ import torch
 from harness.complaints import assert_one_line
 from harness.finished_run import Finished
 from harness.launching import adept
+from harness.marks import slow
 from harness.packing import pack, rows, rows_of_step
 from harness.workspace import Workspace
 
@@ -71,8 +72,8 @@ CASES = [
     Case("zero1", 1, {"stage": 1}, {}),
     Case("zero2", 2, {"stage": 2}, {"micro_batch_size": 6}),  # one micro-batch in a step
     Case("zero3", 2, {"stage": 3, "stage3_param_persistence_threshold": 0}, {}),
-    Case("zero3_recomputed", 1, {"stage": 3}, {"activation_checkpointing": True}),
-    Case("zero3_offload", 2, {"stage": 3, "offload_optimizer": {"device": "cpu"}}, {}),
+    slow(Case("zero3_recomputed", 1, {"stage": 3}, {"activation_checkpointing": True})),
+    slow(Case("zero3_offload", 2, {"stage": 3, "offload_optimizer": {"device": "cpu"}}, {})),
 ]
 
 
