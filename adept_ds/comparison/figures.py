@@ -108,10 +108,10 @@ def _mark_bounds(axes: Any) -> None:
 
 
 def _front_end(arm: ArmRecord, right: float, look: Look) -> End:
-    """The point of the front that forgets most, of those that are seen; the base only where there is no other."""
+    """The point of the front that has learned most, of those that are seen; the base only where there is no other."""
     front = [point for point in arm.points if point.on_front and point.lr is not None] or arm.points[:1]
     seen = [point for point in front if point.test_general_rise <= right] or front
-    last = max(seen, key=lambda point: point.test_general_rise)
+    last = min(seen, key=lambda point: point.test_domain_loss)
     return End(arm.name, look.color, last.test_general_rise, last.test_domain_loss)
 
 
