@@ -81,12 +81,17 @@ def outcome(model: Model, evaluated: list[float], half: Half, promise: float, co
     return Outcome(alpha, learned.rise, max(c.rise for c in changes), max(c.limit for c in changes))
 
 
-def models_of(study: Path) -> Iterator[tuple[str, Model, list[float]]]:
-    """Name of the method, the model, and the positions at which it was evaluated."""
+def models_of(study: Path, known: set[str]) -> Iterator[tuple[str, Model, list[float]]]:
+    """Name of the method, the model, and the positions at which it was evaluated.
+
+    Args:
+        known: fingerprints of cells, to which are added those of this study; the same cell may be one of several.
+    """
     for path in sorted(study.glob("cells/*/cell.json")):
         cell = read_json(path)
-        if not (path.parent / "document_losses.safetensors").is_file():
+        if cell["fingerprint"] in known or not (path.parent / "document_losses.safetensors").is_file():
             continue
+        known.add(cell["fingerprint"])
         trial = Trial(
             label=cell["label"], setting=cell["setting"], lr=cell["lr"], seed=cell["seed"], run_dir=path.parent
         )
@@ -103,10 +108,10 @@ def main() -> None:
     table = Table(
         "study", "method", "choices", "0 chosen", "held", "shown", "mean dial", "domain", "worst general rise"
     )
-    totals: Counter[str] = Counter()
+    totals, known = Counter[str](), set[str]()
     for study in arguments.studies:
         by_method: dict[str, list[Outcome]] = {}
-        for name, model, evaluated in models_of(study):
+        for name, model, evaluated in models_of(study, known):
             for half in HALVES:
                 found = outcome(model, evaluated, half, arguments.keep_general, arguments.confidence)
                 by_method.setdefault(name, []).append(found)
