@@ -27,6 +27,7 @@ from adept_ds.training.checkpoint import (
     verify,
 )
 from adept_ds.training.checkpoint_choice import choose, set_aside
+from adept_ds.training.run_log import check_logs
 
 _NOT_PART_OF_TRAINING = {
     "micro_batch_size",
@@ -57,6 +58,7 @@ def check_can_go_on(run: Context) -> None:
         newest = choose(checkpoints, checkpoint_steps(checkpoints), check_whole).manifest
         if newest is None:
             return
+        check_logs(run.run_dir)
         config, fingerprint, layers = run.settings.config, newest.fingerprint, None
         known = None if config.needs_probe or not config.method.chooses_layers else selected_layers(run)
         if method_of(config).makes_copies:

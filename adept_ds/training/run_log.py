@@ -197,6 +197,13 @@ class _Board:
             self._writer.close()
 
 
+def check_logs(run_dir: RunDirectory) -> None:
+    """Before anything is written: the lines of an earlier start can be read. Raises `InputError`: one is damaged."""
+    for path in (run_dir.metrics, run_dir.unit_importance, run_dir.unit_movement):
+        for _ in read_log(path, LogLine):
+            pass
+
+
 def _append(path: Path, record: dict[str, Any]) -> None:
     with writing(path), path.open("a", encoding="utf-8") as file:
         file.write(log_line(record))
@@ -207,7 +214,7 @@ def _keep_until(path: Path, step: int, kind: type[Line], say: Callable[[str], No
     again."""
     if not path.is_file():
         return []
-    kept = [(line, record) for line, record in read_log(path, kind, say) if record.step <= step and step > 0]
+    kept = [(line, record) for line, record in read_log(path, kind, say) if record.step <= step] if step else []
     write_bytes(path, b"".join(line + b"\n" for line, _ in kept))
     return [record for _, record in kept]
 

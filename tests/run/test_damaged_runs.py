@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -194,6 +195,18 @@ def test_a_line_in_the_middle_of_a_log_that_cannot_be_read_is_refused(copy: Trai
     copy.files.metrics.write_bytes(b"\n".join([lines[0], b"{", *lines[2:]]))
     with pytest.raises(InputError, match=r"metrics\.jsonl' line 2 is damaged .*; restore it from a copy, or"):
         train_stage(context(copy))
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "unit_importance.jsonl", "unit_movement.jsonl"])
+def test_a_number_in_a_log_that_was_changed_is_refused_before_anything_is_written(copy: TrainedRun, name: str) -> None:
+    log = copy.files.root / name
+    first, digit = log.read_bytes(), rb'("(?:loss|importance|moved)": \d)'
+    log.write_bytes(re.sub(digit, lambda found: found[1][:-1] + bytes([found[1][-1] ^ 1]), first, count=1))
+    before = contents(copy.files.root)
+    result = adept(1, "run", copy.config())
+    assert result.returncode == 2, result.stdout
+    assert_one_line(result.stderr, [f"{name}' line ", "is damaged (not as it was written)", "restore it from a copy"])
+    assert contents(copy.files.root) == before
 
 
 def test_a_model_without_a_mark_is_what_its_own_record_says(copy: TrainedRun) -> None:
