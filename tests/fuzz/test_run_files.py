@@ -6,6 +6,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -181,6 +182,10 @@ def run_kind(file: str, change: Any, read: Callable[[Sandbox], None] = go_on, we
     return file_kind(f"run/{file}", change, read, names=("run_dir", "run/"), weight=weight, **more)
 
 
+run_made_again = partial(run_kind, never_refused=True)
+"""Of what a run that goes on makes again."""
+
+
 def report_kind(file: str) -> Kind:
     """Lines that tell nothing are left out of the figures, and the configuration is shown as it is."""
     change = {".json": changed_json, ".jsonl": changed_lines, ".yaml": spoiled}[Path(file).suffix]
@@ -194,9 +199,9 @@ REPORTED = (
 )
 
 KINDS = [
-    run_kind("stages.json", changed_json),
-    run_kind("layer_importance.json", changed_json, never_refused=True),  # written anew from the scores
-    run_kind("layer_scores.safetensors", changed_safetensors),
+    run_made_again("stages.json", changed_json),
+    run_made_again("layer_importance.json", changed_json),
+    run_made_again("layer_scores.safetensors", changed_safetensors),
     run_kind("layer_scores.safetensors", changed_safetensors, load_scores, 0.6, name="layer scores, computed with"),
     run_kind("metrics.jsonl", changed_lines),
     run_kind("metrics.jsonl", changed_lines, log_on, 0.2, name="metrics, resumed"),
@@ -204,14 +209,14 @@ KINDS = [
     run_kind("unit_movement.jsonl", changed_lines, log_on, 0.2, name="unit movement, resumed"),
     run_kind("evaluation.json", changed_json),
     run_kind("evaluation.json", changed_json, pack, 0.3, name="evaluation, packed"),
-    run_kind("summary.json", changed_json),
+    run_made_again("summary.json", changed_json),
     run_kind("summary.json", changed_json, pack, 0.3, name="summary, packed"),
-    run_kind("expanded/expansion.json", changed_json),
-    run_kind("expanded/base_files.json", changed_json),
-    run_kind("checkpoints/step_4/manifest.json", changed_json, weight=0.2),
+    run_made_again("expanded/expansion.json", changed_json),
+    run_made_again("expanded/base_files.json", changed_json),
+    run_made_again("checkpoints/step_4/manifest.json", changed_json),  # by going on from the checkpoint before it
     run_kind("checkpoints/latest", spoiled, export, messages=1),
     *(run_kind(f"checkpoints/step_4/{file}", spoiled, export, 0.2) for file in DEEPSPEED_FILES),
-    run_kind("cache/digests.json", changed_json, never_refused=True),
+    run_made_again("cache/digests.json", changed_json),
     file_kind("digests.json", changed_json, use_digests, name="digests", never_refused=True),
     file_kind("manifest.json", changed_json, cached("manifest.json"), name="tokens", weight=0.2, never_refused=True),
     file_kind("windows.jsonl", changed_lines, cached("windows.jsonl"), name="windows", weight=0.2, never_refused=True),
