@@ -34,6 +34,9 @@ _FAILURES = {
 }
 """Of what lies below a file: nobody's input is wrong, and no line of the program."""
 
+_IN_THE_WAY = (FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
+"""Somebody else has put something there, or may alone."""
+
 _BY_TEXT = tuple((os.strerror(number), number) for number in _FAILURES)
 """Libraries that are not Python's say it in words."""
 
@@ -49,12 +52,19 @@ def writing(path: Path | None = None) -> Iterator[None]:
     """Whatever is written inside, by whichever library, belongs to `path`; None: to what an error itself names.
 
     Raises:
+        InputError: something else stands in the way, or the user may not write there.
         MachineError: the disk is full, or fails otherwise; the message names `path`.
     """
     try:
         yield
     except AdeptError:
         raise
+    except _IN_THE_WAY as error:
+        where = _final_name(error.filename2 or error.filename or path)
+        remedy = (
+            "ask for the right to do so" if isinstance(error, PermissionError) else "move away what is in its place"
+        )
+        raise InputError(f"'{where}' cannot be written ({error.strerror}); {remedy}") from None
     except Exception as error:
         failure = disk_failure(error, path)
         if failure is None:
@@ -75,8 +85,12 @@ def disk_failure(error: Exception, path: Path | None = None) -> str | None:
     if number not in _FAILURES:
         return None
     remedy = "make room there" if number in (errno.ENOSPC, errno.EDQUOT) else "look at its file system"
-    where = "'" + _TEMPORARY.sub(r"\1", str(named)) + "'" if named else "the disk"
+    where = f"'{_final_name(named)}'" if named else "the disk"
     return f"{_FAILURES[number]} {where}; {remedy}, and run the same command again"
+
+
+def _final_name(path: object) -> str:
+    return _TEMPORARY.sub(r"\1", str(path))
 
 
 def _is_full(path: Path) -> bool:

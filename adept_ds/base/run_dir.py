@@ -191,6 +191,15 @@ class RunDirectory:
         """All that libraries print on that rank."""
         return self.root / "logs" / f"rank_{rank}.log"
 
+    def in_the_way(self) -> Path | None:
+        """A file where a directory of the run belongs, or a directory in place of a file: neither is a run's work."""
+        names = [name for name, kind in vars(RunDirectory).items() if isinstance(kind, property)]
+        places = [getattr(self, name) for name in names] + [self.tokens.parent, self.log(0).parent]
+        for place in places:
+            if place.exists() and place.is_file() != (place == self.lock or bool(place.suffix)):
+                return place
+        return None
+
 
 def checkpoint_tag(step: int) -> str:
     """Name of a checkpoint's directory."""

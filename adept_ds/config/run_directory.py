@@ -50,6 +50,9 @@ def _check_place(run_dir: Path) -> None:
         raise InputError(f"'{run_dir}' cannot be made, because '{nearest}' is a file; {_REMEDY}")
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise InputError(f"'{run_dir}' cannot be written, because '{nearest}' cannot; {_REMEDY}")
+    if (other := RunDirectory(run_dir).in_the_way()) is not None:
+        found, belongs = ("file", "directory") if other.is_file() else ("directory", "file")
+        raise InputError(f"'{other}' is a {found}, where a {belongs} of the run belongs; move it away, or {_REMEDY}")
 
 
 def _corpora(config: Config) -> dict[str, list[Path | CorpusFiles]]:

@@ -101,6 +101,7 @@ def first_step_of(run: Context, manifest_at: Callable[[int], CheckpointManifest]
 
     def settle() -> int:
         if choice.manifest is not None:
+            check_logs(run.run_dir)
             _check_fits(run, choice.manifest, manifest_at(choice.step))
         set_aside(checkpoints, choice, lambda line: run.terminal.stage("train", escape(line)))
         return choice.step

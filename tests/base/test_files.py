@@ -404,6 +404,19 @@ def test_a_disk_that_fails_below_a_new_directory_leaves_nothing(
     assert names(tmp_path) == []
 
 
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [("taken/a.txt", "taken' cannot be written .File exists"), ("folder", "folder' cannot be written .Is a directory")],
+)
+def test_what_stands_in_the_way_of_a_write_is_named_and_stays(tmp_path: Path, name: str, what: str) -> None:
+    (tmp_path / "taken").write_text("theirs")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(InputError, match=rf"'{tmp_path}/{what}.; move away what is in its place"):
+        write_text(tmp_path / name, "ours")
+    assert names(tmp_path) == ["folder", "taken"]
+    assert (tmp_path / "taken").read_text() == "theirs"
+
+
 # --- new directories by hand ---------------------------------------------------------------------------------------
 
 

@@ -85,3 +85,18 @@ def test_links_are_followed(workspace: Workspace, home: Path) -> None:
     link.symlink_to(workspace.model)
     with pytest.raises(InputError, match=r"^run_dir: .*lies in model"):
         _check(workspace, link / "run")
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "checkpoints", "cache", "logs", "stages.json", "lock", "export"])
+def test_what_stands_in_the_way_of_a_run_is_refused_before_it_begins(workspace: Workspace, name: str) -> None:
+    """A directory where a file belongs, or the other way round."""
+    run_dir = workspace.root / "taken" / name.partition(".")[0]
+    run_dir.mkdir(parents=True)
+    is_file = "." in name or name == "lock"
+    if is_file:
+        (run_dir / name).mkdir()
+    else:
+        (run_dir / name).write_text("theirs")
+    what = "a directory, where a file" if is_file else "a file, where a directory"
+    with pytest.raises(InputError, match=rf"^run_dir: '{run_dir / name}' is {what} of the run belongs; move it away"):
+        _check(workspace, run_dir)

@@ -161,19 +161,20 @@ def test_a_cell_that_fails_does_not_end_the_study(tmp_path: Path, workspace: Wor
     """It is named at the end, with its last words, and tried again by the next command. `--only` runs nothing else."""
     study = make_study(tmp_path, workspace, reference="adept", seeds={"search": [0], "confirm": []})
     config = Path(run_here(["compare", str(study.file), "--cell", "search:0"], ROOT).out.strip())
-    config.with_name("metrics.jsonl").write_text('{"step": "first"}\n')
+    in_the_way = config.with_name("checkpoints")
+    in_the_way.write_text("not a directory\n")
     process = study.start("--only", "full")
     out, err = process.communicate(timeout=120)
     assert process.returncode == 1, out + err
     assert "1 cells failed: full, learning rate 0.001, seed 0" in err
     failure = config.with_name("failure.json")
     assert json.loads(failure.read_text())["code"] == 2
-    assert "metrics.jsonl' line 1 is damaged" in json.loads(failure.read_text())["reason"]
+    assert "a directory of the run belongs; move it away" in json.loads(failure.read_text())["reason"]
     page = (study.study_dir / "compare.html").read_text()
     assert "Failed: full, learning rate 0.001, seed 0" in page
     assert "adept, which others are to be compared with, has no finished cell." in page
 
-    config.with_name("metrics.jsonl").unlink()
+    in_the_way.unlink()
     process = study.start("--only", "full")
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, out + err
