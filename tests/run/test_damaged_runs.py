@@ -197,13 +197,18 @@ def test_a_line_in_the_middle_of_a_log_that_cannot_be_read_is_refused(copy: Trai
         train_stage(context(copy))
 
 
-@pytest.mark.parametrize("name", ["metrics.jsonl", "unit_importance.jsonl", "unit_movement.jsonl"])
-def test_a_number_in_a_log_that_was_changed_is_refused_before_anything_is_written(copy: TrainedRun, name: str) -> None:
+@pytest.mark.parametrize(
+    ("command", "name"),
+    [("run", "metrics.jsonl"), ("run", "unit_importance.jsonl"), ("run", "unit_movement.jsonl"), ("train", "metrics.jsonl")],
+)
+def test_a_number_in_a_log_that_was_changed_is_refused_before_anything_is_written(
+    copy: TrainedRun, command: str, name: str
+) -> None:
     log = copy.files.root / name
     first, digit = log.read_bytes(), rb'("(?:loss|importance|moved)": \d)'
     log.write_bytes(re.sub(digit, lambda found: found[1][:-1] + bytes([found[1][-1] ^ 1]), first, count=1))
     before = contents(copy.files.root)
-    result = adept(1, "run", copy.config())
+    result = adept(1, command, copy.config())
     assert result.returncode == 2, result.stdout
     assert_one_line(result.stderr, [f"{name}' line ", "is damaged (not as it was written)", "restore it from a copy"])
     assert contents(copy.files.root) == before
