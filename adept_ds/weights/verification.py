@@ -79,9 +79,9 @@ def _compare_config(expanded: Path, wanted: dict[str, Any]) -> None:
 
 
 def _fits_into_memory(num_bytes: int) -> bool:
-    from adept_ds.models.device import free_memory_bytes
+    from adept_ds.models.device import free_host_memory_bytes
 
-    return _MEMORY_PER_BYTE * num_bytes < free_memory_bytes(1)
+    return _MEMORY_PER_BYTE * num_bytes < free_host_memory_bytes()
 
 
 def _compare_logits(source: Path, expanded: Path) -> None:

@@ -37,7 +37,7 @@ def test_without_control_groups_nothing_is_limited(tmp_path: Path) -> None:
 
 
 def test_ranks_of_a_host_share_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(device, "_uses_cuda", lambda: False)
     monkeypatch.setattr(device.psutil, "virtual_memory", lambda: SimpleNamespace(available=1200))
     monkeypatch.setattr(device, "free_in_cgroups", lambda: 1000)
     assert [free_memory_bytes(ranks) for ranks in (1, 2, 3)] == [1000, 500, 333]
@@ -46,7 +46,7 @@ def test_ranks_of_a_host_share_what_is_free(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_rank_has_its_accelerator_to_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(device, "_uses_cuda", lambda: True)
     monkeypatch.setattr(device.torch.cuda, "mem_get_info", lambda: (700, 1000))
     assert free_memory_bytes(1) == free_memory_bytes(8) == 700
 
@@ -70,7 +70,10 @@ def test_a_host_copy_keeps_what_the_tensor_held() -> None:
     assert copied.device.type == "cpu"
 
 
-def test_a_stopwatch_on_the_host_counts_seconds() -> None:
+def test_a_stopwatch_on_the_host_counts_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where there is a device that is not used: its events would tell nothing of the host's work."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "Event", None)
     watch = Stopwatch()
     watch.stop()
     first = watch.seconds()
@@ -95,7 +98,7 @@ def test_a_stopwatch_on_a_device_waits_only_when_it_is_read(monkeypatch: pytest.
             assert end is not self
             return 1500.0  # milliseconds
 
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(device, "_uses_cuda", lambda: True)
     monkeypatch.setattr(torch.cuda, "Event", Event)
     watch = Stopwatch()
     watch.stop()

@@ -199,7 +199,12 @@ def test_a_line_in_the_middle_of_a_log_that_cannot_be_read_is_refused(copy: Trai
 
 @pytest.mark.parametrize(
     ("command", "name"),
-    [("run", "metrics.jsonl"), ("run", "unit_importance.jsonl"), ("run", "unit_movement.jsonl"), ("train", "metrics.jsonl")],
+    [
+        ("run", "metrics.jsonl"),
+        ("run", "unit_importance.jsonl"),
+        ("run", "unit_movement.jsonl"),
+        ("train", "metrics.jsonl"),
+    ],
 )
 def test_a_number_in_a_log_that_was_changed_is_refused_before_anything_is_written(
     copy: TrainedRun, command: str, name: str
