@@ -10,7 +10,9 @@ Both train five evenly spaced copies on blocks of 256 tokens, micro-batch 2, fou
               without adept-ds
 
 The measurement alternates between them, so that a slow minute of the machine hits all; medians of all steps after
-the first two of each turn are compared. Peak memory of a process is reported beside it.
+the first two of each turn are compared. Peak memory of a process is reported beside it, and the floor: the speed at
+which nothing but the step's matrix products would be done, in two processes of one thread and in one of two (see
+`matrix_floor`).
 """
 
 from __future__ import annotations
@@ -28,6 +30,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from matrix_floor import floor_of
+
 from adept_ds.base.files import read_json, read_json_lines
 from adept_ds.base.run_dir import EXPANSION_NAME, RunDirectory
 
@@ -40,17 +44,24 @@ def even_layers(num_layers: int, copies: int) -> list[int]:
     return [num_layers * (part + 1) // copies - 1 for part in range(copies)]
 
 
-def run_plain(expanded: Path, steps: int) -> None:
-    """The child process of the plain loop: prints a JSON line."""
+def plain_model(expanded: Path) -> Any:
+    """Only copies train."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    torch.set_num_threads(2)
     copies = {copy["index"] for copy in read_json(expanded / EXPANSION_NAME)["copies"]}
     model: Any = AutoModelForCausalLM.from_pretrained(expanded, dtype=torch.float32)
     model.requires_grad_(False)
     for index in copies:
         model.model.layers[index].requires_grad_(True)
+    return model
+
+
+def run_plain(expanded: Path, steps: int) -> None:
+    """The child process of the plain loop: prints a JSON line."""
+    import torch
+
+    model = plain_model(expanded)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
     tokens = torch.randint(
         0, model.config.vocab_size, (GLOBAL_BATCH, SEQ_LEN), generator=torch.Generator().manual_seed(0)
@@ -68,12 +79,37 @@ def run_plain(expanded: Path, steps: int) -> None:
     sys.stdout.write(json.dumps({"speeds": speeds, "peaks": [peak]}) + "\n")
 
 
-def measure_plain(expanded: Path, steps: int) -> dict[str, Any]:
-    command = [sys.executable, __file__, "--plain-child", str(expanded), "--steps", str(steps)]
-    result = subprocess.run(
-        command, env=os.environ | {"OMP_NUM_THREADS": "2"}, capture_output=True, text=True, check=True
+def run_floor(expanded: Path) -> None:
+    """The child process of a floor: prints a JSON line."""
+    import torch
+
+    model = plain_model(expanded)
+    tokens = torch.randint(model.config.vocab_size, (MICRO_BATCH, SEQ_LEN), generator=torch.Generator().manual_seed(0))
+    floor = floor_of(lambda: model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward())
+    sys.stdout.write(json.dumps({"speed": tokens.numel() / floor.seconds, "rate": floor.operations / floor.seconds}))
+
+
+def start_child(way: str, expanded: Path, steps: int, threads: int) -> subprocess.Popen[str]:
+    command = [sys.executable, __file__, "--child", way, str(expanded), "--steps", str(steps)]
+    return subprocess.Popen(
+        command, env=os.environ | {"OMP_NUM_THREADS": str(threads)}, stdout=subprocess.PIPE, text=True
     )
-    return dict(json.loads(result.stdout.splitlines()[-1]))
+
+
+def ended(child: subprocess.Popen[str]) -> dict[str, Any]:
+    out, _ = child.communicate()
+    if child.returncode:
+        raise SystemExit(child.returncode)
+    return dict(json.loads(out.splitlines()[-1]))
+
+
+def measure_floors(expanded: Path) -> dict[str, float]:
+    """Tokens per second of the products alone, of two threads in one process and in two."""
+    together = ended(start_child("floor", expanded, 0, threads=2))
+    apart = [ended(child) for child in [start_child("floor", expanded, 0, threads=1) for _ in range(2)]]
+    for what, rate in (("one process", together["rate"]), ("two processes", sum(child["rate"] for child in apart))):
+        print(f"floor, {what}: {rate / 1e9:.0f} GFLOP/s", flush=True)
+    return {"together": together["speed"], "apart": sum(child["speed"] for child in apart)}
 
 
 def measure_adept(config: Path, run_dir: RunDirectory, *overrides: str) -> dict[str, Any]:
@@ -120,10 +156,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8, help="optimizer steps of a turn, two of them warm-up")
     parser.add_argument("--turns", type=int, default=2, help="how often each is measured")
     parser.add_argument("--deepspeed", default="ds_configs/zero3.json")
-    parser.add_argument("--plain-child", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.plain_child:
-        run_plain(arguments.plain_child, arguments.steps)
+    if arguments.child:
+        way, expanded = arguments.child
+        if way == "plain":
+            run_plain(Path(expanded), arguments.steps)
+        else:
+            run_floor(Path(expanded))
         return
     if arguments.model is None:
         parser.error("--model is missing; `make demo` prepares demo_data/model")
@@ -131,10 +171,11 @@ def main() -> None:
     peaks: dict[str, list[int]] = {}
     with tempfile.TemporaryDirectory() as folder:
         config, run_dir = write_inputs(arguments.model.resolve(), Path(folder), arguments.steps, arguments.deepspeed)
+        floors = measure_floors(run_dir.expanded)
         for _ in range(arguments.turns):
             for name in measured:
                 if name == "plain":
-                    result = measure_plain(run_dir.expanded, arguments.steps)
+                    result = ended(start_child("plain", run_dir.expanded, arguments.steps, threads=2))
                 else:
                     overrides = ["train.keep_gathered_gib=0"] if name == "gathering" else []
                     result = measure_adept(config, run_dir, *overrides)
@@ -144,8 +185,9 @@ def main() -> None:
     medians = {name: statistics.median(speeds) for name, speeds in measured.items()}
     for name, median in medians.items():
         memory = ", ".join(f"{peak / 2**30:.2f}" for peak in peaks[name])
-        ratio = median / medians["plain"]
-        print(f"{name:<9} {median:6.1f} tokens/s ({ratio:.2f} x plain)   peak memory {memory} GiB")
+        ratio, floor = median / medians["plain"], floors["together" if name == "plain" else "apart"]
+        speed = f"{median:6.1f} tokens/s ({ratio:.2f} x plain, {median / floor:.2f} of the floor's {floor:.0f})"
+        print(f"{name:<9} {speed}   peak memory {memory} GiB")
 
 
 if __name__ == "__main__":

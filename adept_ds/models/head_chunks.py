@@ -10,7 +10,7 @@ float32 by what makes a loss and a gradient of them). With V = 128,256, D = 4096
 and the weight
 
     c = 130 (64 MiB of logits)    67 GB, in 32 chunks
-    c = 3,488 (2.5 GiB)           4.2 GB, in two
+    c = 2,092 (2.5 GiB)           4.2 GB, in two
 
 A product is limited by memory as long as its 2 c V D operations on V D e bytes, 2 c / e for each byte, are fewer than
 the device can do in the time: some 300 on an accelerator, which 130 tokens in bf16 do not reach; 10 to 50 on a CPU.
@@ -44,7 +44,7 @@ def tokens_at_once(weight: torch.Tensor, bytes_per_logit: int, logits_on_cpu: in
 
 
 def bytes_per_logit(weight: torch.Tensor, divisor: float, cap: float | None) -> int:
-    """What `head_logits` and the gradient after it hold: the head's own output or the gradient in its precision, the
-    logits in float32, and what a divisor or a cap makes of them."""
+    """What `head_logits` and the gradient after it hold: the head's own output or the gradient in its precision, logits
+    and log-probabilities in float32, and what a divisor or a cap makes of them."""
     product = 0 if weight.dtype == torch.float32 else weight.element_size()
-    return product + 4 + (4 if divisor != 1 else 0) + (8 if cap is not None else 0)
+    return product + 8 + (4 if divisor != 1 else 0) + (8 if cap is not None else 0)

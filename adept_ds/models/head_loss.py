@@ -24,6 +24,9 @@ IGNORED_LABEL = -100
 _CHUNK_ELEMENTS = 1 << 24
 """Logits held at once on a CPU: 64 MiB in float32."""
 
+_BLOCK_ELEMENTS = 1 << 18
+"""Of those, what passes through a CPU's cache together: 1 MiB, and as much beside it. A device takes all at once."""
+
 
 class _HeadLoss(torch.autograd.Function):
     """Summed cross entropy of each row.
@@ -91,18 +94,24 @@ def _cross_entropy(
         logits, saturation: as from `head_logits`; `with_gradient`, the loss' gradient with respect to what the head
             says stands in the place of the logits afterwards.
     """
-    log_normaliser = torch.logsumexp(logits, dim=-1)
     counted = target != IGNORED_LABEL
     index = target.clamp_min(0).unsqueeze(-1)
-    losses = (log_normaliser - logits.gather(-1, index).squeeze(-1)) * counted
-    if with_gradient:
-        # d loss / d logits = softmax - one-hot; formed in the logits' own memory.
-        logits.sub_(log_normaliser.unsqueeze(-1)).exp_()
-        logits.scatter_add_(-1, index, torch.full_like(index, -1, dtype=logits.dtype))
-        logits.mul_(counted.unsqueeze(-1) / divisor)
-        if saturation is not None:
-            logits.mul_(saturation.square_().neg_().add_(1))
-    return losses
+    losses = torch.empty_like(target, dtype=torch.float32)
+    on_cpu = logits.device.type == "cpu"
+    step = max(1, _BLOCK_ELEMENTS // logits.shape[-1]) if on_cpu else len(logits)
+    for start in range(0, len(logits), step):
+        rows = slice(start, start + step)
+        block, picked = logits[rows], index[rows]
+        log_probabilities = torch.log_softmax(block, dim=-1)
+        losses[rows] = log_probabilities.gather(-1, picked).squeeze(-1).neg_()
+        if with_gradient:
+            # d loss / d logits = softmax - one-hot; formed in the logits' own memory.
+            torch.exp(log_probabilities, out=block)
+            block.scatter_add_(-1, picked, torch.full_like(picked, -1, dtype=block.dtype))
+            block.mul_(counted[rows].unsqueeze(-1) / divisor)
+    if with_gradient and saturation is not None:
+        logits.mul_(saturation.square_().neg_().add_(1))
+    return losses * counted
 
 
 @dataclass(frozen=True)

@@ -60,6 +60,7 @@ def test_loss_and_gradient_are_autograds(
     transform: tuple[float, float | None],
 ) -> None:
     monkeypatch.setattr(loss_module, "_CHUNK_ELEMENTS", chunk_elements)
+    monkeypatch.setattr(loss_module, "_BLOCK_ELEMENTS", 3 * VOCABULARY)
     _, labels = tokens_and_labels(ignored=ignored)
     labels = shifted_labels(labels)
     hidden, weight, bias_vector = head_inputs(bias=bias)
