@@ -115,14 +115,27 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 @contextmanager
 def _new_file(path: Path) -> Iterator[Path]:
-    """A temporary name that becomes `path` when the block ends without error, and leaves nothing otherwise."""
-    temporary = temporary_name(path)
+    """A temporary file that becomes `path` when the block ends without error, and leaves nothing otherwise."""
+    temporary, held = _locked_file(path)
     try:
         yield temporary
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+    finally:
+        os.close(held)
+
+
+def _locked_file(path: Path) -> tuple[Path, int]:
+    """An empty temporary file beside `path`, and what holds its lock: nobody takes it for abandoned."""
+    while True:
+        temporary = temporary_name(path)
+        held = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        _try_lock(held)
+        if os.fstat(held).st_nlink:
+            return temporary, held
+        os.close(held)  # somebody tidied up just then
 
 
 def write_all(file: FileIO, content: bytes | memoryview) -> int:
@@ -308,6 +321,20 @@ def remove_abandoned(folder: Path, name: str | None = None) -> None:
                 if _try_lock(descriptor):
                     shutil.rmtree(temporary, ignore_errors=True)
                     lock.unlink(missing_ok=True)
+            finally:
+                os.close(descriptor)
+
+
+def remove_abandoned_files(root: Path) -> None:
+    """Remove the temporary files in a whole tree that no process writes any more."""
+    for temporary in root.rglob(f".*.{'[0-9a-f]' * 32}.tmp"):
+        if temporary.is_symlink() or not temporary.is_file():
+            continue
+        with suppress(OSError):
+            descriptor = os.open(temporary, os.O_RDWR)
+            try:
+                if _try_lock(descriptor):
+                    temporary.unlink(missing_ok=True)
             finally:
                 os.close(descriptor)
 

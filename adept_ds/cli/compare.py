@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from adept_ds.base.errors import AdeptError, InputError
-from adept_ds.base.files import json_text
+from adept_ds.base.files import json_text, remove_abandoned_files
 from adept_ds.base.terminal import Terminal
 from adept_ds.base.writer_lock import WriterLock
 from adept_ds.cli.forms import JsonOption
@@ -111,6 +111,7 @@ class _Session:
 
         study = self._checked.study
         with self._lock.held(partial(self._terminal.waiting, "compare")):
+            remove_abandoned_files(self._checked.directory.root)
             plan = self._plan()
             executor = Executor(study.ranks, study.threads, self._stop)
             state = self._state(plan)

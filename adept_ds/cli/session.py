@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adept_ds.base.errors import AdeptError, InputError, StopRequestedError
-from adept_ds.base.files import NewDirectory, json_text, writing
+from adept_ds.base.files import NewDirectory, json_text, remove_abandoned_files, writing
 from adept_ds.base.run_dir import RunDirectory
 from adept_ds.base.terminal import Terminal, capture_output
 from adept_ds.base.writer_lock import WriterLock
@@ -123,6 +123,7 @@ def _joined(
         def hold() -> None:
             if lock is not None:
                 stack.enter_context(lock.held(partial(terminal.waiting, "run_dir")))
+                remove_abandoned_files(settings.run_dir.root)
 
         if launched.world_size == 1:  # of several ranks the first one takes it, when they have met
             hold()

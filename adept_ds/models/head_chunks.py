@@ -10,7 +10,7 @@ float32 by what makes a loss and a gradient of them). With V = 128,256, D = 4096
 and the weight
 
     c = 130 (64 MiB of logits)    67 GB, in 32 chunks
-    c = 2,092 (2.5 GiB)           4.2 GB, in two
+    c = 2,048 (2.5 GiB)           4.2 GB, in two
 
 A product is limited by memory as long as its 2 c V D operations on V D e bytes, 2 c / e for each byte, are fewer than
 the device can do in the time: some 300 on an accelerator, which 130 tokens in bf16 do not reach; 10 to 50 on a CPU.
@@ -30,8 +30,8 @@ _SHARE = 32
 """Of an accelerator's memory, that is not given to a chunk for one that is."""
 
 
-def tokens_at_once(weight: torch.Tensor, bytes_per_logit: int, logits_on_cpu: int) -> int:
-    """How many tokens a chunk has.
+def tokens_at_once(tokens: int, weight: torch.Tensor, bytes_per_logit: int, logits_on_cpu: int) -> int:
+    """How many of so many tokens a chunk has: about as many in each, since small products are slow ones.
 
     Args:
         weight: of the head. [vocab, dim]
@@ -40,7 +40,8 @@ def tokens_at_once(weight: torch.Tensor, bytes_per_logit: int, logits_on_cpu: in
     """
     memory = device_memory_bytes(weight.device)
     logits = logits_on_cpu if memory is None else memory // _SHARE // bytes_per_logit
-    return max(1, logits // weight.shape[0])
+    most = max(1, logits // weight.shape[0])
+    return -(-tokens // -(-tokens // most)) if tokens else 1
 
 
 def bytes_per_logit(weight: torch.Tensor, divisor: float, cap: float | None) -> int:

@@ -47,7 +47,7 @@ class _HeadDivergence(torch.autograd.Function):
         counted = labels.reshape(-1) != IGNORED_LABEL
         divergences = torch.empty(rows * tokens, dtype=torch.float32, device=hidden.device)
         gradient = torch.empty_like(flat) if ctx.needs_input_grad[0] else None
-        step = tokens_at_once(weight, 2 * bytes_per_logit(weight, divisor, cap), _CHUNK_ELEMENTS)
+        step = tokens_at_once(rows * tokens, weight, 2 * bytes_per_logit(weight, divisor, cap), _CHUNK_ELEMENTS)
         for start in range(0, rows * tokens, step):
             chunk = slice(start, start + step)
             log_p = head_logits(flat_base[chunk], weight, bias, divisor, cap)[0].log_softmax(-1)

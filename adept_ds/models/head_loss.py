@@ -53,7 +53,7 @@ class _HeadLoss(torch.autograd.Function):
         flat_hidden, flat_labels = hidden.reshape(-1, dim), labels.reshape(-1)
         losses = torch.empty(rows * tokens, dtype=torch.float32, device=hidden.device)
         gradients = _Gradients.wanted(ctx.needs_input_grad, flat_hidden, weight, bias)
-        step = tokens_at_once(weight, bytes_per_logit(weight, divisor, cap), _CHUNK_ELEMENTS)
+        step = tokens_at_once(rows * tokens, weight, bytes_per_logit(weight, divisor, cap), _CHUNK_ELEMENTS)
         for start in range(0, rows * tokens, step):
             chunk = slice(start, start + step)
             target = flat_labels[chunk]

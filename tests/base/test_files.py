@@ -23,6 +23,7 @@ from adept_ds.base.files import (
     new_directory,
     read_json_lines,
     remove_abandoned,
+    remove_abandoned_files,
     write_bytes,
     write_json,
     write_text,
@@ -330,6 +331,27 @@ def test_only_directories_with_a_temporary_name_are_taken_for_abandoned(tmp_path
     before = names(tmp_path)
     remove_abandoned(tmp_path)
     assert names(tmp_path) == before
+
+
+def test_files_that_killed_processes_left_behind_are_removed_and_those_of_living_ones_are_not(tmp_path: Path) -> None:
+    (tmp_path / "cache").mkdir()
+    theirs = tmp_path / "cache" / ".notes.tmp"
+    theirs.write_text("not of adept")
+    with (
+        Writer("file", tmp_path / "first", "killed") as killed,
+        Writer("file", tmp_path / "cache" / "second", "killed") as deeper,
+        Writer("file", tmp_path / "cache" / "second", "living") as living,
+    ):
+        remove_abandoned_files(tmp_path)
+        assert killed.temporary.exists() and deeper.temporary.exists(), "they were still at work"
+        killed.kill()
+        deeper.kill()
+        remove_abandoned_files(tmp_path)
+        assert living.temporary.exists()
+        living.finish()
+    assert names(tmp_path) == ["cache"]
+    assert names(tmp_path / "cache") == [".notes.tmp", "second"]
+    assert (tmp_path / "cache" / "second").read_text() == "living"
 
 
 # --- what is on the disk when ---------------------------------------------------------------------------------------

@@ -28,8 +28,8 @@ def head(monkeypatch: pytest.MonkeyPatch) -> torch.Tensor:
 
 def test_a_large_vocabulary_is_no_reason_to_read_the_head_many_times(head: torch.Tensor) -> None:
     """The figures of the docstring."""
-    chunk = tokens_at_once(head, bytes_per_logit(head, 1.0, None), 1 << 24)
-    assert chunk == 2092
+    chunk = tokens_at_once(TOKENS, head, bytes_per_logit(head, 1.0, None), 1 << 24)
+    assert chunk == 2048
     assert weight_traffic((1 << 24) // VOCABULARY) == pytest.approx(67, abs=1)
     assert weight_traffic(chunk) == pytest.approx(4.2, abs=0.05)
 
@@ -37,12 +37,15 @@ def test_a_large_vocabulary_is_no_reason_to_read_the_head_many_times(head: torch
 def test_a_chunk_keeps_within_its_share_of_memory_whatever_is_done_to_logits(head: torch.Tensor) -> None:
     for transform in ((1.0, None), (3.0, None), (1.0, 30.0), (3.0, 30.0)):
         each = bytes_per_logit(head, *transform)
-        chunk = tokens_at_once(head, each, 1)
+        chunk = tokens_at_once(1 << 30, head, each, 1)
         assert 0.99 * 80 * 2**30 / 32 < chunk * VOCABULARY * each <= 80 * 2**30 / 32
 
 
-def test_on_a_cpu_it_is_what_it_always_was() -> None:
+def test_on_a_cpu_it_is_a_number_of_logits_and_chunks_are_about_as_large() -> None:
     head = torch.empty(49152, 8)
     assert device_memory_bytes(head.device) is None
-    assert tokens_at_once(head, bytes_per_logit(head, 1.0, None), 1 << 24) == (1 << 24) // 49152
-    assert tokens_at_once(head, 4, 1) == 1, "one token at least"
+    logit = bytes_per_logit(head, 1.0, None)
+    assert (1 << 24) // 49152 == 341
+    chunks = [tokens_at_once(tokens, head, logit, 1 << 24) for tokens in (340, 341, 342, 512, 1024)]
+    assert chunks == [340, 341, 171, 256, 256]
+    assert tokens_at_once(7, head, 4, 1) == 1, "one token at least"
