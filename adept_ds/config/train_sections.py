@@ -56,6 +56,11 @@ class TrainSection(Section):
         description="what computes the head's loss, norms, rotary positions and SwiGLU: PyTorch's operations, or those "
         "of liger-kernel; auto: these where it is installed and the device is a CUDA one",
     )
+    compile: Literal["off", "auto"] = Field(
+        "off",
+        description="auto: torch.compile makes kernels of the decoder layers where the device is a CUDA one and ZeRO "
+        "splits no weights (stages 1 and 2)",
+    )
     warmup_steps: int | None = Field(
         None, ge=0, le=10**9, description="instead of warmup_ratio: optimizer steps of warmup, however long the run is"
     )

@@ -115,6 +115,25 @@ def make_all_trainable(model: torch.nn.Module) -> None:
     model.requires_grad_(True)
 
 
+def compile_layers(model: torch.nn.Module, family: Family, backend: str = "inductor") -> None:
+    """Let torch.compile make kernels of every layer, for passes that gradients are wanted of.
+
+    One graph serves all layers that are alike in what trains and what gradients pass; passes without gradients, whose
+    texts are of any length, stay with PyTorch's operations. Nothing may hook into a layer's modules, as ZeRO-3 does.
+    """
+    for layer in family.layer_modules(model):
+        layer.forward = _compiled(layer.forward, backend)
+
+
+def _compiled(forward: Callable[..., Any], backend: str) -> Callable[..., Any]:
+    compiled = torch.compile(forward, backend=backend)
+
+    def either(*args: Any, **kwargs: Any) -> Any:
+        return (compiled if torch.is_grad_enabled() else forward)(*args, **kwargs)
+
+    return either
+
+
 def checkpoint_activations(model: torch.nn.Module, family: Family, lowest: int) -> None:
     """Recompute the activations of every layer from `lowest` up in the backward pass.
 

@@ -93,7 +93,7 @@ def _keep(settings: ResolvedConfig, ranks: Ranks, terminal: Terminal, stage: str
         "deepspeed": settings.deepspeed,
         "batches": [config.probe.micro_batch_size, config.probe.max_stack_tokens, config.train.micro_batch_size],
         "precision": config.train.precision,
-        "kernels": config.train.kernels,
+        "kernels": [config.train.kernels, config.train.compile],
         "versions": [__version__, torch.__version__],
     }
     digest = json_digest(plain([made_of, how]))

@@ -37,6 +37,7 @@ _NOT_PART_OF_TRAINING = {
     "activation_checkpointing",
     "keep_gathered_gib",
     "kernels",
+    "compile",
     "max_skipped",
 }
 """Keys of the train section that change how a run is done, but not what comes out."""

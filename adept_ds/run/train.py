@@ -25,7 +25,7 @@ from adept_ds.config.schema import Config
 from adept_ds.data.mixture import Mixture
 from adept_ds.evaluation.held_out import DocumentLosses
 from adept_ds.methods.shape import Preparation, Start, Training, method_of
-from adept_ds.models.device import peak_memory_bytes
+from adept_ds.models.device import device_name, peak_memory_bytes
 from adept_ds.models.directory import ModelDirectory
 from adept_ds.models.families import silent_factors
 from adept_ds.models.flops import count_step_flops, measure_matmul_rate
@@ -242,7 +242,19 @@ def _training_engine(run: Context, model: ModelDirectory, trains: Trains) -> Eng
         StepShape(sequences, train.micro_batch_size, accumulation, train.clip_grad_norm),
         seed=train.seed,
         recompute_activations=train.activation_checkpointing,
+        compiled=_compiles(run),
     )
+
+
+def _compiles(run: Context) -> bool:
+    """What `train.compile` comes to here."""
+    if run.settings.config.train.compile == "off" or device_name() != "cuda":
+        return False
+    if run.settings.zero_stage == 3:
+        run.terminal.stage("train", "layers are not compiled: ZeRO-3 gathers weights within them")
+        return False
+    run.terminal.stage("train", "layers are compiled, in the first steps")
+    return True
 
 
 def _general_text(run: Context, sequences: int | None = None, batch_sequences: int | None = None) -> GradientBatches:

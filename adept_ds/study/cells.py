@@ -38,6 +38,7 @@ _HOW: dict[str, Any] = {
         "keep_gathered_gib",
         "activation_checkpointing",
         "kernels",
+        "compile",
         "max_skipped",
     },
     "checkpoint": True,

@@ -15,7 +15,7 @@ import torch
 from adept_ds.models.device import current_device, free_unused
 from adept_ds.models.directory import ModelDirectory
 from adept_ds.models.liger import Liger
-from adept_ds.models.loading import Trains, checkpoint_activations, load_causal_lm
+from adept_ds.models.loading import Trains, checkpoint_activations, compile_layers, load_causal_lm
 from adept_ds.ranks.collectives import Ranks
 from adept_ds.zero.engine import Engine
 
@@ -65,6 +65,7 @@ def build_training_engine(
     *,
     seed: int = 0,
     recompute_activations: bool = False,
+    compiled: bool = False,
 ) -> Engine:
     """An engine in which that trains of the model which `trains` says, and everything else is frozen.
 
@@ -73,6 +74,7 @@ def build_training_engine(
         shape: of an optimizer step; None if none will be taken.
         seed: of dropout, which differs between ranks.
         recompute_activations: in the backward pass, from the lowest layer that gradients pass up.
+        compiled: layers are (not under ZeRO-3).
     """
     import deepspeed
 
@@ -83,6 +85,8 @@ def build_training_engine(
     model = load_causal_lm(model_dir, settings.precision, config if is_zero3 else None, settings.liger)
     model.train()
     trains.prepare(model)
+    if compiled:
+        compile_layers(model, model_dir.family)
     if recompute_activations:
         checkpoint_activations(model, model_dir.family, trains.lowest_trainable_layer)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -28,6 +28,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "offload": {"stage": "zero3_offload"},
     "fine units": {"stage": "zero3", "importance": {"granularity": "fine"}},
     "recomputed": {"stage": "zero3", "train": {"activation_checkpointing": True}},
+    "compiled": {"stage": "zero2", "train": {"compile": "auto"}},
     "anchored": {"stage": "zero2", "anchor": {"kind": "kl", "share": 0.5}},
 }
 
