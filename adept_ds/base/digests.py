@@ -191,7 +191,7 @@ class FileDigests:
         self.__dict__.pop("_known", None)
         self._known.update(self._news)
         self._news = {}
-        with suppress(OSError, MachineError):  # where nothing can be written, files are read again
+        with suppress(OSError, InputError, MachineError):  # where nothing can be written, files are read again
             _Cache.of(self._known.values()).save(self._cache)
 
 

@@ -36,6 +36,8 @@ def run_session(settings: ResolvedConfig, launched: LaunchedRank, *, as_json: bo
     try:
         with writing(log):
             log.parent.mkdir(parents=True, exist_ok=True)
+    except InputError as error:
+        raise InputError(f"run_dir: {error}") from None
     except OSError as error:
         root = settings.run_dir.root
         raise InputError(f"run_dir: '{root}' cannot be written ({error.strerror}); choose another") from None
@@ -68,6 +70,8 @@ def passing_session(
         where = work_dir or Path(tempfile.gettempdir())
         try:
             fresh = NewDirectory(where / "adept_work")
+        except InputError as error:
+            raise InputError(f"--work-dir: {error}, or give another") from None
         except OSError as error:
             raise InputError(f"--work-dir: '{where}' cannot be written ({error.strerror}); give another") from None
         fresh.temporary.chmod(0o700)  # texts of the user, where others may look

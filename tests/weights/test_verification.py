@@ -40,7 +40,7 @@ def test_an_expanded_model_is_found_equal_by_bytes_and_by_logits(source: Path, e
 def test_logits_are_left_out_where_memory_is_short(
     source: Path, expanded: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("adept_ds.models.device.free_memory_bytes", lambda _: 1000)
+    monkeypatch.setattr("adept_ds.models.device.free_host_memory_bytes", lambda: 1000)
     assert not verify_expansion(source, expanded).logits
 
 
