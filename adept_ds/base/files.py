@@ -60,7 +60,10 @@ def writing(path: Path | None = None) -> Iterator[None]:
     except AdeptError:
         raise
     except _IN_THE_WAY as error:
-        where = _final_name(error.filename2 or error.filename or path)
+        named = error.filename2 or error.filename
+        if path is None or not _is_about(named, path):
+            raise  # something else: what was read meanwhile, or a line of the program
+        where = _final_name(named or path)
         remedy = (
             "ask for the right to do so" if isinstance(error, PermissionError) else "move away what is in its place"
         )
@@ -87,6 +90,12 @@ def disk_failure(error: Exception, path: Path | None = None) -> str | None:
     remedy = "make room there" if number in (errno.ENOSPC, errno.EDQUOT) else "look at its file system"
     where = f"'{_final_name(named)}'" if named else "the disk"
     return f"{_FAILURES[number]} {where}; {remedy}, and run the same command again"
+
+
+def _is_about(named: str | None, path: Path) -> bool:
+    """Whether a file that an error names is one on the way to `path`, beside it or below; none named: it is."""
+    found = Path(named or path)
+    return found in path.parents or path.parent in found.parents
 
 
 def _final_name(path: object) -> str:

@@ -27,6 +27,7 @@ from adept_ds.base.files import (
     write_bytes,
     write_json,
     write_text,
+    writing,
 )
 
 ANOTHER_PROCESS = """
@@ -437,6 +438,14 @@ def test_what_stands_in_the_way_of_a_write_is_named_and_stays(tmp_path: Path, na
         write_text(tmp_path / name, "ours")
     assert names(tmp_path) == ["folder", "taken"]
     assert (tmp_path / "taken").read_text() == "theirs"
+
+
+def test_what_is_read_in_the_meantime_is_not_said_to_be_in_the_way(tmp_path: Path) -> None:
+    (tmp_path / "texts" / "folder").mkdir(parents=True)
+    with pytest.raises(IsADirectoryError), writing(tmp_path / "run" / "out"):
+        (tmp_path / "texts" / "folder").read_text()
+    with pytest.raises(IsADirectoryError), writing():
+        (tmp_path / "texts" / "folder").read_text()
 
 
 # --- new directories by hand ---------------------------------------------------------------------------------------
