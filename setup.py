@@ -1,4 +1,4 @@
-"""The package: `pip install -e .` (extras: demo, dev, eval, liger)."""
+"""The package: `pip install -e .` (extras: demo, dev, eval, liger, tracking)."""
 
 from pathlib import Path
 
@@ -10,6 +10,7 @@ exec(Path(__file__).with_name("adept_ds").joinpath("base", "version.py").read_te
 TOOLS = ["pytest>=8.0", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.9", "mypy>=1.11", "types-PyYAML"]
 TOOLS += ["import-linter>=2.1"]
 HARNESS = ["lm-eval[hf]>=0.4.13"]  # hf: what it loads models of transformers with
+TRACKING = ["wandb>=0.19", "mlflow-skinny>=2.16"]  # logging.wandb, logging.mlflow
 
 setup(
     name="adept-ds",
@@ -58,6 +59,7 @@ setup(
         "eval": HARNESS,
         # Kernels for CUDA devices (train.kernels); what is used of it is checked at start.
         "liger": ["liger-kernel>=0.8.5,<0.9"],
+        "tracking": TRACKING,
     },
     entry_points={"console_scripts": ["adept=adept_ds.cli.app:main"]},
 )

@@ -25,6 +25,7 @@ from adept_ds.config.corpus_entries import CorpusFiles
 from adept_ds.config.deepspeed import check_deepspeed_file
 from adept_ds.config.layer_sections import Stability
 from adept_ds.config.schema import Config
+from adept_ds.config.trackers import check_trackers
 from adept_ds.models.directory import ModelDirectory
 from adept_ds.models.tokenizer_files import check_tokenizer
 
@@ -85,6 +86,7 @@ def resolve(config: Config, purpose: Purpose, num_ranks: int = 1) -> ResolvedCon
     deepspeed = None if purpose in ("expand", "export") else check_deepspeed_file(config.deepspeed)
     accumulation = accumulation_steps(config.train, num_ranks) + anchor_shape(config, num_ranks)[0] if trains else None
     if trains:
+        check_trackers(config.logging)
         check_replay(config, num_ranks)
         check_anchor(config, model)
     return ResolvedConfig(config, RunDirectory(config.run_dir), model, reference, deepspeed, accumulation)

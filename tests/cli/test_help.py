@@ -36,6 +36,7 @@ TAKES = {
         *("STUDY", "[KEY=VALUE]...", "--scale", "--only", "--cell", "--json"),
         *("--report", "--submit", "--dry-run", "--stop-on-failure"),
     ],
+    "status": ["RUN|STUDY_DIR", "--json", "--watch"],
     "show": ["CONFIG", "[KEY=VALUE]...", "--json"],
     "version": [],
     "delta": [],
