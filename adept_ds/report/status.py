@@ -30,6 +30,9 @@ State = Literal["running", "stopping", "silent", "finished", "unfinished", "stop
 and gives no sign of life. finished: nothing is left to do. unfinished: the last command there is done, the run is not.
 stopped: on request. failed: the last command said why. killed: it said nothing."""
 
+_STAGES = ("probe", "places", "expand", "train", "dial", "export", "eval", "tasks")
+"""In their order."""
+
 _PACE_STEPS = 50
 """The newest ones, by which speed is judged."""
 
@@ -115,8 +118,8 @@ def read_status(directory: Path, now: float | None = None) -> RunStatus:
     run = RunDirectory(directory)
     sign = read_sign(run.lock, run.activity, now)
     facts, steps, guard = _training(run), _num_steps(run), _json(run.guard).get("reason")
-    done = tuple(_json(run.ledger))
     trained = bool(steps and facts["step"] >= steps) or guard is not None
+    done = _done(run, trained=trained)
     state, why = sign.state, sign.why
     if state in ("finished", "not begun"):
         is_done = trained and "export" in done
@@ -138,7 +141,7 @@ def read_status(directory: Path, now: float | None = None) -> RunStatus:
         moved_seconds=_since(activity.moved, now) if activity and works else None,
         stage=(activity.stage or None) if activity and works else None,
         doing=bars,
-        done=(*done, "train") if trained else done,
+        done=done,
         step=facts["step"],
         steps=steps,
         loss=facts["loss"],
@@ -225,6 +228,11 @@ def _not_finished(run: RunDirectory, sign: Sign, step: int, steps: int | None) -
         return "not begun", "nothing is written yet: its ranks have not met, or ended before"
     trained = f"; training is at step {step} of {steps or '?'}" if step else ""
     return "unfinished", f"{sign.why}{trained}; {config}"
+
+
+def _done(run: RunDirectory, *, trained: bool) -> tuple[str, ...]:
+    known = {"train": trained, "expand": run.expansion.is_file()} | dict.fromkeys(_json(run.ledger), True)
+    return tuple(name for name in _STAGES if known.get(name))
 
 
 def _training(run: RunDirectory) -> dict[str, Any]:

@@ -131,12 +131,12 @@ class Tail:
                     text = file.read(_BYTES)
             except OSError:
                 return
-            end = text.rfind(b"\n") + 1
+            end = text.rfind(b"\n") + 1 or (len(text) if len(text) == _BYTES else 0)  # no line is that long
             if not end:
                 return
             for line in text[:end].splitlines(keepends=True):
                 self._at += len(line)  # by each: whoever takes them may fail between two
-                if (record := whole_line(line)) is not None:
+                if (record := whole_line(line.rstrip(b"\n"))) is not None:
                     yield record
 
 

@@ -42,7 +42,7 @@ def test_people_read_every_figure_that_a_program_gets(run: RunDirectory) -> None
         f"loss {found['loss']:.4f}, learning rate {found['lr']:.3g}",
         "held out general 2.2100, domain 1.6211 (step 100)",
         f"speed {found['tokens_per_second']:,.0f} tokens/s, 204,800 tokens so far",
-        "done train",
+        "done expand, train",
     ):
         assert words in text
 

@@ -48,7 +48,9 @@ def run(tmp_path: Path) -> RunDirectory:
     for step in (5, 3):
         manifest_of(run.checkpoints / checkpoint_tag(step)).parent.mkdir(parents=True)
         manifest_of(run.checkpoints / checkpoint_tag(step)).write_text("{}")
-    run.ledger.write_text(json.dumps({"probe": {}, "expand": {}}))
+    run.ledger.write_text(json.dumps({"probe": {}, "probe_corpus": {}, "eval_base": {}}))
+    run.expanded.mkdir()
+    run.expansion.write_text("{}")
     return run
 
 
@@ -233,7 +235,7 @@ def test_one_is_finished_when_it_is_trained_and_exported(run: RunDirectory) -> N
     assert read_status(run.root).state == "unfinished"
     run.ledger.write_text(json.dumps({"probe": {}, "export": {}}))
     found = read_status(run.root)
-    assert (found.state, found.left_seconds, found.done) == ("finished", None, ("probe", "export", "train"))
+    assert (found.state, found.left_seconds, found.done) == ("finished", None, ("probe", "expand", "train", "export"))
 
 
 def test_one_that_the_guard_has_ended_is_trained(run: RunDirectory) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import socket
@@ -13,6 +12,7 @@ from typing import Any
 
 import pytest
 from harness.waiting import until
+from harness.wandb_files import history as history_of
 from harness.workspace import Workspace
 
 from adept_ds.base.run_dir import RunDirectory
@@ -183,6 +183,12 @@ def test_a_line_is_taken_when_it_is_whole(tmp_path: Path) -> None:
         assert seen == [1] * (end >= text.index("\n") + 1) + [2] * (end == len(text))
 
 
+def test_what_is_damaged_is_passed_over_however_long_it_is(tmp_path: Path) -> None:
+    run, changed = RunDirectory(tmp_path), log_line(step_line(1)).replace('"loss": 3.0', '"loss": 9.0')
+    run.metrics.write_text("\0" * (3 << 20) + "\n" + changed + log_line(step_line(2)))
+    assert [record["step"] for record in Tail(run.metrics).new()] == [2]
+
+
 # --- the process ----------------------------------------------------------------------------------------------------
 
 
@@ -348,26 +354,9 @@ def test_mlflow_has_numbers_settings_and_how_it_ended_and_goes_on_with_the_same_
     assert history(mlflow, folder, run, "eval/domain_loss") == [(0, 3.0), (2, 2.0)]
     assert [key for key in found.data.metrics if "quoted" in key] == ["eval/a _quoted_ _ name_in two lines_loss"]
     assert found.data.params["train.global_batch_size"] == "12"
-    assert found.data.params["method.name"] == "adept"
+    assert found.data.params["method"] == "adept"
     (experiment,) = (e for e in client.search_experiments() if e.name == "adept-ds")
     assert [of.info.run_id for of in client.search_runs([experiment.experiment_id])] == [name]
-
-
-def wandb_rows(run: RunDirectory) -> list[tuple[str, dict[str, Any]]]:
-    """Of all its offline files in the order of time: the run's id, and each row of its history."""
-    datastore = pytest.importorskip("wandb.sdk.internal.datastore")
-    protocol = pytest.importorskip("wandb.proto.wandb_internal_pb2")
-    rows = []
-    for file in sorted(run.root.glob("wandb/offline-run-*/*.wandb")):
-        store = datastore.DataStore()
-        store.open_for_scan(str(file))
-        while (data := store.scan_data()) is not None:
-            record = protocol.Record()
-            record.ParseFromString(data)
-            if record.HasField("history"):
-                row = {".".join(item.nested_key) or item.key: item.value_json for item in record.history.item}
-                rows.append((file.stem.removeprefix("run-"), {key: json.loads(value) for key, value in row.items()}))
-    return rows
 
 
 def test_wandb_offline_has_the_same_numbers_and_goes_on_with_the_same_run(
@@ -379,11 +368,13 @@ def test_wandb_offline_has_the_same_numbers_and_goes_on_with_the_same_run(
     follow(make(wandb="entity/math"), run, *LINES, how="stopped")
     follow(make(3, wandb="entity/math"), run, step_line(4))
     assert make.said == []  # type: ignore[attr-defined]
-    rows = wandb_rows(run)
-    assert {name for name, _ in rows} == {Memory.load(run.tracking).trackers["wandb"].name}
-    steps = [(row["step"], row["train/loss"]) for _, row in rows if "train/loss" in row]
+    files = sorted(run.root.glob("wandb/offline-run-*/*.wandb"))
+    name = Memory.load(run.tracking).trackers["wandb"].name
+    assert [file.name for file in files] == [f"run-{name}.wandb"] * 2
+    rows = [row for file in files for row in history_of(file)]
+    steps = [(row["step"], row["train/loss"]) for row in rows if "train/loss" in row]
     assert steps == [(1, 3.0), (2, 1.5), (3, 1.0), (4, 0.75)]
-    held_out = [(row["step"], row["eval/domain_loss"]) for _, row in rows if "eval/domain_loss" in row]
+    held_out = [(row["step"], row["eval/domain_loss"]) for row in rows if "eval/domain_loss" in row]
     assert held_out == [(0, 3.0), (2, 2.0)]
 
 
