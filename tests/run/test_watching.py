@@ -79,7 +79,7 @@ def test_a_tracked_run_computes_the_same_on_two_ranks_whatever_trackers_do(
         logging["mlflow"] = "http://127.0.0.1:9" if stops else str(tmp_path / "mlruns")
     result = adept(2, "run", workspace.config(tracked, **sections, logging=logging))
     assert result.returncode == 0, result.stderr
-    assert ("logging.mlflow: " in result.stdout) == stops
+    assert "logging.mlflow: " in result.stdout or not stops
     first, second = Finished(plain), Finished(tracked)
     assert first.losses() == second.losses()
     assert all((first.weights()[name] == tensor).all() for name, tensor in second.weights().items())

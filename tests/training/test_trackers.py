@@ -114,6 +114,7 @@ def tell_all(run: RunDirectory, tracker: Moody, job: Job, how: How = "finished")
 def fast(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(follower, "_LOOKS", 0.01)
     monkeypatch.setattr(follower, "_RECORDS", 2)
+    monkeypatch.setattr(tracking, "PATIENCE", 300.0)  # importing a library takes as long as the machine is busy
 
 
 @pytest.mark.parametrize("fails", [set(), {1}, {2}, {1, 3, 4}])
@@ -206,6 +207,11 @@ def make(workspace: Workspace, tmp_path: Path) -> Iterator[Callable[..., Trackin
     yield made
 
 
+def complaints(make: Callable[..., Tracking]) -> list[str]:
+    """What the user was told, but that trackers are waited for."""
+    return [line for line in make.said if not line.startswith("waiting for ")]  # type: ignore[attr-defined]
+
+
 def follow(track: Tracking, run: RunDirectory, *records: dict[str, Any], how: How = "finished") -> None:
     run.root.mkdir(exist_ok=True)
     track.start()
@@ -246,7 +252,7 @@ def test_the_process_writes_what_prometheus_reads_and_ends_with_training(
         ("adept_train_general_rise_lower", "web"): 0.125,
     }
     assert families["adept_train_tokens"].type == "counter"
-    assert make.said == []  # type: ignore[attr-defined]
+    assert complaints(make) == []
     assert [path.name for path in tmp_path.iterdir() if path.suffix == ".tmp"] == []
 
 
@@ -310,11 +316,10 @@ def test_a_server_that_never_answers_holds_up_the_end_for_no_longer_than_its_pat
 
 
 def test_a_tracker_that_cannot_be_reached_is_told_the_rest_by_the_same_command(
-    tmp_path: Path, make: Callable[..., Tracking], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, make: Callable[..., Tracking]
 ) -> None:
     """Training is over, and its folder can be written only now."""
     mlflow = pytest.importorskip("mlflow", reason="pip install 'adept-ds[tracking]'")
-    monkeypatch.setattr(tracking, "PATIENCE", 10.0)
     run, folder = RunDirectory(tmp_path / "run"), tmp_path / "mlruns"
     folder.write_text("in the way")
     follow(make(mlflow=folder), run, *LINES)
@@ -347,7 +352,7 @@ def test_mlflow_has_numbers_settings_and_how_it_ended_and_goes_on_with_the_same_
     client = mlflow.MlflowClient(tracking_uri=str(folder))
     assert client.get_run(name).info.status == "KILLED"
     follow(make(3, mlflow=folder), run, step_line(4), {"step": 4, "eval": {STRANGE: {"loss": 1.5}}})
-    assert make.said == []  # type: ignore[attr-defined]
+    assert complaints(make) == []
     found = client.get_run(name)
     assert (found.info.status, found.info.run_name) == ("FINISHED", "run")
     assert history(mlflow, folder, run) == [(1, 3.0), (2, 1.5), (3, 1.0), (4, 0.75)]
@@ -367,7 +372,7 @@ def test_wandb_offline_has_the_same_numbers_and_goes_on_with_the_same_run(
     run = RunDirectory(tmp_path / "run")
     follow(make(wandb="entity/math"), run, *LINES, how="stopped")
     follow(make(3, wandb="entity/math"), run, step_line(4))
-    assert make.said == []  # type: ignore[attr-defined]
+    assert complaints(make) == []
     files = sorted(run.root.glob("wandb/offline-run-*/*.wandb"))
     name = Memory.load(run.tracking).trackers["wandb"].name
     assert [file.name for file in files] == [f"run-{name}.wandb"] * 2
