@@ -30,7 +30,7 @@ class RunDirectory:
     @property
     def activity(self) -> Path:
         """What whoever writes here is at, or how it ended."""
-        return self.root / "activity.json"
+        return self.root / "logs" / "activity.json"
 
     @property
     def ledger(self) -> Path:

@@ -8,7 +8,7 @@ from adept_ds.base.run_dir import RunDirectory, checkpoint_steps, checkpoint_tag
 
 NAMES = {
     "config": "config.yaml",
-    "activity": "activity.json",
+    "activity": "logs/activity.json",
     "tracking": "tracking.json",
     "ledger": "stages.json",
     "tokens": "cache/tokens",

@@ -32,7 +32,7 @@ from adept_ds.base.activity import Teller
 from adept_ds.base.writer_lock import WriterLock
 sys.argv[1:] = ["run", "math.yaml"]
 lock = WriterLock(Path("lock"), "run_dir")
-with lock.held(print), Teller(Path("activity.json"), lock, ranks=1):
+with lock.held(print), Teller(Path("logs/activity.json"), lock, ranks=1):
     print("held", flush=True)
     time.sleep(600)
 """
@@ -42,7 +42,7 @@ with lock.held(print), Teller(Path("activity.json"), lock, ranks=1):
 def run(tmp_path: Path) -> RunDirectory:
     """At step 6 of 10, with a checkpoint of step 5; nobody works there."""
     run = RunDirectory(tmp_path / "math")
-    run.root.mkdir()
+    run.log(0).parent.mkdir(parents=True)
     run.config.write_text(yaml.safe_dump({"train": {"steps": 10}}))
     write_steps(run, 6)
     for step in (5, 3):
