@@ -17,7 +17,7 @@ from harness.workspace import Workspace
 from adept_ds.base.errors import UnitMismatchError
 from adept_ds.base.files import write_json
 from adept_ds.config.checks import accumulation_steps, anchor_shape
-from adept_ds.config.deepspeed import check_deepspeed_file
+from adept_ds.config.deepspeed_merge import deepspeed_of_run
 from adept_ds.config.loading import parse_config
 from adept_ds.config.schema import Config
 from adept_ds.data.mixture import Mixture
@@ -76,7 +76,9 @@ def training_engine(
         optimizer: takes AdamW's arguments; None: an engine that takes no step.
     """
     train = config.train
-    settings = EngineSettings(check_deepspeed_file(config.deepspeed), resolve_precision(train.precision), ranks)
+    steps = accumulation_steps(train, ranks.world_size)
+    ds_config = deepspeed_of_run(config, model, ranks.world_size, steps)
+    settings = EngineSettings(ds_config, resolve_precision(train.precision), ranks)
     options: dict[str, Any] = {
         "seed": train.seed,
         "recompute_activations": train.activation_checkpointing,
