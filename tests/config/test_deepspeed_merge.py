@@ -183,9 +183,9 @@ CONTRADICTIONS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "accumulation": (
         {"gradient_accumulation_steps": 8},
         {},
-        "gradient_accumulation_steps: 8, but train.global_batch_size: 12 on 2 ranks with train.micro_batch_size: 2 makes",
+        "gradient_accumulation_steps: 8, but train.global_batch_size: 12 on 2 ranks with train.micro_batch_size: 2",
     ),
-    "clipping": ({"gradient_clipping": 1.0}, {}, "gradient_clipping: 1.0, but train.clip_grad_norm is 0.5"),
+    "clipping": ({"gradient_clipping": 0.7}, {}, "gradient_clipping: 0.7, but train.clip_grad_norm is 0.5"),
     "a number in quotes": ({"gradient_clipping": "0.5"}, {}, "gradient_clipping: '0.5', but"),
     "another optimizer": (params("optimizer", "Lion"), {}, "optimizer.type: 'Lion', but training steps with AdamW"),
     "Adam without decay of its own": (

@@ -65,6 +65,8 @@ class Outcome:
     """Parameters among those that stayed gathered that lie elsewhere at the end."""
     lowest_runs: int
     """Forward passes of layer 0, which is frozen."""
+    twice_partitioned: int
+    """Parameters that lie split over a group of ranks beside their partition over all (hpZ)."""
 
 
 def training_engine(
@@ -226,6 +228,7 @@ class Lab:
             name: values[name] for name, parameter in engine.module.named_parameters() if parameter.requires_grad
         }
         cut_rows = _cut_rows(engine)
+        twice = sum(getattr(p, "ds_secondary_tensor", None) is not None for p in engine.module.parameters())
         release(engine)
         return Outcome(
             losses,
@@ -237,6 +240,7 @@ class Lab:
             kept,
             gathered_again,
             lowest_runs,
+            twice,
         )
 
     def source_importance(self, config: Config) -> dict[str, float]:
