@@ -65,11 +65,11 @@ def check_user_config(path: Path, tree: Mapping[str, Any], precision: str = AUTO
 
 def _check_device(path: Path, tree: Mapping[str, Any], precision: str) -> None:
     """What only a process with torch can tell."""
-    device, quantised = device_name(), "zero_quantized_weights"
-    if tree["zero_optimization"].get(quantised) and device != "cuda":
+    device, zero = device_name(), DeepSpeedZeroConfig(**tree["zero_optimization"])
+    if zero.zero_quantized_weights and device != "cuda":
         raise InputError(
-            f"deepspeed: '{path}': 'zero_optimization.{quantised}' is True, which needs DeepSpeed's kernels for CUDA, "
-            f"but this device is '{device}'; remove it"
+            f"deepspeed: '{path}': 'zero_optimization.zero_quantized_weights' is True, which needs DeepSpeed's kernels "
+            f"for CUDA, but this device is '{device}'; remove it"
         )
     if precision == AUTO:
         here = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[resolve_precision(AUTO)]
