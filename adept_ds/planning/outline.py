@@ -1,0 +1,394 @@
+"""What a training step does to memory and weights, from a model without content.
+
+The model is built on PyTorch's meta device, where tensors have a shape and nothing else, and sequences are sent through
+it. So what is kept for the backward pass, and which module uses which weights when, are those of the model's
+own code, whatever its family; nothing here knows an architecture. Attention is taken for PyTorch's fused kernel of an
+accelerator, which keeps queries, keys, values, its output and a number for each query, and no scores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from adept_ds.config.deepspeed import UNSUPPORTED
+from adept_ds.models.directory import ModelDirectory, understood_by_transformers
+from adept_ds.models.families import Family
+from adept_ds.models.flops import StepFlops, step_flops
+from adept_ds.models.head_chunks import bytes_per_logit
+from adept_ds.models.hidden_states import final_hidden
+from adept_ds.models.loading import Trains
+from adept_ds.planning.live_bytes import LiveBytes
+
+_ATTENTION = "planned"
+_ROWS = 2
+"""Sequences that are sent through: of one alone, some operations copy nothing that copy for more."""
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A parameter."""
+
+    name: str
+    numel: int
+    trains: bool
+
+
+@dataclass(frozen=True)
+class Call:
+    """A module that runs, with weights of its own, or a decoder layer around such modules."""
+
+    weights: tuple[int, ...]
+    """Positions in `Outline.weights`."""
+    layer: int | None
+    """The decoder layer that it is part of, or is."""
+    is_layer: bool
+    gradient_leaves: bool
+    """Whether what it returns has a gradient: then it has a backward pass."""
+    gradient_enters: bool
+    """Whether what it is given has one."""
+
+
+@dataclass(frozen=True)
+class Event:
+    """A call begins, or ends."""
+
+    call: int
+    begins: bool
+
+
+@dataclass(frozen=True)
+class Saved:
+    """Bytes that are kept for the backward pass: fixed, and of each sequence."""
+
+    fixed: float = 0.0
+    per_row: float = 0.0
+
+    def __add__(self, other: Saved) -> Saved:
+        return Saved(self.fixed + other.fixed, self.per_row + other.per_row)
+
+    def of(self, rows: int) -> float:
+        return self.fixed + rows * self.per_row
+
+
+@dataclass(frozen=True, eq=False)
+class Outline:
+    """A training step of one micro-batch of one sequence."""
+
+    weights: tuple[Weight, ...]
+    """In the model's order; a tied one once."""
+    calls: tuple[Call, ...]
+    forward: tuple[Event, ...]
+    """Beginnings and ends of calls, in order."""
+    element_size: int
+    """Bytes of an element of weights and hidden states."""
+    lowest: int
+    """Decoder layer from which on gradients are wanted."""
+    layer_saved: tuple[Saved, ...]
+    """By decoder layer."""
+    other_saved: Saved
+    """Around the layers, the gradient that leaves the head included."""
+    layer_input: float
+    """Bytes of the hidden states of a sequence."""
+    working: float
+    """Bytes of a sequence that the backward pass of the heaviest layer holds beside what was kept."""
+    seq_len: int
+    vocabulary: int
+    head_numel: int
+    logit_bytes: int
+    """That are held for each logit of a chunk."""
+    flops: StepFlops
+    """By token."""
+    recomputed_flops: float
+    """By token, of the forward passes that activation checkpointing repeats."""
+    head_trains: bool
+
+    @cached_property
+    def trainable(self) -> int:
+        return sum(weight.numel for weight in self.weights if weight.trains)
+
+    @cached_property
+    def total(self) -> int:
+        return sum(weight.numel for weight in self.weights)
+
+
+def outline_of(model: ModelDirectory, trains: Trains, precision: torch.dtype, seq_len: int) -> Outline:
+    """Of a model of which nothing but config.json has to be there.
+
+    Args:
+        model: that training starts from, copies included.
+        trains: what of it trains.
+
+    Raises:
+        InputError: transformers cannot make a model of its configuration.
+    """
+    built = _contentless(model, precision)
+    family = model.family
+    with torch.device("meta"):
+        trains.prepare(built)
+    layers = list(family.layer_modules(built))
+    recorder = _Recorder(built, layers, seq_len)
+    lowest = trains.lowest_trainable_layer
+    with understood_by_transformers(model.path), _StandIns(), recorder.recording():
+        hidden = final_hidden(built, torch.zeros(_ROWS, seq_len, dtype=torch.int64, device="meta"), None)
+    head: Any = built.get_output_embeddings()
+    recorder.add_head(head, hidden)
+    size = hidden.element_size()
+    flops, recomputed = _flops(built, family, layers, seq_len, lowest)
+    config: Any = built.config
+    divisor, cap = family.logit_transform(config)
+    head_trains = bool(head.weight.requires_grad)
+    kept_of_head = Saved(4.0 * head.weight.numel() if head_trains else 0.0, hidden.numel() * size / _ROWS)
+    return Outline(
+        weights=recorder.weights,
+        calls=tuple(recorder.calls),
+        forward=tuple(recorder.events),
+        element_size=size,
+        lowest=lowest,
+        layer_saved=tuple(recorder.saved_by(index) for index in range(len(layers))),
+        other_saved=recorder.saved_by(None) + kept_of_head,
+        layer_input=hidden.numel() * size / _ROWS,
+        working=_working_bytes(recorder, layers, lowest),
+        seq_len=seq_len,
+        vocabulary=head.weight.shape[0],
+        head_numel=head.weight.numel(),
+        logit_bytes=bytes_per_logit(head.weight, divisor, cap),
+        flops=flops,
+        recomputed_flops=recomputed,
+        head_trains=head_trains,
+    )
+
+
+def _contentless(model: ModelDirectory, precision: torch.dtype) -> Any:
+    from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM
+
+    AttentionInterface.register(_ATTENTION, _attention)
+    AttentionMaskInterface.register(_ATTENTION, lambda *_, **__: None)
+    with understood_by_transformers(model.path), torch.device("meta"):
+        config = AutoConfig.for_model(**model.config)
+        built: Any = AutoModelForCausalLM.from_config(config, dtype=precision)
+    if built.config._attn_implementation == "sdpa":
+        built.set_attn_implementation(_ATTENTION)
+    for module in built.modules():
+        if isinstance(getattr(module, "rope_type", None), str):
+            module.rope_type = "default"  # others look at the positions; shapes are the same
+    built.config.use_cache = False
+    built.config.pad_token_id = None  # or GPT-2 looks for it among the tokens
+    built.requires_grad_(False)
+    return built.train()
+
+
+class _FusedAttention(torch.autograd.Function):
+    """What a fused kernel keeps and returns, without computing anything. [rows, heads, tokens, width] each."""
+
+    @staticmethod
+    def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        rows, heads, tokens, _ = query.shape
+        out = query.new_empty(rows, tokens, heads, value.shape[-1])
+        ctx.save_for_backward(query, key, value, out, query.new_empty(rows, heads, tokens, dtype=torch.float32))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        query, key, value, *_ = ctx.saved_tensors
+        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+
+
+def _attention(
+    module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any
+) -> tuple[torch.Tensor, None]:
+    return _FusedAttention.apply(query, key, value), None
+
+
+class _GroupedProduct(torch.autograd.Function):
+    """Shapes of `grouped_mm`: rows [n, inputs], in groups, times a matrix of each [groups, inputs, outputs]."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, matrices: torch.Tensor) -> torch.Tensor:
+        needs_rows, needs_matrices = ctx.needs_input_grad
+        ctx.save_for_backward(rows if needs_matrices else None, matrices if needs_rows else None)
+        ctx.shapes = rows.shape, matrices.shape
+        return rows.new_empty(rows.shape[0], matrices.shape[-1])
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        needed = zip(ctx.needs_input_grad, ctx.shapes, strict=True)
+        return tuple(grad_outputs[0].new_empty(shape) if needs else None for needs, shape in needed)
+
+
+class _StandIns(TorchFunctionMode):
+    """Of operations that refuse tensors without content: PyTorch (2.13) groups products of such in bf16 alone."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in ("grouped_mm", "_grouped_mm") and args[0].dtype != torch.bfloat16:
+            return _GroupedProduct.apply(args[0], args[1])
+        return func(*args, **(kwargs or {}))
+
+
+class _Recorder:
+    """Sees modules run, and what is kept for the backward pass."""
+
+    def __init__(self, model: Any, layers: Sequence[torch.nn.Module], seq_len: int) -> None:
+        self._seq_len = seq_len
+        named = dict(model.named_parameters())
+        self.weights = tuple(Weight(name, p.numel(), p.requires_grad) for name, p in named.items())
+        self._position = {id(parameter): index for index, parameter in enumerate(named.values())}
+        self._of_weights = {parameter.untyped_storage()._cdata for parameter in named.values()}
+        self._layer_of = {id(layer): index for index, layer in enumerate(layers)}
+        self._model = model
+        self._layer: int | None = None
+        self.calls: list[Call] = []
+        self.events: list[Event] = []
+        self.arguments: dict[int, tuple[Any, dict[str, Any]]] = {}
+        self._open: list[tuple[torch.nn.Module, int]] = []
+        self._kept: dict[int, tuple[torch.Tensor, int | None]] = {}
+        self._shared: set[int] = set()
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        hooks = []
+        for module in _separate_modules(self._model.base_model):
+            hooks.append(module.register_forward_pre_hook(self._begin, with_kwargs=True))
+            hooks.append(module.register_forward_hook(self._end))
+        with torch.autograd.graph.saved_tensors_hooks(self._keep, lambda kept: kept):
+            yield
+        for hook in hooks:
+            hook.remove()
+
+    def add_head(self, head: torch.nn.Module, hidden: torch.Tensor) -> None:
+        """It runs last, on what the rest of the model returned."""
+        gradient = hidden.requires_grad
+        weights = tuple(self._position[id(weight)] for weight in head.parameters())
+        self.calls.append(Call(weights, None, False, gradient or head.weight.requires_grad, gradient))  # type: ignore[union-attr]
+        self.events += [Event(len(self.calls) - 1, True), Event(len(self.calls) - 1, False)]
+
+    def saved_by(self, layer: int | None) -> Saved:
+        """By a decoder layer, or by what is around them."""
+        total = Saved()
+        for key, (tensor, of) in self._kept.items():
+            if of == layer:
+                size = tensor.untyped_storage().nbytes()
+                # What has no number for each token, such as a gain that a norm adds 1 to, is there once.
+                once = key in self._shared or size // tensor.element_size() % self._seq_len
+                total += Saved(fixed=float(size)) if once else Saved(per_row=size / _ROWS)
+        return total
+
+    def _begin(self, module: torch.nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if id(module) in self._layer_of:
+            self._layer = self._layer_of[id(module)]
+            self.arguments[self._layer] = (inputs, kwargs)
+            self._shared |= {tensor.untyped_storage()._cdata for tensor in _tensors(kwargs)}
+        recursive = _is_leaf(module)
+        weights = [self._position[id(weight)] for weight in module.parameters(recurse=recursive)]
+        given = any(tensor.requires_grad for tensor in (*_tensors(inputs), *_tensors(kwargs)))
+        self.calls.append(Call(tuple(weights), self._layer, id(module) in self._layer_of, False, given))
+        self._open.append((module, len(self.calls) - 1))
+        self.events.append(Event(len(self.calls) - 1, True))
+
+    def _end(self, module: torch.nn.Module, inputs: Any, output: Any) -> None:
+        begun, index = self._open.pop()
+        assert begun is module
+        call = self.calls[index]
+        leaves = any(tensor.requires_grad for tensor in _tensors(output))
+        self.calls[index] = Call(call.weights, call.layer, call.is_layer, leaves, call.gradient_enters)
+        self.events.append(Event(index, False))
+        if call.is_layer:
+            self._layer = None
+
+    def _keep(self, tensor: torch.Tensor) -> torch.Tensor:
+        key = tensor.untyped_storage()._cdata
+        if key not in self._of_weights:
+            self._kept.setdefault(key, (tensor.detach(), self._layer))
+        return tensor
+
+
+def _separate_modules(root: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    """Those that ZeRO-3 gathers weights for, each by itself."""
+    yield root
+    if not _is_leaf(root):
+        for child in root.children():
+            yield from _separate_modules(child)
+
+
+_LEAVES = next(set(feature.off[-1]) for feature in UNSUPPORTED if feature.key.endswith(".leaf_module.classes"))
+"""Classes of modules that DeepSpeed gathers as a whole unless it is told otherwise."""
+
+
+def _is_leaf(module: torch.nn.Module) -> bool:
+    return f"{type(module).__module__}.{type(module).__qualname__}" in _LEAVES
+
+
+def _tensors(tree: Any) -> list[torch.Tensor]:
+    if isinstance(tree, torch.Tensor):
+        return [tree]
+    if isinstance(tree, dict):
+        return [tensor for value in tree.values() for tensor in _tensors(value)]
+    return [tensor for item in tree for tensor in _tensors(item)] if isinstance(tree, list | tuple) else []
+
+
+def _working_bytes(recorder: _Recorder, layers: Sequence[torch.nn.Module], lowest: int) -> float:
+    """The heaviest layer's backward pass, run once more by itself."""
+    saved = {index: recorder.saved_by(index).per_row for index in range(lowest, len(layers))}
+    heaviest = max(saved, key=lambda index: saved[index])
+    inputs, kwargs = recorder.arguments[heaviest]
+    layer, hooks = layers[heaviest], []
+    for weight in layer.parameters():
+        if weight.requires_grad:
+            hooks.append(weight.register_post_accumulate_grad_hook(_forget_gradient))
+    hidden = next(iter(_tensors(inputs) or _tensors(kwargs)))
+    given = hidden.detach().requires_grad_(True)
+    with LiveBytes() as live, _StandIns():
+        if _tensors(inputs):
+            output = layer(given, *inputs[1:], **kwargs)
+        else:
+            name = next(key for key, value in kwargs.items() if value is hidden)
+            output = layer(**(kwargs | {name: given}))
+        (left,) = _tensors(output)[:1]
+        gradient = torch.empty_like(left)
+        kept, live.peak = live.now, live.now
+        left.backward(gradient)
+        peak = live.peak
+    for hook in hooks:
+        hook.remove()
+    return (peak - kept) / _ROWS
+
+
+def _forget_gradient(weight: torch.Tensor) -> None:
+    weight.grad = None
+
+
+def _flops(
+    model: Any, family: Family, layers: Sequence[torch.nn.Module], seq_len: int, lowest: int
+) -> tuple[StepFlops, float]:
+    """By token: of a step, and of what checkpointing computes again."""
+    config = model.config
+    passed = []
+    for layer in layers:
+        sizes = []
+        for weight in layer.parameters():
+            if family.experts_per_token_key and weight.dim() == 3:
+                share = getattr(config, family.experts_per_token_key) / weight.shape[0]
+            else:
+                share = 1.0
+            sizes.append((weight.requires_grad, share * weight.numel()))
+        passed.append((sum(size for _, size in sizes), sum(size for trains, size in sizes if trains)))
+    head = model.get_output_embeddings().weight
+    embedding_trains = model.get_input_embeddings().weight.requires_grad
+    width = _attention_width(config)
+    found = step_flops(
+        passed, width, float(head.numel()), seq_len, head_trains=head.requires_grad, embedding_trains=embedding_trains
+    )
+    again = sum(2.0 * weights + 2.0 * seq_len * width for weights, _ in passed[lowest:])
+    return found, again
+
+
+def _attention_width(config: Any) -> int:
+    """Of all heads together, which need not be the width of the residual stream."""
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(config.num_attention_heads * head_dim)
