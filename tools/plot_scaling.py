@@ -96,7 +96,7 @@ def table(name: str, found: Sequence[Point]) -> list[str]:
     lines = [
         f"### {name}",
         "",
-        "| GPUs | stage | micro-batch | checkpointing | peak | sent by a GPU | computing | sending | a step | tokens/s |",
+        "| GPUs | stage | micro-batch | checkpointing | peak | sent | computing | sending | a step | tokens/s |",
         "| --: | --: | --: | :-- | --: | --: | --: | --: | --: | --: |",
     ]
     for point in found:

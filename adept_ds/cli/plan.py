@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -100,7 +101,7 @@ def print_plan(made: Plan, terminal: Terminal) -> None:
 
 
 def _table(made: Plan) -> Table:
-    from adept_ds.planning.memory import Step, activation_bytes
+    from adept_ds.planning.memory import activation_bytes
     from adept_ds.planning.quantities import in_gb, in_seconds
     from adept_ds.planning.report import KINDS
 
@@ -116,12 +117,9 @@ def _table(made: Plan) -> Table:
     for kind, words in KINDS.items():
         table.add_row(words, *(in_gb(getattr(w.found.memory, kind)) for w in ways))
         if kind == "activations":
-            steps = [Step(w.step.ranks, w.step.rows, w.step.micro_batches, not w.step.recompute) for w in ways]
-            others = (
-                f"[dim]{'kept' if w.step.recompute else 'checkpointed'} {in_gb(activation_bytes(outline, s))}[/]"
-                for w, s in zip(ways, steps, strict=True)
-            )
-            table.add_row("[dim]  the other way[/]", *others)
+            other = [activation_bytes(outline, replace(w.step, recompute=not w.step.recompute), w.zero) for w in ways]
+            words = (f"{'off' if w.step.recompute else 'on'}: {in_gb(o)}" for w, o in zip(ways, other, strict=True))
+            table.add_row("[dim]  with checkpointing[/]", *(f"[dim]{text}[/]" for text in words))
         if kind == "frozen_weights" and any(w.found.kept for w in ways):
             kept = (f"[dim]{in_gb(w.found.kept)}[/]" if w.found.kept else "" for w in ways)
             table.add_row("[dim]  of which kept gathered[/]", *kept)

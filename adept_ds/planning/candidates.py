@@ -75,7 +75,7 @@ def candidate(task: Task, cluster: Cluster, stage: int, rows: int, recompute: bo
     """One with micro-batches of `rows` sequences."""
     zero, outline = as_run(task.settings[stage], task.precision), task.outline
     step = Step(cluster.gpus, rows, task.global_batch_size // (rows * cluster.gpus), recompute)
-    logits_at_once = cluster.memory / _LOGITS_SHARE / outline.logit_bytes
+    logits_at_once = cluster.memory / _LOGITS_SHARE / outline.planned_logit_bytes
     found = held(outline, zero, step, logits_at_once, task.keep_gathered, cluster.usable)
     within = within_micro_batches(outline, zero, step, found)
     after = after_micro_batches(outline, zero, step, found)

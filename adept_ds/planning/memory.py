@@ -35,19 +35,23 @@ class Memory:
     """Two moments in float32."""
     gather_buffers: float
     """Stage 3: weights that are whole for a while, and where they arrive."""
+    bucket: float
+    """Stage 3: where gradients are collected, there from the start."""
     reduce_buffers: float
-    """Where gradients are collected and sent from."""
+    """What else holds gradients on their way, in the backward pass."""
     activations: float
     """Kept for the backward pass, where the forward pass ends; with checkpointing, one layer's beside the inputs."""
     logits: float
     """A chunk of them, in all precisions in which they are held together."""
     working: float
-    """Of the backward pass of a layer; its peak does not meet that of the logits."""
+    """Of the backward pass of a layer."""
 
     @property
     def peak(self) -> float:
-        held = sum(getattr(self, each.name) for each in fields(self) if each.name not in ("logits", "working"))
-        return float(held + max(self.logits, self.working))
+        """A bound: what the passes hold at most is added up, but for the logits, which are gone when they turn."""
+        at_times = ("logits", "working", "reduce_buffers")
+        held = sum(getattr(self, each.name) for each in fields(self) if each.name not in at_times)
+        return float(held + max(self.logits, self.working + self.reduce_buffers))
 
     @property
     def states(self) -> float:
@@ -111,10 +115,12 @@ def _whole_weights(outline: Outline, zero: ZeroSettings, step: Step, logits_at_o
     if size == _SINGLE:
         partition = _largest_share(outline.weights, flat // step.ranks, step.ranks)
         # Stage 1 keeps whole gradients until it reduces them; stage 2 those of parameters that it steps a part of.
-        gradients = _SINGLE * (trained if zero.stage == 1 else partition * min(2, step.micro_batches))
+        gradients: float = _SINGLE * (trained if zero.stage == 1 else partition)
     else:
         gradients = _SINGLE * part
     buffers = size * bucket * (2 if zero.overlap_comm else 1)
+    if size == _SINGLE and step.micro_batches > 1:
+        buffers += _SINGLE * partition  # those of a micro-batch, before they are added
     sent = (size + (0 if size == _SINGLE else _SINGLE)) * used  # what of a bucket is flattened, and then in float32
     return Memory(
         frozen_weights=float(size * (outline.total - trained)),
@@ -122,8 +128,9 @@ def _whole_weights(outline: Outline, zero: ZeroSettings, step: Step, logits_at_o
         gradients=float(gradients),
         optimizer=2 * _SINGLE * part,
         gather_buffers=0.0,
+        bucket=0.0,
         reduce_buffers=float(buffers + sent),
-        activations=activation_bytes(outline, step),
+        activations=activation_bytes(outline, step, zero),
         logits=logit_bytes(outline, step.rows, logits_at_once),
         working=outline.working * step.rows,
     )
@@ -150,17 +157,17 @@ def _partitioned(
             # The partition of a kept weight is a view of it.
             beside += size * (numel - parts[position] if position in kept else numel)
     of_trained = sum(size * numel for position, numel in whole.items() if outline.weights[position].trains)
-    masters = 0 if size == _SINGLE else _SINGLE
     played = gathering(outline, ranks, tuple(sorted({*persistent, *kept})), zero.windows, step.recompute)
     used = min(zero.reduce_bucket_size, outline.trainable)
     memory = Memory(
         frozen_weights=size * frozen + beside,
-        trained_weights=float((size + masters) * trained + of_trained),
+        trained_weights=float((size + _SINGLE) * trained + of_trained),
         gradients=float(_SINGLE * trained),
         optimizer=float(2 * _SINGLE * trained),
         gather_buffers=played.peak,
-        reduce_buffers=float(_SINGLE * (zero.reduce_bucket_size + used)),
-        activations=activation_bytes(outline, step),
+        bucket=float(_SINGLE * zero.reduce_bucket_size),
+        reduce_buffers=float(_SINGLE * used),
+        activations=activation_bytes(outline, step, zero),
         logits=logit_bytes(outline, step.rows, logits_at_once),
         working=outline.working * step.rows,
     )
@@ -190,9 +197,12 @@ def _largest_share(weights: Sequence[Weight], part: int, ranks: int) -> int:
     return max(shares)
 
 
-def activation_bytes(outline: Outline, step: Step) -> float:
+def activation_bytes(outline: Outline, step: Step, zero: ZeroSettings) -> float:
     """With checkpointing, every layer from the lowest up keeps its input, and one at a time all that it needs."""
     layers = [saved.of(step.rows) for saved in outline.layer_saved]
+    if zero.stage == 3 and zero.memory_efficient_linear:
+        inputs_too = [inputs.of(step.rows) for inputs in outline.layer_inputs]
+        layers = [saved + inputs for saved, inputs in zip(layers, inputs_too, strict=True)]
     if not step.recompute:
         return sum(layers) + outline.other_saved.of(step.rows)
     repeated = layers[outline.lowest :]

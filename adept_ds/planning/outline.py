@@ -8,7 +8,7 @@ accelerator, which keeps queries, keys, values, its output and a number for each
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -92,6 +92,8 @@ class Outline:
     """Decoder layer from which on gradients are wanted."""
     layer_saved: tuple[Saved, ...]
     """By decoder layer."""
+    layer_inputs: tuple[Saved, ...]
+    """By decoder layer, what else a linear layer keeps that keeps its input, whether or not its weight trains."""
     other_saved: Saved
     """Around the layers, the gradient that leaves the head included."""
     layer_input: float
@@ -101,8 +103,10 @@ class Outline:
     seq_len: int
     vocabulary: int
     head_numel: int
+    planned_logit_bytes: int
+    """For each logit, by which the size of a chunk is chosen (`models.head_chunks`)."""
     logit_bytes: int
-    """That are held for each logit of a chunk."""
+    """That are held for each: in float32, itself and its log-probability, and its tangent under a cap."""
     flops: StepFlops
     """By token."""
     recomputed_flops: float
@@ -135,7 +139,7 @@ def outline_of(model: ModelDirectory, trains: Trains, precision: torch.dtype, se
     layers = list(family.layer_modules(built))
     recorder = _Recorder(built, layers, seq_len)
     lowest = trains.lowest_trainable_layer
-    with understood_by_transformers(model.path), _StandIns(), recorder.recording():
+    with understood_by_transformers(model.path), _StandIns(recorder.sees_linear), recorder.recording():
         hidden = final_hidden(built, torch.zeros(_ROWS, seq_len, dtype=torch.int64, device="meta"), None)
     head: Any = built.get_output_embeddings()
     recorder.add_head(head, hidden)
@@ -152,13 +156,15 @@ def outline_of(model: ModelDirectory, trains: Trains, precision: torch.dtype, se
         element_size=size,
         lowest=lowest,
         layer_saved=tuple(recorder.saved_by(index) for index in range(len(layers))),
+        layer_inputs=tuple(recorder.inputs_of(index) for index in range(len(layers))),
         other_saved=recorder.saved_by(None) + kept_of_head,
         layer_input=hidden.numel() * size / _ROWS,
         working=_working_bytes(recorder, layers, lowest),
         seq_len=seq_len,
         vocabulary=head.weight.shape[0],
         head_numel=head.weight.numel(),
-        logit_bytes=bytes_per_logit(head.weight, divisor, cap),
+        planned_logit_bytes=bytes_per_logit(head.weight, divisor, cap),
+        logit_bytes=8 if cap is None else 12,
         flops=flops,
         recomputed_flops=recomputed,
         head_trains=head_trains,
@@ -225,9 +231,15 @@ class _GroupedProduct(torch.autograd.Function):
 class _StandIns(TorchFunctionMode):
     """Of operations that refuse tensors without content: PyTorch (2.13) groups products of such in bf16 alone."""
 
+    def __init__(self, sees_linear: Callable[[torch.Tensor], None]) -> None:
+        super().__init__()
+        self._sees_linear = sees_linear
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if getattr(func, "__name__", "") in ("grouped_mm", "_grouped_mm") and args[0].dtype != torch.bfloat16:
             return _GroupedProduct.apply(args[0], args[1])
+        if func is torch.nn.functional.linear and any(tensor.requires_grad for tensor in args[:2]):
+            self._sees_linear(args[0])
         return func(*args, **(kwargs or {}))
 
 
@@ -248,6 +260,7 @@ class _Recorder:
         self.arguments: dict[int, tuple[Any, dict[str, Any]]] = {}
         self._open: list[tuple[torch.nn.Module, int]] = []
         self._kept: dict[int, tuple[torch.Tensor, int | None]] = {}
+        self._inputs: dict[int, tuple[torch.Tensor, int | None]] = {}
         self._shared: set[int] = set()
 
     @contextmanager
@@ -265,13 +278,24 @@ class _Recorder:
         """It runs last, on what the rest of the model returned."""
         gradient = hidden.requires_grad
         weights = tuple(self._position[id(weight)] for weight in head.parameters())
-        self.calls.append(Call(weights, None, False, gradient or head.weight.requires_grad, gradient))  # type: ignore[union-attr]
+        leaves = gradient or any(weight.requires_grad for weight in head.parameters())
+        self.calls.append(Call(weights, None, False, leaves, gradient))
         self.events += [Event(len(self.calls) - 1, True), Event(len(self.calls) - 1, False)]
 
     def saved_by(self, layer: int | None) -> Saved:
         """By a decoder layer, or by what is around them."""
+        return self._sum(self._kept, layer)
+
+    def inputs_of(self, layer: int) -> Saved:
+        """What else its linear layers are given."""
+        return self._sum({key: value for key, value in self._inputs.items() if key not in self._kept}, layer)
+
+    def sees_linear(self, given: torch.Tensor) -> None:
+        self._inputs.setdefault(given.untyped_storage()._cdata, (given.detach(), self._layer))
+
+    def _sum(self, found: Mapping[int, tuple[torch.Tensor, int | None]], layer: int | None) -> Saved:
         total = Saved()
-        for key, (tensor, of) in self._kept.items():
+        for key, (tensor, of) in found.items():
             if of == layer:
                 size = tensor.untyped_storage().nbytes()
                 # What has no number for each token, such as a gain that a norm adds 1 to, is there once.
@@ -343,7 +367,7 @@ def _working_bytes(recorder: _Recorder, layers: Sequence[torch.nn.Module], lowes
             hooks.append(weight.register_post_accumulate_grad_hook(_forget_gradient))
     hidden = next(iter(_tensors(inputs) or _tensors(kwargs)))
     given = hidden.detach().requires_grad_(True)
-    with LiveBytes() as live, _StandIns():
+    with LiveBytes() as live, _StandIns(lambda _: None):
         if _tensors(inputs):
             output = layer(given, *inputs[1:], **kwargs)
         else:

@@ -9,7 +9,7 @@ from typing import Any
 from adept_ds.base.errors import InputError
 from adept_ds.planning.candidates import Candidate, Task, best_by_stage, candidate, recommended
 from adept_ds.planning.cluster import HOP_BETWEEN_NODES, HOP_IN_NODE, Cluster
-from adept_ds.planning.memory import Step, activation_bytes
+from adept_ds.planning.memory import activation_bytes
 from adept_ds.planning.quantities import in_gb, in_seconds
 
 _MOST_GPUS = 1 << 16
@@ -21,6 +21,7 @@ KINDS = {
     "gradients": "gradients",
     "optimizer": "optimizer's moments",
     "gather_buffers": "gathered weights",
+    "bucket": "gradients' bucket",
     "reduce_buffers": "gradients on their way",
     "activations": "activations",
     "logits": "logits",
@@ -183,7 +184,7 @@ def to_json(plan: Plan) -> dict[str, Any]:
 def _candidate_json(each: Candidate, task: Task, cluster: Cluster) -> dict[str, Any]:
     step = each.step
     both = {
-        name: activation_bytes(task.outline, Step(step.ranks, step.rows, step.micro_batches, recompute))
+        name: activation_bytes(task.outline, replace(step, recompute=recompute), each.zero)
         for name, recompute in (("kept", False), ("checkpointed", True))
     }
     return {

@@ -48,8 +48,8 @@ def after_micro_batches(outline: Outline, zero: ZeroSettings, step: Step, found:
         numel = [outline.weights[position].numel for position in found.persistent]
         payload = float(size * sum(-(-each // ranks) * ranks for each in numel)) if ranks > 1 else 0.0
         return [Collective("all-gather", "small weights after a step", payload, len(numel))]
-    flat = -(-outline.trainable // (2 * ranks)) * 2 * ranks
-    gathered = Collective("all-gather", "trained weights after a step", float(size * flat), 1)
+    flat = -(-outline.trainable // (2 * ranks)) * 2 * ranks if ranks > 1 else 0
+    gathered = Collective("all-gather", "trained weights after a step", float(size * flat), int(ranks > 1))
     if zero.stage == 1 and not zero.overlap_comm:
         return [_all_reduce(outline.trainable, zero, 1), gathered]
     return [gathered]

@@ -22,20 +22,22 @@ class ZeroSettings:
     param_persistence_threshold: int = 100_000
     max_live_parameters: int = 1_000_000_000
     max_reuse_distance: int = 1_000_000_000
-    sub_group_size: int = 1_000_000_000
+    memory_efficient_linear: bool = True
+    """At stage 3, DeepSpeed's own linear layers, which keep their input even where their weight is frozen."""
 
     @classmethod
     def read(cls, deepspeed: Mapping[str, Any], file: str) -> ZeroSettings:
         """Of a DeepSpeed configuration that was checked."""
         zero = deepspeed["zero_optimization"]
         stage, overlap = int(zero["stage"]), zero.get("overlap_comm")
+        keeps_inputs = zero.get("memory_efficient_linear", True) is not False
         found = cls(stage, stage == 3 if overlap is None else bool(overlap), file)
-        given = {}
-        for name in cls.__dataclass_fields__.keys() - {"stage", "overlap_comm", "file"}:
+        given: dict[str, Any] = {}
+        for name in cls.__dataclass_fields__.keys() - {"stage", "overlap_comm", "file", "memory_efficient_linear"}:
             for key in (name, f"stage3_{name}"):
                 if isinstance(zero.get(key), int | float):  # 'auto' is none
                     given[name] = int(zero[key])
-        return replace(found, **given)
+        return replace(found, memory_efficient_linear=keeps_inputs, **given)
 
     @property
     def windows(self) -> Windows:

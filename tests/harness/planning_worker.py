@@ -29,8 +29,10 @@ from adept_ds.ranks.collectives import Ranks
 from adept_ds.ranks.groups import join
 from adept_ds.ranks.launchers import rank_from_environment
 from adept_ds.units.adamw import UnitAdamW
+from adept_ds.units.registry import build_registry
+from adept_ds.units.unit_lr import UnitLR
 from adept_ds.zero.build import EngineSettings, StepShape, build_training_engine
-from adept_ds.zero.engine import Engine, client_optimizer, release, zero_stage
+from adept_ds.zero.engine import Engine, client_optimizer, parameter_shapes, release, zero_stage
 from adept_ds.zero.layout import partition_layout
 
 STEPS, MICRO_BATCHES, ROWS = 3, 2, 2
@@ -154,6 +156,8 @@ def measure(model: ModelDirectory, layers: list[int], config: Config, cell: str,
         shape,
         recompute_activations=bool(recomputed),
     )
+    registry = build_registry(model.family, parameter_shapes(engine.module), layers, "matrix", engine.module.config)
+    UnitLR(engine, registry, ranks=ranks)
     modules = list(model.family.layer_modules(engine.module))
     kept, found, sent = Kept(engine, modules), dict[str, Any](), dict[str, int]()
     generator = torch.Generator().manual_seed(ranks.rank)

@@ -2,8 +2,8 @@
 
 Measured in real training steps of real engines (harness/planning_worker.py): storages of weights, gradients and
 moments; what autograd keeps; what is made while weights are fetched; the peak of all tensors that a step makes; and the
-arguments of every collective. The limit is 5% of each kind. Only the peak has a wider one: the plan adds up what each
-kind holds at most, which need not be at the same moment.
+arguments of every collective. The limit is 5% of each kind. The peak is a bound: the plan adds up what most kinds hold
+at most, which need not be at the same moment, so it may be more than what is measured, and not less.
 """
 
 from __future__ import annotations
@@ -27,17 +27,11 @@ from adept_ds.planning.outline import Outline, outline_of
 from adept_ds.planning.traffic import collectives
 from adept_ds.planning.zero_settings import ZeroSettings
 
-CELLS = [
-    "1/fp32",
-    "2/fp32",
-    "3/fp32",
-    "3/fp32/recomputed",
-    "2/bf16",
-    "3/bf16",
-    "3/bf16/recomputed",
-]
+CELLS = ["1/fp32", "2/fp32", "2/bf16", "3/fp32", "3/fp32/recomputed", "3/bf16", "3/bf16/recomputed"]
+"""Stage 3 last: from it on, DeepSpeed's linear layers stay in the process."""
 EVERY_LOGIT = 1e12
-TINY_LAYERS, DEMO_LAYERS = (2, 4), (8, 16, 24, 29)
+DEMO = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}
+TINY_LAYERS, DEMO_LAYERS = (2, 4), (8, 17, 25, 33)
 SMALLEST = 4096
 """Bytes below which a kind is not compared in shares: padding and counters of single elements show there."""
 
@@ -50,11 +44,9 @@ def predicted(outline: Outline, zero: dict[str, Any], precision: str, ranks: int
     sent: dict[str, float] = {}
     for collective in collectives(outline, settings, step, found):
         sent[collective.kind] = sent.get(collective.kind, 0.0) + collective.payload
-    in_step = memory["gather_buffers"] + memory["activations"] + max(memory["logits"], memory["working"])
-    if settings.stage < 3:
-        in_step += memory["gradients"] + memory["reduce_buffers"]
-    else:  # gradients and one bucket are there from the start
-        in_step += memory["reduce_buffers"] - 4.0 * settings.reduce_bucket_size
+    there = ["frozen_weights", "trained_weights", "optimizer", "bucket"]  # when a step begins
+    there += ["gradients"] if settings.stage == 3 else []
+    in_step = found.memory.peak - sum(memory[kind] for kind in there)
     return {"memory": memory, "sent": sent, "in_step": in_step}
 
 
@@ -82,15 +74,32 @@ def compare(outline_by_precision: dict[str, Outline], found: dict[str, Any], ran
         pairs = {kind: (plan["memory"][kind], real[kind], 0.05) for kind in real if kind != "peak"}
         pairs |= {f"sent: {kind}": (plan["sent"].get(kind, 0.0), size, 0.05) for kind, size in of["sent"].items()}
         pairs |= {f"sent: {kind}": (size, of["sent"].get(kind, 0), 0.05) for kind, size in plan["sent"].items()}
-        pairs["peak of a step"] = (plan["in_step"], real["peak"], 0.2)
+        bound = plan["in_step"]
+        if real["peak"] > 1.05 * bound:
+            wrong.append(f"{ranks} | {cell} | peak of a step | {bound:,.0f} | {real['peak']:,.0f}")
+        lines.append(
+            f"{ranks} | {cell} | peak of a step | {bound:,.0f} | {real['peak']:,.0f} | {bound / real['peak'] - 1:+.1%}"
+        )
         for kind, (ours, theirs, limit) in pairs.items():
             share = abs(ours - theirs) / max(theirs, 1.0)
             line = f"{ranks} | {cell} | {kind} | {ours:,.0f} | {theirs:,.0f} | {ours / max(theirs, 1.0) - 1:+.1%}"
             lines.append(line)
-            if share > limit and max(ours, theirs) > SMALLEST and not (kind.startswith("sent") and ranks == 1):
+            if share > limit and max(ours, theirs) > SMALLEST:
                 wrong.append(line)
     print("\n".join(lines))
     return wrong
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_a_model_of_the_demos_size_holds_and_sends_what_was_predicted(ranks: int, tmp_path: Path) -> None:
+    """SmolLM2-135M's shape with random weights and four copies, in fp32."""
+    options = {**DEMO, "num_hidden_layers": 34, "vocab_size": 49152, "tie_word_embeddings": True, "head_dim": 64}
+    model = ModelDirectory.read(save_tiny_model(tmp_path / "model", **options))
+    outline = outline_of(model, layers_train(model.family, DEMO_LAYERS), torch.float32, 128)
+    cells = ["1/fp32", "2/fp32", "3/fp32", "3/fp32/recomputed"]
+    found = measured(tmp_path, model.path, DEMO_LAYERS, 128, ranks, cells)
+    assert compare({"fp32": outline}, found, ranks) == []
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])

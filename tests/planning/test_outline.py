@@ -19,8 +19,8 @@ from adept_ds.planning.outline import outline_of
 TOKENS, ROWS, TRAINED = 24, 3, (2, 4)
 
 
-def kept_by(model: Any, layers: list[torch.nn.Module], rows: int) -> tuple[dict[int | None, int], list[str]]:
-    """Bytes that autograd keeps by layer, and names of modules in the order in which they begin."""
+def kept_by(model: Any, layers: list[torch.nn.Module], rows: int) -> dict[int | None, int]:
+    """Bytes that autograd keeps, by layer; None: around them."""
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     seen: dict[int, torch.Tensor] = {}
     found: dict[int | None, int] = {}
@@ -39,7 +39,7 @@ def kept_by(model: Any, layers: list[torch.nn.Module], rows: int) -> tuple[dict[
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda kept: kept):
         hidden = final_hidden(model, torch.zeros(rows, TOKENS, dtype=torch.int64), None)
     del hidden
-    return found, []
+    return found
 
 
 @pytest.mark.parametrize("model_type", sorted(FAMILY_OPTIONS))
@@ -60,7 +60,7 @@ def test_what_is_kept_for_the_backward_pass_is_what_autograd_keeps(model_type: s
     layers = list(directory.family.layer_modules(model))
     for layer in TRAINED:
         layers[layer].requires_grad_(True)
-    found, _ = kept_by(model, layers, ROWS)
+    found = kept_by(model, layers, ROWS)
     assert set(found) - {None} == {2, 3, 4}, "nothing below the lowest trained layer is kept"
     for index in range(len(layers)):
         assert outline.layer_saved[index].of(ROWS) == pytest.approx(found.get(index, 0), rel=1e-3), index
