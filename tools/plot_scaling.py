@@ -94,7 +94,7 @@ def points(task: Task, batch_of: Callable[[int], int]) -> list[Point]:
 def table(name: str, found: Sequence[Point]) -> list[str]:
     """Markdown."""
     lines = [
-        f"### {name}",
+        f"## {name}",
         "",
         "| GPUs | stage | micro-batch | checkpointing | peak | sent | computing | sending | a step | tokens/s |",
         "| --: | --: | --: | :-- | --: | --: | --: | --: | --: | --: |",
@@ -177,21 +177,21 @@ def plot_rates(growing: dict[str, list[Point]], fixed: dict[str, list[Point]]) -
 def plot_memory(growing: dict[str, list[Point]]) -> Figure:
     """By kind, at what is recommended; where nothing fits, at what needs least."""
     figure = Figure(figsize=(11, 3.9), layout="constrained")
-    kinds = [kind for kind in KINDS if kind != "working"]
+    kinds = [kind for kind in KINDS if kind not in ("working", "reduce_buffers")]
     for axes, (name, found) in zip(figure.subplots(1, len(growing), sharey=True), growing.items(), strict=True):
         bottoms = [0.0] * len(found)
         shown = [p.chosen or min(p.by_stage.values(), key=lambda c: c.found.memory.peak) for p in found]
         for kind, color in zip(kinds, KIND_COLORS, strict=False):
             heights = [getattr(each.found.memory, kind) / 1e9 for each in shown]
             if kind == "logits":
-                heights = [max(h, each.found.memory.working / 1e9) for h, each in zip(heights, shown, strict=True)]
-            label = "logits or a layer's backward pass" if kind == "logits" else KINDS[kind]
+                heights = [each.found.memory.peak / 1e9 - bottom for each, bottom in zip(shown, bottoms, strict=True)]
+            label = "logits, or a layer's backward pass" if kind == "logits" else KINDS[kind]
             axes.bar(range(len(found)), heights, bottom=bottoms, color=color, width=0.75, label=label)
             bottoms = [b + h for b, h in zip(bottoms, heights, strict=True)]
         usable = cluster_of(8).usable / 1e9
         axes.axhline(usable, color="black", lw=0.8, ls=":")
         for index, each in enumerate(shown):
-            if bottoms[index] < 2 * usable:
+            if bottoms[index] < 1.5 * usable:
                 axes.text(index, bottoms[index] + 1, str(each.stage), ha="center", fontsize=7)
         axes.set_xticks(range(len(found)), [f"{p.gpus:,}" for p in found], rotation=60, fontsize=7)
         axes.set_ylim(0, 1.6 * usable)
@@ -226,7 +226,12 @@ def main() -> None:
         growing[name] = points(tasks[name], lambda gpus: ROWS_EACH * gpus)
         fixed[name] = points(tasks[name], lambda gpus: FIXED_BATCH)
         lines += table(name, growing[name])
-    (out / "tables.md").write_text("\n".join([*lines, *estimates(tasks)]), encoding="utf-8")
+    made_by = (
+        "Made by `tools/plot_scaling.py`; [../scaling.md](../scaling.md) says of what, and from which assumptions."
+    )
+    head = ["# Tables of the scaling study", "", made_by, ""]
+    tail = ["## States by DeepSpeed's own estimators", "", *estimates(tasks)]
+    (out / "tables.md").write_text("\n".join([*head, *lines, *tail]), encoding="utf-8")
     save(plot_rates(growing, fixed), out / "rates.svg")
     save(plot_memory(growing), out / "memory.svg")
 

@@ -118,8 +118,8 @@ def _table(made: Plan) -> Table:
         table.add_row(words, *(in_gb(getattr(w.found.memory, kind)) for w in ways))
         if kind == "activations":
             other = [activation_bytes(outline, replace(w.step, recompute=not w.step.recompute), w.zero) for w in ways]
-            words = (f"{'off' if w.step.recompute else 'on'}: {in_gb(o)}" for w, o in zip(ways, other, strict=True))
-            table.add_row("[dim]  with checkpointing[/]", *(f"[dim]{text}[/]" for text in words))
+            texts = (f"{'off' if w.step.recompute else 'on'}: {in_gb(o)}" for w, o in zip(ways, other, strict=True))
+            table.add_row("[dim]  with checkpointing[/]", *(f"[dim]{text}[/]" for text in texts))
         if kind == "frozen_weights" and any(w.found.kept for w in ways):
             kept = (f"[dim]{in_gb(w.found.kept)}[/]" if w.found.kept else "" for w in ways)
             table.add_row("[dim]  of which kept gathered[/]", *kept)

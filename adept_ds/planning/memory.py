@@ -111,7 +111,7 @@ def _whole_weights(outline: Outline, zero: ZeroSettings, step: Step, logits_at_o
     align = 2 * step.ranks
     flat = -(-trained // align) * align
     part = flat / step.ranks
-    bucket, used = zero.reduce_bucket_size, min(zero.reduce_bucket_size, trained)
+    bucket, used = zero.reduce_bucket_size, _sent_at_once(outline, zero)
     if size == _SINGLE:
         partition = _largest_share(outline.weights, flat // step.ranks, step.ranks)
         # Stage 1 keeps whole gradients until it reduces them; stage 2 those of parameters that it steps a part of.
@@ -158,7 +158,6 @@ def _partitioned(
             beside += size * (numel - parts[position] if position in kept else numel)
     of_trained = sum(size * numel for position, numel in whole.items() if outline.weights[position].trains)
     played = gathering(outline, ranks, tuple(sorted({*persistent, *kept})), zero.windows, step.recompute)
-    used = min(zero.reduce_bucket_size, outline.trainable)
     memory = Memory(
         frozen_weights=size * frozen + beside,
         trained_weights=float((size + _SINGLE) * trained + of_trained),
@@ -166,13 +165,19 @@ def _partitioned(
         optimizer=float(2 * _SINGLE * trained),
         gather_buffers=played.peak,
         bucket=float(_SINGLE * zero.reduce_bucket_size),
-        reduce_buffers=float(_SINGLE * used),
+        reduce_buffers=float(_SINGLE * _sent_at_once(outline, zero)),
         activations=activation_bytes(outline, step, zero),
         logits=logit_bytes(outline, step.rows, logits_at_once),
         working=outline.working * step.rows,
     )
     kept_bytes = float(size * sum(outline.weights[position].numel for position in kept))
     return Held(memory, played, persistent, kept_bytes)
+
+
+def _sent_at_once(outline: Outline, zero: ZeroSettings) -> int:
+    """Elements of gradients: a bucket, or a single parameter that is larger than one, such as a stack of experts."""
+    largest = max((weight.numel for weight in outline.weights if weight.trains), default=0)
+    return max(min(zero.reduce_bucket_size, outline.trainable), largest)
 
 
 def _kept(outline: Outline, budget: float) -> Iterator[int]:

@@ -87,7 +87,7 @@ def test_what_does_not_fit_is_one_line_with_what_would_help() -> None:
 
 def test_more_gpus_are_advised_only_where_they_fit() -> None:
     """The number that the line names fits, and half of it does not."""
-    small = cluster(3.5e9, gpus=2)
+    small = cluster(10e9, gpus=2)
     with pytest.raises(InputError) as refusal:
         make_plan(task(), small)
     gpus = int(str(refusal.value).split("take ")[1].split(" GPUs")[0])

@@ -94,7 +94,13 @@ def compare(outline_by_precision: dict[str, Outline], found: dict[str, Any], ran
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_a_model_of_the_demos_size_holds_and_sends_what_was_predicted(ranks: int, tmp_path: Path) -> None:
     """SmolLM2-135M's shape with random weights and four copies, in fp32."""
-    options = {**DEMO, "num_hidden_layers": 34, "vocab_size": 49152, "tie_word_embeddings": True, "head_dim": 64}
+    options: dict[str, Any] = {
+        **DEMO,
+        "num_hidden_layers": 34,
+        "vocab_size": 49152,
+        "tie_word_embeddings": True,
+        "head_dim": 64,
+    }
     model = ModelDirectory.read(save_tiny_model(tmp_path / "model", **options))
     outline = outline_of(model, layers_train(model.family, DEMO_LAYERS), torch.float32, 128)
     cells = ["1/fp32", "2/fp32", "3/fp32", "3/fp32/recomputed"]
