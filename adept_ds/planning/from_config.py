@@ -80,7 +80,10 @@ def _from_hub(model: str) -> Path:
         return Path(snapshot_download(model, allow_patterns=["config.json"]))
     except Exception as error:
         reason = str(error).strip().splitlines()[0]
-        raise InputError(f"model: '{model}' is no directory and not to be had from the hub ({reason})") from None
+        raise InputError(
+            f"model: '{model}' is no directory and not to be had from the hub ({reason}); "
+            "give a directory with a config.json"
+        ) from None
 
 
 def _layers(config: Config, model: ModelDirectory) -> tuple[tuple[int, ...], str]:

@@ -89,20 +89,23 @@ def why(plan: Plan) -> str:
     chosen, cluster = plan.chosen, plan.cluster
     whole, split = plan.by_stage[2], plan.by_stage[3]
     frozen = whole.found.memory.frozen_weights
+    outline = plan.task.outline
+    weights, what = (frozen, "frozen weights") if frozen else (outline.element_size * float(outline.total), "weights")
     if chosen.stage == 3 and not whole.fits(cluster):
         text = (
-            f"every GPU would hold all {in_gb(frozen)} of frozen weights at stages 1 and 2, and need "
+            f"every GPU would hold all {in_gb(weights)} of {what} at stages 1 and 2, and need "
             f"{in_gb(whole.found.memory.peak)} of {in_gb(cluster.usable)} at least"
         )
     elif chosen.stage == 3:
         text = (
-            f"the frozen weights would fit whole ({in_gb(frozen)} of {in_gb(cluster.usable)}), but stage 3 takes "
+            f"the {what} would fit whole ({in_gb(weights)} of {in_gb(cluster.usable)}), but stage 3 takes "
             f"{_compared(chosen, whole)}"
         )
     else:
-        text = f"the frozen weights fit whole ({in_gb(frozen)} of {in_gb(cluster.usable)})"
+        text = f"the {what} fit whole ({in_gb(weights)} of {in_gb(cluster.usable)})"
         if cluster.gpus > 1:
-            text += f", so nothing of them is sent: {in_gb(chosen.sent)} a step for each GPU"
+            text += ", so nothing of them is sent" if frozen else ""
+            text += f": {in_gb(chosen.sent)} a step for each GPU"
             if split.fits(cluster):
                 text += f", stage 3 {in_gb(split.sent)}"
         if split.timing and chosen.timing and split.fits(cluster):
