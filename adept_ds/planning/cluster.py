@@ -44,8 +44,6 @@ class Cluster:
     """Bytes a second that a node sends to others, all its adapters together; of one node, that a GPU sends."""
     link: float | None = None
     """Bytes a second that a GPU sends to others of its node; None: no limit."""
-    hop: float | None = None
-    """Seconds of a hop between nodes; None: NCCL's figure."""
     efficiency: float = 0.4
     """Share of the peak that a step's operations reach."""
     reserve: float = 0.1
@@ -74,6 +72,5 @@ class Cluster:
         if self.link is not None and self.nodes > 1:
             moving = max(moving, sent / self.link)
         between = self.nodes if self.nodes > 1 else 0
-        hops = (HOP_BETWEEN_NODES if self.hop is None else self.hop) * between
-        hops += HOP_IN_NODE * max(0, self.gpus - 1 - between)
+        hops = HOP_BETWEEN_NODES * between + HOP_IN_NODE * max(0, self.gpus - 1 - between)
         return moving + collective.calls * rounds * hops

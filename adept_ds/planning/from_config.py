@@ -15,7 +15,7 @@ from adept_ds.config.schema import Config
 from adept_ds.methods.shape import Start, method_of
 from adept_ds.models.directory import ModelDirectory
 from adept_ds.planning.candidates import Task
-from adept_ds.planning.outline import outline_of
+from adept_ds.planning.recording import outline_of
 from adept_ds.planning.zero_settings import settings_by_stage
 from adept_ds.probing.selection import layers_without_probe
 

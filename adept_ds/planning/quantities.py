@@ -21,7 +21,6 @@ _BYTES_A_SECOND = {f"{unit}/s": factor for unit, factor in _BYTES.items()} | {
 _OPERATIONS_A_SECOND = {
     f"{prefix}{name}": factor for prefix, factor in _PREFIXES.items() for name in ("FLOP/s", "FLOPS")
 }
-_SECONDS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6}
 
 
 def parse_bytes(option: str, text: str) -> float:
@@ -37,11 +36,6 @@ def parse_bandwidth(option: str, text: str) -> float:
 def parse_operations(option: str, text: str) -> float:
     """Floating-point operations a second: '989TFLOP/s' -> 9.89e14."""
     return _parse(option, text, _OPERATIONS_A_SECOND, "989TFLOP/s")
-
-
-def parse_seconds(option: str, text: str) -> float:
-    """'14us' -> 1.4e-5."""
-    return _parse(option, text, _SECONDS, "14us")
 
 
 def _parse(option: str, text: str, units: Mapping[str, float], example: str) -> float:

@@ -146,7 +146,6 @@ def assumptions(plan: Plan) -> list[str]:
     ]
     if cluster.is_timed:
         assert cluster.flops is not None
-        hop = HOP_BETWEEN_NODES if cluster.hop is None else cluster.hop
         lines.append(
             f"{cluster.efficiency:.0%} of {cluster.flops / 1e12:g} TFLOP/s are reached; the optimizer's own step and "
             "the reading of data take no time"
@@ -154,7 +153,7 @@ def assumptions(plan: Plan) -> list[str]:
         if cluster.gpus > 1:
             lines.append(
                 "one ring over all GPUs, at full bandwidth: "
-                + (f"{hop * 1e6:g} us a hop between nodes, " if cluster.nodes > 1 else "")
+                + (f"{HOP_BETWEEN_NODES * 1e6:g} us a hop between nodes, " if cluster.nodes > 1 else "")
                 + f"{HOP_IN_NODE * 1e6:g} us within one; with overlap_comm it runs beside the passes, and the longer "
                 "of both counts"
             )

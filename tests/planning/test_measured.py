@@ -23,7 +23,8 @@ from adept_ds.models.directory import ModelDirectory
 from adept_ds.models.loading import layers_train
 from adept_ds.planning.candidates import as_run
 from adept_ds.planning.memory import Memory, Step, held
-from adept_ds.planning.outline import Outline, outline_of
+from adept_ds.planning.outline import Outline
+from adept_ds.planning.recording import outline_of
 from adept_ds.planning.traffic import collectives
 from adept_ds.planning.zero_settings import ZeroSettings
 

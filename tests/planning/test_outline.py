@@ -14,7 +14,7 @@ from adept_ds.models.directory import ModelDirectory
 from adept_ds.models.hidden_states import final_hidden
 from adept_ds.models.loading import layers_train
 from adept_ds.planning.live_bytes import LiveBytes
-from adept_ds.planning.outline import outline_of
+from adept_ds.planning.recording import outline_of
 
 TOKENS, ROWS, TRAINED = 24, 3, (2, 4)
 

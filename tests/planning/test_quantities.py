@@ -11,7 +11,6 @@ from adept_ds.planning.quantities import (
     parse_bandwidth,
     parse_bytes,
     parse_operations,
-    parse_seconds,
 )
 
 
@@ -30,10 +29,9 @@ def test_a_small_b_is_a_bit(text: str, value: float) -> None:
     assert parse_bandwidth("--bandwidth", text) == value
 
 
-def test_operations_and_seconds_have_prefixes() -> None:
+def test_operations_have_prefixes() -> None:
     assert parse_operations("--flops", "989TFLOP/s") == 989e12
     assert parse_operations("--flops", "0.989 PFLOPS") == 989e12
-    assert parse_seconds("--hop", "14us") == 14e-6
 
 
 @pytest.mark.parametrize(
