@@ -36,6 +36,10 @@ TAKES = {
         *("STUDY", "[KEY=VALUE]...", "--scale", "--only", "--cell", "--json"),
         *("--report", "--submit", "--dry-run", "--stop-on-failure"),
     ],
+    "plan": [
+        *("CONFIG", "[KEY=VALUE]...", "--gpus", "--gpu-memory", "--nodes", "--flops", "--bandwidth", "--json"),
+        *("--link-bandwidth", "--efficiency", "--reserve"),
+    ],
     "show": ["CONFIG", "[KEY=VALUE]...", "--json"],
     "version": [],
     "delta": [],
