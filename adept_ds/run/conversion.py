@@ -126,6 +126,7 @@ def convert_to_universal(
     checkpoint: Path, destination: Path, progress: ProgressCallback | None = None, *, overwrite: bool = False
 ) -> SavedState:
     """As `write_universal`, of a checkpoint that is as it was saved."""
+    check_output(destination, "to_universal.py", {"CHECKPOINT": checkpoint}, overwrite=overwrite)
     check_as_saved(checkpoint)
     return write_universal(checkpoint, destination, progress, overwrite=overwrite)
 

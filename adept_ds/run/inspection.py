@@ -131,7 +131,7 @@ def _checkpoint(directory: Path, copies: Mapping[int, int], meter: Meter) -> Fou
     weights = read_saved_weights(directory)
     state = weights.state
     of_adept = {} if manifest is None else _in_manifest(manifest)
-    of_deepspeed = {"zero_stage": 0, "ranks": 1}
+    of_deepspeed: dict[str, Any] = {"zero_stage": 0, "ranks": 1}
     if state is not None:
         of_deepspeed = {
             "zero_stage": state.zero_stage,

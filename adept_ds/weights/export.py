@@ -155,8 +155,8 @@ class _Part(NamedTuple):
 
     parameter: str
     number: int
-    """Of `count` that lie one below the other in it."""
-    count: int
+    """Of `parts` that lie one below the other in it."""
+    parts: int
 
 
 class _InFiles:
@@ -177,9 +177,13 @@ class _InFiles:
             try:
                 names = family.stored_parts(name, stored)
             except KeyError:
-                if name == family.head and family.outside[0] in parameters:
+                if name != family.head:
+                    raise InputError(
+                        f"'{checkpoint}' holds '{name}', which '{start}' lacks; give its own base"
+                    ) from None
+                if family.outside[0] in parameters:
                     continue  # tied to the embedding, which is there under its own name
-                raise InputError(f"'{checkpoint}' holds '{name}', which '{start}' lacks; give its own base") from None
+                names = family.stored_parts(family.outside[0], stored)
             listed = [part for expert in names for part in expert]
             self.parts |= {part: _Part(name, number, len(listed)) for number, part in enumerate(listed)}
 
@@ -204,10 +208,10 @@ class _InFiles:
 
     def _tensor(self, name: str, base: StoredTensor) -> torch.Tensor:
         part = self.parts[name]
-        whole = self._parameters[part.parameter] if part.count == 1 else self._stack(part.parameter)
+        whole = self._parameters[part.parameter] if part.parts == 1 else self._stack(part.parameter)
         is_stack = whole.dim() > len(base.shape)
         rows = whole.reshape(-1, *whole.shape[2:]) if is_stack else whole
-        tensor = rows.chunk(part.count)[part.number] if part.count > 1 or is_stack else whole
+        tensor = rows.chunk(part.parts)[part.number] if part.parts > 1 or is_stack else whole
         if tuple(tensor.shape) != base.shape:
             raise InputError(
                 f"'{self._checkpoint}' holds '{name}' of shape {tuple(tensor.shape)}, its base {base.shape}; give its "
@@ -225,7 +229,7 @@ def _as_it_is(saved: MadeTensors, name: str) -> TensorContent:
 def _bytes(tensor: torch.Tensor, dtype: str) -> memoryview:
     """Converted, as they lie in a file."""
     plain = tensor.to(_TORCH_DTYPES[dtype]).contiguous().reshape(-1).view(torch.uint8)
-    return memoryview(plain.numpy())
+    return plain.numpy().data
 
 
 def _read(name: str, stored: StoredTensor) -> torch.Tensor:

@@ -118,7 +118,7 @@ def _mapped_parts(mapping: Mapping[str, Any]) -> Iterator[tuple[str, slice]]:
 def _add_part(parameter: SavedParameter, state: Mapping[str, Any], run: slice) -> None:
     for key, value in state.items():
         if isinstance(value, torch.Tensor) and value.dim():
-            parameter.vectors.setdefault(key, []).append(value[run])
+            parameter.vectors.setdefault(key, []).append(value.detach()[run])
         else:
             parameter.scalars[key] = value
 

@@ -57,8 +57,8 @@ def read_saved_weights(checkpoint: Path) -> SavedWeights:
     with reading_checkpoint(checkpoint):
         engine = state.client
         trained = {name: partial(_whole, parameter) for name, parameter in state.parameters.items()}
-        frozen = _in_parts(checkpoint) if state.zero_stage == 3 else _in_module(engine, state)
         aliases = dict(engine.get("shared_params") or {})
+        frozen = _in_parts(checkpoint) if state.zero_stage == 3 else _in_module(engine, state, aliases)
         for makes in (trained, frozen):
             makes |= {alias: makes[name] for alias, name in aliases.items() if name in makes}
         shapes = {name: parameter.shape for name, parameter in state.parameters.items()}
@@ -77,10 +77,13 @@ def _whole(parameter: SavedParameter) -> torch.Tensor:
     return parameter.elements(WEIGHT, 0, math.prod(parameter.shape)).view(parameter.shape)
 
 
-def _in_module(engine: Mapping[str, Any], state: SavedState) -> dict[str, Any]:
-    """Below stage 3: of the model's own state whatever the optimizer does not have."""
-    module = engine.get("module") or {}
-    return _as_they_are({name: tensor for name, tensor in module.items() if name not in state.parameters})
+def _in_module(engine: Mapping[str, Any], state: SavedState, aliases: Mapping[str, str]) -> dict[str, Any]:
+    """Below stage 3: of the model's own state whatever the optimizer does not have.
+
+    A head that is tied to a frozen embedding is there even where what was frozen was to be left out.
+    """
+    module, known = engine.get("module") or {}, state.parameters.keys() | aliases.keys()
+    return _as_they_are({name: tensor for name, tensor in module.items() if name not in known})
 
 
 def _in_parts(checkpoint: Path) -> dict[str, Any]:

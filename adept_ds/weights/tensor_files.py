@@ -190,7 +190,7 @@ class MadeTensor:
         return math.prod(self.shape) * ITEM_BYTES[self.dtype]
 
     def chunks(self) -> Iterator[memoryview]:
-        yield from map(memoryview, self.make())
+        yield from (memoryview(piece) for piece in self.make())
 
     def copy_to(self, target: FileIO) -> Iterator[int]:
         yield from (write_all(target, chunk) for chunk in self.chunks())

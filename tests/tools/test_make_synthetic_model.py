@@ -14,8 +14,8 @@ TOOL = "tools/make_synthetic_model.py"
 
 
 def test_sizes_and_keys_are_written_as_one_says_them(tmp_path: Path) -> None:
-    arguments = (tmp_path / "out", "--family", "gemma2", "--parameters", "0.3M", "--set", "sliding_window=16")
-    arguments = (*arguments, "--set", "tie_word_embeddings=true", "--dtype", "float16", "--seed", "3")
+    arguments = [str(tmp_path / "out"), "--family", "gemma2", "--parameters", "0.3M", "--set", "sliding_window=16"]
+    arguments += ["--set", "tie_word_embeddings=true", "--dtype", "float16", "--seed", "3"]
     result = run_tool(TOOL, *arguments)
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("gemma2 of ") and f"in {tmp_path / 'out'}" in result.stdout

@@ -44,7 +44,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def outcomes(folder: Path) -> tuple[dict[str, Any], dict[tuple[int, str], Any]]:
     """What those that saved had, and what those that loaded have."""
-    found = {}
+    found: dict[tuple[int, str], Any] = {}
     for ranks, cells in LOADED.items():
         arguments = [cell.replace("=", "=universal-") for cell in cells]
         result = launch(ranks, ["-m", "harness.plain_worker", str(folder), "load", *arguments])

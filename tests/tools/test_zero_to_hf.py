@@ -121,7 +121,7 @@ def test_a_base_with_other_frozen_weights_is_refused(plain: tuple[Path, dict[str
 
 def test_a_base_of_another_shape_is_refused(plain: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     wide = save_tiny_model(tmp_path / "wide", intermediate_size=41)
-    assert "of shape (37, 20), its base (41, 20); give its own base" in refused(
+    assert "of shape (20, 37), its base (20, 41); give its own base" in refused(
         plain[0] / "some-zero2", tmp_path / "hf", "--base", wide
     )
     flat = save_tiny_model(tmp_path / "flat", num_hidden_layers=3)

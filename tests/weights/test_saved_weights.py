@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import OrderedDict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -59,7 +60,7 @@ def saved_by_two_ranks(folder: Path, tensors: dict[str, torch.Tensor], stage: in
         else:
             flat = whole.view(2, -1)[rank].clone()
         inner = {"state": {0: {"exp_avg": flat, "exp_avg_sq": flat}}, "param_groups": [{"lr": 0.5}]}
-        saved = {"zero_stage": stage, "partition_count": 2}
+        saved: dict[str, Any] = {"zero_stage": stage, "partition_count": 2}
         if stage == 3:
             saved |= {"fp32_flat_groups": [flat], "optimizer_state_dict": inner}
         else:

@@ -109,7 +109,7 @@ def test_its_configuration_can_be_set(tmp_path: Path) -> None:
 def test_what_cannot_be_written_is_one_line_and_leaves_nothing(
     given: dict[str, Any], words: str, tmp_path: Path
 ) -> None:
-    model = {"family": "llama", "parameters": 200_000} | given
+    model: dict[str, Any] = {"family": "llama", "parameters": 200_000, **given}
     with pytest.raises(InputError, match=words) as refusal:
         write_synthetic(Synthetic(**model), tmp_path / "model")
     assert "\n" not in str(refusal.value)
