@@ -12,7 +12,8 @@ import hashlib
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import partial
+from difflib import get_close_matches
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -112,18 +113,21 @@ def _check(model: Synthetic) -> None:
         raise InputError(f"--dtype: '{model.dtype}' is not possible; choose one of {', '.join(DTYPES)}")
     if model.vocabulary < TOKENS:
         raise InputError(f"--vocabulary: {model.vocabulary} is too small; the tokenizer of bytes has {TOKENS} tokens")
-    known = _default(model.family)
+    known = _keys(model.family)
     for key in model.options:
         if key not in known:
-            raise InputError(f"--set: '{key}' is no key of a {model.family} configuration; it has {', '.join(known)}")
+            close = get_close_matches(key, known, n=1)
+            meant = f"'{close[0]}'" if close else "one that config.json of such a model has"
+            raise InputError(f"--set: '{key}' is no key of a {model.family} configuration; give {meant}")
 
 
-def _default(family: str) -> dict[str, Any]:
-    """What transformers has where nothing is said."""
+@cache
+def _keys(family: str) -> frozenset[str]:
+    """Of the configuration, by all their names."""
     from transformers import AutoConfig
 
-    config: dict[str, Any] = AutoConfig.for_model(family).to_dict()
-    return config
+    config = AutoConfig.for_model(family)
+    return frozenset({*config.to_dict(), *config.attribute_map})
 
 
 def _sized(model: Synthetic) -> dict[str, Any]:
@@ -163,7 +167,7 @@ def _shaped(model: Synthetic, width: int, layers: int) -> dict[str, Any]:
         "num_experts_per_tok": 2,
         "vocab_size": model.vocabulary,
     }
-    known = _default(model.family)
+    known = _keys(model.family)
     tokens = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), _END)
     return {key: value for key, value in shape.items() if key in known} | tokens
 
@@ -191,7 +195,7 @@ def _built(family: str, options: Mapping[str, Any]) -> Any:
 
 def _constants(family: str, options: Mapping[str, Any]) -> dict[str, float]:
     """Parameter, without the number of its layer -> the one value that all of its elements begin with."""
-    known = _default(family)
+    known = _keys(family)
     narrow = {
         **dict.fromkeys(("hidden_size", "n_embd", "intermediate_size", "n_inner"), _NARROW),
         **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), _NARROW),

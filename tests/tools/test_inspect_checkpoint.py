@@ -130,7 +130,7 @@ def test_what_is_nothing_is_refused(tmp_path: Path) -> None:
     (tmp_path / "mp_rank_00_model_states.pt").write_bytes(b"x")
     (tmp_path / "empty").mkdir()
     for path, words in {
-        tmp_path: "is damaged (",
+        tmp_path: "cannot be read (",
         tmp_path / "empty": "holds no DeepSpeed checkpoint",
         tmp_path / "nowhere": "does not exist; give the directory of a run",
     }.items():

@@ -86,10 +86,12 @@ def test_the_same_seed_gives_the_same_tensors_however_they_fall_on_files(tmp_pat
 
 
 def test_its_configuration_can_be_set(tmp_path: Path) -> None:
+    from transformers import AutoConfig
+
     options = FEW_EXPERTS | {"decoder_sparse_step": 2, "num_hidden_layers": 4}
     folder = written(tmp_path / "model", "qwen3_moe", options=options)
-    config = read_json(folder / "config.json")
-    assert {key: config[key] for key in options} == options
+    config = AutoConfig.from_pretrained(folder)
+    assert {key: getattr(config, key) for key in options} == options
     experts = {name for name in all_tensors(folder) if ".experts." in name}
     assert "model.layers.1.mlp.experts.2.down_proj.weight" in experts, "named as checkpoints name them"
     assert {name.split(".")[2] for name in experts} == {"1", "3"}
@@ -102,7 +104,7 @@ def test_its_configuration_can_be_set(tmp_path: Path) -> None:
         ({"parameters": 100}, r"--parameters: 100 is too few for llama; give \d+ or more"),
         ({"vocabulary": 100}, "--vocabulary: 100 is too small; the tokenizer of bytes has 257 tokens"),
         ({"dtype": "int8"}, "--dtype: 'int8' is not possible; choose one of"),
-        ({"options": {"hiden_size": 4}}, "--set: 'hiden_size' is no key of a llama configuration; it has "),
+        ({"options": {"hiden_size": 4}}, "--set: 'hiden_size' is no key of a llama configuration; give 'hidden_size'"),
         ({"options": {"num_attention_heads": 0}}, "--set: transformers makes no llama model of this"),
     ],
 )
