@@ -80,7 +80,7 @@ def write_synthetic(
     """
     check_output(destination, "make_synthetic_model.py", {}, overwrite=overwrite)
     _check(model)
-    options = _sized(model) | dict(model.options)
+    options = _sized(model) | {_keys(model.family)[key]: value for key, value in model.options.items()}
     built = _contentless(model.family, options)
     family, std = FAMILIES[model.family], float(getattr(built.config, "initializer_range", 0.02))
     constants = _constants(model.family, options)
@@ -122,12 +122,12 @@ def _check(model: Synthetic) -> None:
 
 
 @cache
-def _keys(family: str) -> frozenset[str]:
-    """Of the configuration, by all their names."""
+def _keys(family: str) -> dict[str, str]:
+    """Names of the configuration's keys -> the one of several by which it keeps the value."""
     from transformers import AutoConfig
 
     config = AutoConfig.for_model(family)
-    return frozenset({*config.to_dict(), *config.attribute_map})
+    return {key: config.attribute_map.get(key, key) for key in (*config.to_dict(), *config.attribute_map)}
 
 
 def _sized(model: Synthetic) -> dict[str, Any]:
@@ -169,7 +169,7 @@ def _shaped(model: Synthetic, width: int, layers: int) -> dict[str, Any]:
     }
     known = _keys(model.family)
     tokens = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), _END)
-    return {key: value for key, value in shape.items() if key in known} | tokens
+    return {known[key]: value for key, value in shape.items() if key in known} | tokens
 
 
 def _count(model: Synthetic, options: Mapping[str, Any]) -> int:
@@ -193,7 +193,7 @@ def _built(family: str, options: Mapping[str, Any]) -> Any:
         raise InputError(f"--set: transformers makes no {family} model of this ({reason}); change the values") from None
 
 
-def _constants(family: str, options: Mapping[str, Any]) -> dict[str, float]:
+def _constants(family: str, options: dict[str, Any]) -> dict[str, float]:
     """Parameter, without the number of its layer -> the one value that all of its elements begin with."""
     known = _keys(family)
     narrow = {
@@ -206,7 +206,7 @@ def _constants(family: str, options: Mapping[str, Any]) -> dict[str, float]:
         "vocab_size": TOKENS,
     }
     torch.manual_seed(0)
-    fresh = _built(family, {**options, **{key: value for key, value in narrow.items() if key in known}})
+    fresh = _built(family, options | {known[key]: value for key, value in narrow.items() if key in known})
     found: dict[str, float] = {}
     for name, parameter in fresh.named_parameters():
         low, high = (float(bound) for bound in parameter.detach().float().aminmax())
