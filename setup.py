@@ -1,4 +1,4 @@
-"""The package: `pip install -e .` (extras: demo, dev, eval, kernels, liger)."""
+"""The package: `pip install -e .` (extras: demo, dev, eval, kernels, liger, tracking)."""
 
 from pathlib import Path
 
@@ -11,6 +11,7 @@ TOOLS = ["pytest>=8.0", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.9", "
 TOOLS += ["import-linter>=2.1"]
 HARNESS = ["lm-eval[hf]>=0.4.13"]  # hf: what it loads models of transformers with
 LIGER = ["liger-kernel>=0.8.5,<0.9"]
+TRACKING = ["wandb>=0.19", "mlflow-skinny>=2.16"]  # logging.wandb, logging.mlflow
 
 setup(
     name="adept-ds",
@@ -61,6 +62,7 @@ setup(
         "kernels": [*LIGER, "triton>=3.2"],
         # Kernels for CUDA devices (train.kernels); what is used of it is checked at start.
         "liger": LIGER,
+        "tracking": TRACKING,
     },
     entry_points={"console_scripts": ["adept=adept_ds.cli.app:main"]},
 )

@@ -22,6 +22,7 @@ SINGLE = [
     "ranks.launchers",
 ]
 SINGLE += ["probing.result", "probing.selection", "weights.expansion", "deltas.operations", "run.prerequisites"]
+SINGLE += ["training.follower"]
 
 
 LIGHT = ("base", "config", "methods", "report", "comparison", "study", "cli")

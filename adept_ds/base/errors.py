@@ -14,6 +14,11 @@ EXIT_STOPPED = 3
 
 EXIT_MACHINE = 4
 
+
+EXIT_INTERRUPTED = 130
+"""Ctrl-C before there was anything to lose."""
+
+
 MOST_CHARACTERS = 1000
 """Of a message about input."""
 
@@ -81,6 +86,16 @@ class UnitMismatchError(AdeptError):
 
 class LayoutError(AdeptError):
     """DeepSpeed's partitions are not laid out as the version that this program was written against lays them out."""
+
+
+def exit_code(error: BaseException) -> int:
+    """That a command ends with for it."""
+    if isinstance(error, LostRankError):
+        return error.code
+    if isinstance(error, KeyboardInterrupt):
+        return EXIT_INTERRUPTED
+    codes = {InputError: EXIT_BAD_INPUT, StopRequestedError: EXIT_STOPPED, MachineError: EXIT_MACHINE}
+    return next((code for kind, code in codes.items() if isinstance(error, kind)), 1)
 
 
 def _one_line(message: str) -> str:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 from rich.console import Console
@@ -25,12 +26,41 @@ class Doing(NamedTuple):
     """Monotonic seconds: when it last went on."""
     together: bool
     """All ranks do it, and none goes on without the others."""
+    title: str = ""
+    text: str = ""
+    """The few words beside the bar."""
+    share: float = 0.0
+    """Of the work that is done, 0 to 1."""
+    left: float | None = None
+    """Seconds until it is over, by its pace since it was first called; None: not known yet."""
 
 
 def what_is_done() -> Doing:
     """Now, or before it ended, for whoever asks from another thread."""
     return _DOING[-1]
 
+
+def open_bars() -> list[Doing]:
+    """What is done now, the innermost last."""
+    return _DOING[1:]
+
+
+def stage_now() -> str:
+    """The stage that this process is in: 'train'; empty between stages."""
+    return _STAGES[-1] if _STAGES else ""
+
+
+@contextmanager
+def stage(name: str) -> Iterator[None]:
+    """What is done inside belongs to this stage of a run."""
+    _STAGES.append(name)
+    try:
+        yield
+    finally:
+        _STAGES.pop()
+
+
+_STAGES: list[str] = []
 
 _DOING = [Doing("starting", 0.0, False)]
 """Of the bars that are open, the innermost last. The first is of none: what was done before, which is over."""
@@ -46,7 +76,9 @@ class ProgressBar:
     def __init__(self, title: str, console: Console, silent: bool, together: bool = False) -> None:
         self._title, self._together = title, together
         self._depth = len(_DOING)
-        _DOING.append(Doing(title, time.monotonic(), together))
+        _DOING.append(Doing(title, time.monotonic(), together, title))
+        self._first: tuple[float, float] | None = None
+        """When it was first called, and with which share."""
         self._console = console
         self._silent = silent
         self._last_line = time.monotonic()
@@ -69,7 +101,7 @@ class ProgressBar:
 
     def __call__(self, share: float, text: str = "") -> None:
         """Move to `share` (0 to 1) of the work, with a few words beside the bar."""
-        self._note(text)
+        self._note(share, text)
         if self._silent:
             return
         if self._bar is not None:
@@ -88,10 +120,14 @@ class ProgressBar:
             self._bar.stop()
             self._bar = None
 
-    def _note(self, text: str) -> None:
+    def _note(self, share: float, text: str) -> None:
         where, _, _ = text.partition("  ")
         words = f"{self._title} (last at {where})" if where else self._title
-        _DOING[self._depth :] = [Doing(words, time.monotonic(), self._together)]
+        now = time.monotonic()
+        self._first = self._first or (now, share)
+        begun, before = self._first
+        left = (now - begun) / (share - before) * (1 - share) if share > before else None
+        _DOING[self._depth :] = [Doing(words, now, self._together, self._title, text, share, left)]
 
 
 class Meter:

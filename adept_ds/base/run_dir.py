@@ -28,6 +28,11 @@ class RunDirectory:
         return self.root / "lock"
 
     @property
+    def activity(self) -> Path:
+        """What whoever writes here is at, or how it ended."""
+        return self.root / "activity.json"
+
+    @property
     def ledger(self) -> Path:
         """Which stage was made from which inputs."""
         return self.root / "stages.json"
@@ -96,6 +101,11 @@ class RunDirectory:
     @property
     def tensorboard(self) -> Path:
         return self.root / "tensorboard"
+
+    @property
+    def tracking(self) -> Path:
+        """By which names trackers know this run, and how far they have been told."""
+        return self.root / "tracking.json"
 
     @property
     def anchor_text(self) -> Path:

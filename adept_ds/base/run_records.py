@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import ConfigDict, Field, NonNegativeFloat, NonNegativeInt, ValidationError, model_validator
+from pydantic_core import from_json
 
 from adept_ds.base.errors import InputError
 from adept_ds.base.files import json_text
@@ -226,6 +228,52 @@ def log_line(record: Mapping[str, Any]) -> str:
     """A line of a log: the record, and last in it a checksum of the line without it."""
     text = json_text(record)
     return f'{text[:-1]}, "crc32": "{zlib.crc32(text.encode()):08x}"}}\n'
+
+
+def scalars(record: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of a line of metrics.jsonl by the names that TensorBoard and trackers know them by: 'train/loss',
+    'refresh/refresh_seconds', 'eval/domain_loss', 'guard/web_rise'."""
+    if "eval" in record:
+        found = {f"eval/{name}_loss": result["loss"] for name, result in record["eval"].items()}
+    elif "guard" in record:
+        general = record["guard"]["general"].items()
+        found = {f"guard/{name}_{key}": value for name, limits in general for key, value in limits.items()}
+    else:
+        group = "refresh" if "refresh_seconds" in record else "train"
+        found = {f"{group}/{key}": value for key, value in record.items() if key != "step"}
+    return {name: value for name, value in found.items() if _is_number(value)}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def whole_line(line: bytes) -> dict[str, Any] | None:
+    """What a line of a log says, as whoever only watches takes it; None: it is not, or not yet, as it was written."""
+    checked = _CHECKED.fullmatch(line)
+    if checked and zlib.crc32(checked[1] + b"}") != int(checked[2], 16):
+        return None
+    try:
+        found = from_json(line, allow_inf_nan=False)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) and isinstance(found.get("step"), int) else None
+
+
+def newest_lines(path: Path, most_bytes: int = 8 << 20) -> Iterator[dict[str, Any]]:
+    """The lines at the end of a log that may be written this moment, newest first, as far as that many bytes reach;
+    those that are not whole are passed over. Nothing if it is not there."""
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            start = file.seek(max(0, size - most_bytes))
+            text = file.read(most_bytes)
+    except OSError:
+        return
+    lines = text.split(b"\n")
+    for line in reversed(lines[1:] if start else lines):
+        if (found := whole_line(line)) is not None:
+            yield found
 
 
 def read_log(path: Path, kind: type[L], say: Callable[[str], None] = lambda line: None) -> Iterator[tuple[bytes, L]]:

@@ -118,6 +118,16 @@ class WriterLock:
             self._record.unlink(missing_ok=True)
             self._lease.release()
 
+    @property
+    def holder(self) -> Holder | None:
+        """This process, while it holds the lock, and as far as the record beside it goes."""
+        try:
+            found = Holder.load(self._record)
+        except InputError:
+            return None
+        mine = self._mine
+        return found if mine is not None and (found.process, found.since) == (mine.process, mine.since) else None
+
     def ends(self) -> None:
         """Tell those who come that they need not wait long: this process was asked to stop."""
         if self._mine is not None:

@@ -16,6 +16,7 @@ import typer
 
 from adept_ds.base.errors import (
     EXIT_BAD_INPUT,
+    EXIT_INTERRUPTED,
     EXIT_MACHINE,
     EXIT_STOPPED,
     AdeptError,
@@ -28,7 +29,7 @@ from adept_ds.base.errors import (
 from adept_ds.base.files import disk_failure
 from adept_ds.base.lifeline import end_with
 from adept_ds.base.version import __version__
-from adept_ds.cli import compare, delta, diagnose, dial, model_files, plan, run
+from adept_ds.cli import compare, delta, diagnose, dial, model_files, plan, run, status
 from adept_ds.cli.forms import either, on_config_only
 from adept_ds.ranks.launchers import launcher_processes
 
@@ -83,6 +84,10 @@ app.command(
     epilog="Example:  adept plan config.yaml --gpus 8 --gpu-memory 80GB --flops 989TFLOP/s --bandwidth 450GB/s   ·   "
     "adept plan config.yaml --gpus 64 --nodes 8 --gpu-memory 80GB --flops 989TFLOP/s --bandwidth 3200Gb/s",
 )(on_config_only(plan.plan))
+app.command(
+    "status",
+    epilog="Example:  adept status runs/math   ·   adept status runs/math --watch   ·   adept status runs/study --json",
+)(status.status)
 app.command("show", epilog="Example:  adept show config.yaml train.lr=1e-4")(on_config_only(run.show_plan))
 
 delta_app = typer.Typer(
@@ -121,7 +126,7 @@ def main() -> None:
     except typer.Exit as end:
         sys.exit(end.exit_code)
     except typer.Abort:
-        sys.exit(130)
+        sys.exit(EXIT_INTERRUPTED)
     except InputError as error:
         _complain(str(error), by_rank_1=isinstance(error, UnreachedError))
         sys.exit(EXIT_BAD_INPUT)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from adept_ds.base.activity import Teller
 from adept_ds.base.errors import AdeptError, InputError
 from adept_ds.base.files import json_text, remove_abandoned_files
 from adept_ds.base.terminal import Terminal
@@ -110,8 +111,12 @@ class _Session:
         from adept_ds.study.running import StudyRun
 
         study = self._checked.study
-        with self._lock.held(partial(self._terminal.waiting, "compare")):
-            remove_abandoned_files(self._checked.directory.root)
+        directory = self._checked.directory
+        with (
+            self._lock.held(partial(self._terminal.waiting, "compare")),
+            Teller(directory.activity, self._lock, ranks=1),
+        ):
+            remove_abandoned_files(directory.root)
             plan = self._plan()
             executor = Executor(study.ranks, study.threads, self._stop)
             state = self._state(plan)
@@ -122,9 +127,9 @@ class _Session:
             run.run()
             if any(cell.is_finished for cell in state.search):
                 self._finish(state)
-        if run.failed:
-            names = "; ".join(cell.title for cell in run.failed)
-            raise AdeptError(f"{len(run.failed)} cells failed: {names}; the same command tries them again")
+            if run.failed:
+                names = "; ".join(cell.title for cell in run.failed)
+                raise AdeptError(f"{len(run.failed)} cells failed: {names}; the same command tries them again")
 
     def write_page(self) -> None:
         plan = self._plan()

@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from adept_ds.base.activity import Teller
 from adept_ds.base.errors import AdeptError, InputError, StopRequestedError
 from adept_ds.base.files import NewDirectory, json_text, remove_abandoned_files, writing
 from adept_ds.base.run_dir import RunDirectory
@@ -124,10 +125,18 @@ def _joined(
         if as_json:
             terminal.mute()
 
+        teller: Teller | None = None
+
         def hold() -> None:
+            nonlocal teller
             if lock is not None:
                 stack.enter_context(lock.held(partial(terminal.waiting, "run_dir")))
                 remove_abandoned_files(settings.run_dir.root)
+                teller = stack.enter_context(Teller(settings.run_dir.activity, lock, launched.world_size))
+
+        def leaving(code: int, line: str) -> None:
+            if teller is not None:
+                teller.end(code, line)
 
         if launched.world_size == 1:  # of several ranks the first one takes it, when they have met
             hold()
@@ -139,7 +148,7 @@ def _joined(
             say = partial(terminal.waiting, "start") if launched.speaks else _log
             ranks = join(launched, minutes, say)
             import adept_ds.run.context  # noqa: F401 - takes seconds
-        with watched(launched, minutes, terminal.complain, log.parent), writing():
+        with watched(launched, minutes, terminal.complain, log.parent, leaving), writing():
             if launched.world_size > 1:
                 ranks.on_main(hold)
             stop = stack.enter_context(StopRequest(lock.ends if lock else lambda: None).listening())

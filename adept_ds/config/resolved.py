@@ -25,6 +25,7 @@ from adept_ds.config.corpus_entries import CorpusFiles
 from adept_ds.config.deepspeed_merge import deepspeed_of_run
 from adept_ds.config.layer_sections import Stability
 from adept_ds.config.schema import Config
+from adept_ds.config.trackers import check_trackers
 from adept_ds.models.directory import ModelDirectory
 from adept_ds.models.tokenizer_files import check_tokenizer
 
@@ -86,6 +87,7 @@ def resolve(config: Config, purpose: Purpose, num_ranks: int = 1) -> ResolvedCon
     deepspeed = None if purpose in ("expand", "export") else deepspeed_of_run(config, model, num_ranks, steps)
     accumulation = None if steps is None else steps + anchor_shape(config, num_ranks)[0]
     if trains:
+        check_trackers(config.logging)
         check_replay(config, num_ranks)
         check_anchor(config, model)
     return ResolvedConfig(config, RunDirectory(config.run_dir), model, reference, deepspeed, accumulation)

@@ -19,6 +19,7 @@ from adept_ds.config.eval_section import EvalSection
 from adept_ds.config.guard_section import GuardSection
 from adept_ds.config.known_methods import DEFAULT_METHOD, AnyMethod, known_methods, with_presets
 from adept_ds.config.layer_sections import ExpandSection, ProbeSection
+from adept_ds.config.logging_section import LoggingSection
 from adept_ds.config.method import without_effect
 from adept_ds.config.paths import ModelName, UserPath
 from adept_ds.config.presets import known_preset, with_defaults
@@ -67,6 +68,8 @@ class Config(Section):
     guard: GuardSection | None = Field(
         None, description="what is done when general text gets worse, {} with defaults; see docs/guard.md"
     )
+
+    logging: LoggingSection = LoggingSection()
 
     @model_validator(mode="before")
     @classmethod

@@ -28,15 +28,7 @@ from typing import Any
 
 import psutil
 
-from adept_ds.base.errors import (
-    EXIT_BAD_INPUT,
-    EXIT_MACHINE,
-    EXIT_STOPPED,
-    InputError,
-    LostRankError,
-    MachineError,
-    StopRequestedError,
-)
+from adept_ds.base.errors import EXIT_MACHINE, LostRankError, exit_code
 from adept_ds.base.progress import what_is_done
 from adept_ds.ranks.launchers import LaunchedRank
 from adept_ds.ranks.meeting import of_this_start
@@ -86,12 +78,19 @@ class Roll:
 
 
 @contextmanager
-def watched(launched: LaunchedRank, minutes: float, say: Callable[[str], None], logs: Path) -> Iterator[None]:
+def watched(
+    launched: LaunchedRank,
+    minutes: float,
+    say: Callable[[str], None],
+    logs: Path,
+    leaving: Callable[[int, str], None] = lambda code, line: None,
+) -> Iterator[None]:
     """What ranks do together, until they leave.
 
     Args:
         say: one line to the user, from any thread of any rank.
         logs: where each rank's log is, for that line.
+        leaving: is told before this process is ended from the thread of the watch: its exit code, and the line.
 
     Raises:
         LostRankError: another rank is lost; the process has half a minute to end, and is ended then. Where the main
@@ -100,7 +99,7 @@ def watched(launched: LaunchedRank, minutes: float, say: Callable[[str], None], 
     if launched.world_size == 1:
         yield
         return
-    watch = _Watch(launched, minutes, say, logs)
+    watch = _Watch(launched, minutes, say, logs, leaving)
     try:
         yield
     except BaseException as error:
@@ -114,12 +113,20 @@ def watched(launched: LaunchedRank, minutes: float, say: Callable[[str], None], 
 
 
 class _Watch:
-    def __init__(self, launched: LaunchedRank, minutes: float, say: Callable[[str], None], logs: Path) -> None:
+    def __init__(
+        self,
+        launched: LaunchedRank,
+        minutes: float,
+        say: Callable[[str], None],
+        logs: Path,
+        leaving: Callable[[int, str], None],
+    ) -> None:
         import datetime
 
         from torch.distributed import TCPStore
 
         self._launched, self._minutes, self._say, self._logs = launched, minutes, say, logs
+        self._leaving = leaving
         client = TCPStore(
             launched.master_addr,
             launched.master_port,
@@ -153,8 +160,7 @@ class _Watch:
 
     def _last_words(self, error: BaseException) -> tuple[int, str]:
         """Exit code, and what the main thread will not say because another rank of its host usually does."""
-        codes = {InputError: EXIT_BAD_INPUT, MachineError: EXIT_MACHINE, StopRequestedError: EXIT_STOPPED}
-        code = next((code for kind, code in codes.items() if isinstance(error, kind)), 1)
+        code = exit_code(error)
         is_told = code == 1 or self._launched.local_rank == 0
         return code, "" if is_told else str(error)
 
@@ -173,6 +179,7 @@ class _Watch:
         else:
             time.sleep(_LEAVING)
         if not self._left.is_set():
+            self._leaving(outcome.code, outcome.line or "")
             os._exit(outcome.code)
 
     def _is_stuck(self) -> bool:

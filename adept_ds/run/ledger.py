@@ -20,6 +20,7 @@ from adept_ds.base.digests import Digest, sha256_of
 from adept_ds.base.errors import DamagedError
 from adept_ds.base.files import aside, write_json
 from adept_ds.base.outputs import check_as_written
+from adept_ds.base.progress import stage as begun
 from adept_ds.base.proofs import DigestOf
 from adept_ds.base.records import Record
 from adept_ds.ranks.collectives import Ranks
@@ -89,7 +90,8 @@ class Ledger:
         if is_current:
             return False
         unfinished = self._keep(stage.name, inputs)
-        make(unfinished)
+        with begun(stage.name.partition("_")[0]):
+            make(unfinished)
 
         def record() -> None:
             digests = {path.name: self._digest_of(path) for path in stage.outputs if path.is_file()}

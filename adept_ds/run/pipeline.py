@@ -12,6 +12,7 @@ from pathlib import Path
 
 from adept_ds.base.dial_record import DialRecord
 from adept_ds.base.files import write_text
+from adept_ds.base.progress import stage
 from adept_ds.config.loading import dump_config
 from adept_ds.methods.shape import method_of
 from adept_ds.run.context import Context
@@ -61,12 +62,14 @@ def export_at_best(run: Context) -> DialRecord:
     return record
 
 
+@stage("data")
 def prepare_data(run: Context) -> None:
     """Tokenise and pack every corpus of the run."""
     counts = run.corpora.prepare()
     run.terminal.stage("data", ", ".join(f"{name} {count}" for name, count in counts.items()) + " blocks")
 
 
+@stage("report")
 def report_stage(run: Context) -> Path:
     """The page about what the run has written so far."""
     from adept_ds.report.page import write_report  # matplotlib takes a second, on rank 0 alone

@@ -16,7 +16,7 @@ from rich.markup import escape
 
 from adept_ds.base.errors import DamagedError, InputError, NonFiniteLossError
 from adept_ds.base.files import remove_abandoned, write_json
-from adept_ds.base.progress import ProgressCallback
+from adept_ds.base.progress import ProgressCallback, stage
 from adept_ds.base.run_dir import RunDirectory
 from adept_ds.base.run_records import GivenUp, MetricsLine, RunSummary, read_log
 from adept_ds.base.version import __version__
@@ -45,6 +45,7 @@ from adept_ds.training.checkpoint import (
 )
 from adept_ds.training.copy_dropout import CopyDropout
 from adept_ds.training.movement import UnitMovement
+from adept_ds.training.tracking import Tracking
 from adept_ds.training.trainer import Trainer
 from adept_ds.units.adamw import UnitAdamW
 from adept_ds.units.unit_lr import UnitLR
@@ -54,6 +55,7 @@ from adept_ds.zero.build import StepShape, build_training_engine
 from adept_ds.zero.engine import Engine, count_parameters, parameter_shapes, release
 
 
+@stage("train")
 def train_stage(run: Context) -> None:
     """Train, from the newest checkpoint if there is one."""
     config, run_dir = run.settings.config, run.run_dir
@@ -69,6 +71,7 @@ def train_stage(run: Context) -> None:
     stop = run.ranks.on_main(lambda: guard_stop(config))
     if first_step == config.train.steps or stop:
         run.ranks.on_main(lambda: _complete_summary(run))
+        run.ranks.on_main(lambda: _tell_the_rest(run))
         how = f"ended by the guard after step {stop.step}" if stop else "finished before"
         run.terminal.stage("train", f"[dim]{how}, not run again[/]")
         return
@@ -85,6 +88,14 @@ def train_stage(run: Context) -> None:
     _train(run, found.start, manifest_at, first_step, prepared, time.perf_counter() - begun, together, base)
     run.ranks.on_main(lambda: guard_stop(config))  # complains of an end with no good checkpoint
     unfinished.remove()
+
+
+def _tell_the_rest(run: Context) -> None:
+    def say(line: str) -> None:
+        run.terminal.stage("train", escape(line))
+
+    config = run.settings.config
+    Tracking(config, run.run_dir, config.train.steps, say).tell_the_rest()
 
 
 @contextmanager

@@ -11,9 +11,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from adept_ds.base.digests import Digest, json_digest
+from adept_ds.base.digests import json_digest
 from adept_ds.base.errors import InputError
-from adept_ds.base.records import Record
 from adept_ds.base.run_dir import RunDirectory
 from adept_ds.base.version import __version__
 from adept_ds.comparison.trials import Timing, Trial
@@ -23,6 +22,7 @@ from adept_ds.config.method import EVERY_KEY
 from adept_ds.config.schema import Config
 from adept_ds.models.directory import ModelDirectory
 from adept_ds.run.identity import Identity
+from adept_ds.study.cell_records import CellRecord
 from adept_ds.study.directory import CELL_RECORD, FAILURE_RECORD, OUTPUT_LOG
 from adept_ds.study.naming import slug
 from adept_ds.study.variants import Variant
@@ -42,6 +42,7 @@ _HOW: dict[str, Any] = {
         "max_skipped",
     },
     "checkpoint": True,
+    "logging": True,
     "anchor": {"cache_mib"},
 }
 """Keys that say how a run is done, but not what comes out; of a preset, its values do."""
@@ -51,31 +52,6 @@ _NEUTRAL: dict[str, dict[str, Any]] = {
     "expand": {"tie_break": "none"},
 }
 """Keys that do nothing with these values: what ran before they were there is found again."""
-
-
-class CellRecord(Record):
-    """cell.json: written when a cell's directory is begun."""
-
-    label: str
-    setting: str
-    lr: float
-    seed: int
-    fingerprint: Digest
-    """Of the inputs."""
-    inputs: dict[str, Any]
-
-    @classmethod
-    def remedy(cls) -> str:
-        return "move its cell away; `adept compare` runs it again"
-
-
-class Failure(Record):
-    """failure.json"""
-
-    code: int
-    """Exit code of the run."""
-    reason: str
-    """Its last line."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from adept_ds.base.version import __version__
 from adept_ds.comparison.record import StudyDescription
 from adept_ds.study.budget import tokens_per_step
-from adept_ds.study.cells import Cell, Failure
+from adept_ds.study.cell_records import Failure
+from adept_ds.study.cells import Cell
 from adept_ds.study.plan import Plan
 from adept_ds.study.variants import Variant
 

@@ -18,6 +18,11 @@ class StudyDirectory:
         return self.root / "lock"
 
     @property
+    def activity(self) -> Path:
+        """What whoever works on the study is at, or how it ended."""
+        return self.root / "activity.json"
+
+    @property
     def digests(self) -> Path:
         """What is known of files by content."""
         return self.root / "digests.json"

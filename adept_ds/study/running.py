@@ -22,7 +22,8 @@ from adept_ds.comparison.measurements import read_measurements
 from adept_ds.comparison.page import write_comparison
 from adept_ds.comparison.trials import Timing, Trial
 from adept_ds.config.loading import dump_config
-from adept_ds.study.cells import Cell, Failure
+from adept_ds.study.cell_records import Failure
+from adept_ds.study.cells import Cell
 from adept_ds.study.children import last_words
 from adept_ds.study.describing import Progress, describe
 from adept_ds.study.directory import CELL_RECORD

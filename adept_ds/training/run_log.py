@@ -9,10 +9,12 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from adept_ds.base.errors import MachineError
+from adept_ds.base.errors import MachineError, StopRequestedError
 from adept_ds.base.files import write_bytes, writing
 from adept_ds.base.run_dir import RunDirectory
-from adept_ds.base.run_records import LogLine, log_line, read_log
+from adept_ds.base.run_records import LogLine, log_line, read_log, scalars
+from adept_ds.training.trackers import How
+from adept_ds.training.tracking import Tracking
 from adept_ds.units.registry import Unit
 
 Line = TypeVar("Line", bound=LogLine)
@@ -33,6 +35,7 @@ class RunLog:
         first_step: training (re)starts after this step. Later records are from a run that crashed after its last
             checkpoint: they are removed, so that every step appears once.
         say: is told of what a crash left half written, and of lines that are lost.
+        tracking: follows what is written here.
 
     Raises:
         InputError: a line of an earlier start is damaged.
@@ -46,8 +49,9 @@ class RunLog:
         *,
         active: bool = True,
         say: Callable[[str], None] = lambda line: None,
+        tracking: Tracking | None = None,
     ) -> None:
-        self._active, self._run_dir = active, run_dir
+        self._active, self._run_dir, self._tracking = active, run_dir, tracking
         self._late: dict[str, Any] | None = None
         if not active:
             return
@@ -61,8 +65,9 @@ class RunLog:
             found = {line.step for line in _keep_until(path, first_step, LogLine, say)}
             _say_what_is_lost(path, expected - found, say)
         self._board = _Board(run_dir.tensorboard, first_step)
-        if first_step == 0:
-            self._board.write("text", "config", f"```yaml\n{config_text}\n```")
+        self._board.write("text", "config", f"```yaml\n{config_text}\n```", first_step)
+        if tracking is not None:
+            tracking.start()
 
     def step(self, record: dict[str, Any]) -> None:
         """One optimizer step: {"step", "loss", ...}.
@@ -76,23 +81,16 @@ class RunLog:
         """Write the last step, if it is not: before whatever may be found on the disk later than it."""
         record, self._late = self._late, None
         if record is not None:
-            self._write("train", record)
+            self._write(record)
 
     def evaluation(self, step: int, results: dict[str, dict[str, Any]]) -> None:
         self.catch_up()
-        if self._active:
-            _append(self._run_dir.metrics, {"step": step, "eval": results})
-            for name, result in results.items():
-                self._board.write("scalar", f"eval/{name}_loss", result["loss"], step)
+        self._write({"step": step, "eval": results})
 
     def guard(self, step: int, record: dict[str, Any]) -> None:
         """What the guard found at an evaluation (see `training.guard`)."""
         self.catch_up()
-        if self._active:
-            _append(self._run_dir.metrics, {"step": step, "guard": record})
-            for name, limits in record["general"].items():
-                for key, value in limits.items():
-                    self._board.write("scalar", f"guard/{name}_{key}", value, step)
+        self._write({"step": step, "guard": record})
 
     def refresh(
         self,
@@ -119,7 +117,7 @@ class RunLog:
             record["domain_importance"] = value
         _append(self._run_dir.unit_importance, {"step": step, "units": records})
         self._show_units("multiplier", step, units, multipliers)
-        self._write("refresh", {"step": step, "refresh_seconds": seconds})
+        self._write({"step": step, "refresh_seconds": seconds})
 
     def movement(
         self,
@@ -146,18 +144,23 @@ class RunLog:
         rms = [total / unit.numel**0.5 for unit, total in zip(units, moved_since_start, strict=True)]
         self._show_units("movement", step, units, rms)
 
-    def close(self) -> None:
-        self.catch_up()
-        if self._active:
-            self._board.close()
+    def close(self, how: How = "finished") -> None:
+        try:
+            self.catch_up()
+            if self._active:
+                self._board.close()
+        finally:
+            if self._active and self._tracking is not None:
+                self._tracking.finish(how)
 
     def __enter__(self) -> RunLog:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """After an error too: a thread of TensorBoard's that finds the disk full says so to whoever listens then."""
+        stopped = kind is not None and issubclass(kind, StopRequestedError)
         with suppress(MachineError) if kind else nullcontext():
-            self.close()
+            self.close("stopped" if stopped else "failed" if kind else "finished")
 
     def _show_units(self, group: str, step: int, units: Sequence[Unit], values: Sequence[float]) -> None:
         """A curve for each unit, but of the heads or neurons of a layer their mean and a histogram."""
@@ -169,13 +172,13 @@ class RunLog:
             if len(members) > 1:
                 self._board.write("histogram", tag, np.array(members), step)
 
-    def _write(self, group: str, record: dict[str, Any]) -> None:
+    def _write(self, record: dict[str, Any]) -> None:
+        """A line of metrics.jsonl, and its numbers for TensorBoard; trackers read that file (see `tracking`)."""
         if not self._active:
             return
         _append(self._run_dir.metrics, record)
-        for key, value in record.items():
-            if key != "step" and isinstance(value, int | float):
-                self._board.write("scalar", f"{group}/{key}", value, record["step"])
+        for name, value in scalars(record).items():
+            self._board.write("scalar", name, value, record["step"])
 
 
 class _Board:

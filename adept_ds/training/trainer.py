@@ -41,6 +41,7 @@ from adept_ds.training.rule import Refresh, TrainingRule
 from adept_ds.training.run_log import RunLog
 from adept_ds.training.skipping import Skips, in_words
 from adept_ds.training.step import accumulate_gradient, lr_factor, update_weights
+from adept_ds.training.tracking import Tracking
 from adept_ds.units.unit_lr import UnitLR
 from adept_ds.zero.engine import Engine, set_learning_rate
 from adept_ds.zero.gathered import keep_frozen_gathered
@@ -97,7 +98,14 @@ class Trainer:
         """
         train = self.config.train
         with (
-            RunLog(self.run_dir, first_step, config_text, active=self.ranks.is_main, say=self._say) as self._log,
+            RunLog(
+                self.run_dir,
+                first_step,
+                config_text,
+                active=self.ranks.is_main,
+                say=self._say,
+                tracking=Tracking(self.config, self.run_dir, first_step, self._say) if self.ranks.is_main else None,
+            ) as self._log,
             self.terminal.progress("training", together=True) as bar,
             self._checkpoints(),
         ):

@@ -8,6 +8,8 @@ from adept_ds.base.run_dir import RunDirectory, checkpoint_steps, checkpoint_tag
 
 NAMES = {
     "config": "config.yaml",
+    "activity": "activity.json",
+    "tracking": "tracking.json",
     "ledger": "stages.json",
     "tokens": "cache/tokens",
     "digests": "cache/digests.json",

@@ -40,6 +40,7 @@ TAKES = {
         *("CONFIG", "[KEY=VALUE]...", "--gpus", "--gpu-memory", "--nodes", "--flops", "--bandwidth", "--json"),
         *("--link-bandwidth", "--efficiency", "--reserve"),
     ],
+    "status": ["RUN|STUDY_DIR", "--json", "--watch"],
     "show": ["CONFIG", "[KEY=VALUE]...", "--json"],
     "version": [],
     "delta": [],
