@@ -36,6 +36,9 @@ TAKES = {
         *("STUDY", "[KEY=VALUE]...", "--scale", "--only", "--cell", "--json"),
         *("--report", "--submit", "--dry-run", "--stop-on-failure"),
     ],
+    "job": [
+        *("CONFIG", "[KEY=VALUE]...", "--stage", "--list-stages", "--requeue-faults", "--fruitless-starts"),
+    ],
     "show": ["CONFIG", "[KEY=VALUE]...", "--json"],
     "version": [],
     "delta": [],
