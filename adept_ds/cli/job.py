@@ -2,9 +2,9 @@
 
     Slurm -- USR1 or TERM --> adept job -- USR1 --> srun -- USR1 --> every rank: checkpoint, exit code 3
 
-Whoever asked for the end, ranks end with 3; they may have been asked directly, since preemption tells the step alone. So
-what was stopped goes back into the queue, unless its batch script was told to end (SIGTERM) or Slurm ends the job; and no
-longer than it keeps something new (see `run.requeues`).
+Whoever asked for the end, ranks end with 3; they may have been asked directly, since preemption tells the step alone.
+So what was stopped goes back into the queue, unless its batch script was told to end (SIGTERM) or Slurm ends the job;
+and no longer than it keeps something new (see `run.requeues`).
 """
 
 from __future__ import annotations

@@ -39,7 +39,8 @@ SCONTROL = """#!/usr/bin/env bash
 printf '%s\\n' "$*" >>scontrol_calls
 case "$*" in
   "show hostnames "*) printf 'gpu03\\ngpu04\\n' ;;
-  "--oneliner show job "*) printf 'JobId=7 JobName=adept JobState=%s Reason=None Requeue=1\\n' "${STATE:-RUNNING}" ;;
+  "--oneliner show job "*) 
+    printf 'JobId=7 JobState=%s Reason=%s Restarts=%s\\n' "${STATE:-RUNNING}" "${REASON:-None}" "${RESTARTS:-0}" ;;
   requeue*) [[ -z "${REFUSES:-}" ]] || { printf 'Requested operation is presently disabled\\n' >&2; exit 1; } ;;
 esac
 """
@@ -232,4 +233,6 @@ def test_the_stages_of_a_configuration_are_listed_in_their_order(tmp_path: Path,
     assert stages() == "probe expand train export eval report"
     assert stages(dial={}) == "probe expand train dial eval report"
     assert stages(expand={"k": None, "layers": [1]}) == "expand train export eval report"
-    assert stages(method="full") == "train export eval report"
+    in_place = tmp_path / "full.yaml"
+    in_place.write_text("{model: m, run_dir: r, method: full, data: {domain: [d]}}")
+    assert run_here(["job", "--list-stages", str(in_place)], ROOT).out.strip() == "train export eval report"

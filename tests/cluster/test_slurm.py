@@ -36,9 +36,9 @@ SMALL = ("--cpus-per-task=1", "--time=30")
 
 
 @pytest.fixture(scope="session")
-def slurm(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
+def slurm(request: pytest.FixtureRequest) -> Iterator[SlurmCluster]:
     need(request.config, PROGRAMS)
-    with SlurmCluster(tmp_path_factory.mktemp("slurm") / "s").running() as cluster:
+    with SlurmCluster().running() as cluster:
         yield cluster
 
 

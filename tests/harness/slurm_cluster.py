@@ -18,6 +18,7 @@ import socket
 import stat
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -153,14 +154,11 @@ class ClusterJob:
 
 
 class SlurmCluster:
-    """See above.
+    """See above. What it writes lies in a directory that everybody may enter, or munged would not start."""
 
-    Args:
-        root: an empty directory with a short name, since it holds sockets.
-    """
-
-    def __init__(self, root: Path) -> None:
-        self.root, self.conf = root, root / "slurm.conf"
+    def __init__(self) -> None:
+        self.root = Path(tempfile.mkdtemp(prefix="slurm_"))
+        self.conf = self.root / "slurm.conf"
         self._host = socket.gethostname().partition(".")[0]
         self._ports = {name: free_port() for name in ("controller", *NODES)}
         self._daemons: subprocess.Popen[bytes] | None = None
@@ -250,7 +248,7 @@ class SlurmCluster:
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-        until(self._is_up, 60)
+        until(self._is_up, 120)
 
     def _is_up(self) -> bool:
         assert self._daemons is not None

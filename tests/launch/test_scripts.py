@@ -85,7 +85,6 @@ def test_help_shows_usage_and_an_example(name: str, tmp_path: Path) -> None:
         ("slurm_seeds.sbatch", ["runs/math", "config.yaml"], "no task of an array"),
         ("slurm_stages.sh", ["launch/slurm.sbatch"], "usage"),
         ("slurm_stages.sh", ["missing.sbatch", "config.yaml"], "TEMPLATE 'missing.sbatch' does not exist"),
-        ("slurm_stages.sh", [str(ROOT / "launch/slurm.sbatch"), "config.yaml"], "sbatch is not installed"),
         ("common.sh", [], "start one of these"),
     ],
 )
@@ -367,7 +366,8 @@ printf '%s;cluster\\n' "$((100 + $(wc -l <calls)))"
 def test_stages_are_submitted_in_their_order_each_behind_the_one_before(tmp_path: Path) -> None:
     write_program(tmp_path / "bin" / "sbatch", FAKE_SBATCH)
     template = write_program(tmp_path / "my.sbatch", "")
-    (tmp_path / "c.yaml").write_text("{model: m, run_dir: r, data: {domain: [d]}, probe: {corpus: [g]}, dial: {}}")
+    data = "{domain: [d], general_eval: [e], domain_eval: [f]}"
+    (tmp_path / "c.yaml").write_text(f"{{model: m, run_dir: r, data: {data}, probe: {{corpus: [g]}}, dial: {{}}}}")
     env = clean_environment(tmp_path, ADEPT_OPTIONS_train="--nodes=4 --time=8:00:00")
     done = run_script("slurm_stages.sh", str(template), "c.yaml", "train.lr=1e-4", env=env, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -383,6 +383,15 @@ def test_stages_are_submitted_in_their_order_each_behind_the_one_before(tmp_path
         )
     ]
     assert "eval     job 105, after 104\n" in done.stdout
+
+
+def test_where_slurm_is_not_stages_are_not_submitted(tmp_path: Path) -> None:
+    for program in ("bash", "basename", "dirname"):
+        (tmp_path / program).symlink_to(str(shutil.which(program)))
+    env = {"PATH": str(tmp_path)}
+    done = run_script("slurm_stages.sh", str(ROOT / "launch" / "slurm.sbatch"), "c.yaml", env=env, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "sbatch is not installed" in done.stderr
 
 
 def test_a_mistake_in_the_configuration_is_said_before_any_stage_is_submitted(tmp_path: Path) -> None:
