@@ -56,12 +56,13 @@ class SlurmJob:
 
     def fate(self) -> Fate:
         """As Slurm says it; "runs" where it does not answer. Whatever ends a job, its state is COMPLETING meanwhile."""
-        shown = dict(re.findall(r"(\w+)=(\S*)", _asked("scontrol", "--oneliner", "show", "job", self.name)))
+        words = re.findall(r"(\w+)=(\S*)", _asked("scontrol", "--oneliner", "show", "job", self.name))
+        shown = dict(reversed(words))  # what the user has put in, as into a comment, comes later
         if int(shown.get("Restarts", "0")) > self.restarts:
             return "goes back"
         if shown.get("Reason") == "TimeLimit":
             return "time is over"
-        return "runs" if shown.get("JobState", "RUNNING") == "RUNNING" else "ends"
+        return "ends" if shown.get("JobState") in ("COMPLETING", "CANCELLED") else "runs"
 
     def requeue(self) -> str:
         """Put it back into the queue; Slurm ends this process then. Why that failed; empty: it did not."""

@@ -26,8 +26,8 @@ from harness.workspace import Workspace
 LAUNCH = ROOT / "launch"
 
 SECTIONS: dict[str, Any] = {
-    "train": {"steps": 240, "checkpoint_every": 20, "eval_every": 120},
-    "importance": {"every": 60},
+    "train": {"steps": 100, "checkpoint_every": 10, "eval_every": 50},
+    "importance": {"every": 25},
 }
 """Long enough that somebody can come between, short enough to be run a dozen times."""
 
@@ -76,7 +76,7 @@ class Scenario:
         config = self.run.config(**SECTIONS)
         return self.slurm.submit(template, *arguments, config, options=(*SMALL, *options), directory=self.folder)
 
-    def trains(self, step: int = 21) -> None:
+    def trains(self, step: int = 11) -> None:
         """Until so many steps are done: there is a checkpoint."""
         until(lambda: self.run.steps_done >= step, 300)
 
@@ -151,7 +151,7 @@ def test_seeds_as_an_array(scenario: Scenario) -> None:
     )
     tasks = [scenario.slurm.job(f"{first.name}_{seed}", scenario.folder) for seed in (0, 1)]
     runs = [replace(scenario.run, root=scenario.run.root / f"seed_{seed}") for seed in (0, 1)]
-    until(lambda: runs[1].steps_done >= 21, 300)
+    until(lambda: runs[1].steps_done >= 11, 300)
     assert [task.state for task in tasks] == ["RUNNING", "RUNNING"]
     scenario.slurm.command("scancel", "--batch", "--signal=USR1", tasks[1].name)
     for task in tasks:
@@ -264,24 +264,32 @@ def test_preempted_where_the_batch_script_is_warned(scenario: Scenario) -> None:
 def test_warned_before_the_time_is_over(scenario: Scenario) -> None:
     job = scenario.submit()
     scenario.trains()
-    scenario.slurm.command("scontrol", "update", f"job={job.name}", "TimeLimit=2")
-    until(lambda: job.restarts == 1, 200)
-    scenario.slurm.command("scontrol", "update", f"job={job.name}", "TimeLimit=30")
+    with job.held_until("signal 10 to"):
+        limit(job, 2)
+    until(lambda: job.restarts == 1)
+    limit(job, 30)
     finished(job)
     assert job.restarts == 1
     scenario.is_as_expected("requeued once")
 
 
 def test_its_time_is_over_without_a_warning(scenario: Scenario) -> None:
-    """KillWait is enough for a checkpoint here."""
-    job = scenario.submit(options=("--signal=B:USR1@0",))
+    """As with a script that asks for none; KillWait is enough for a checkpoint here."""
+    script = scenario.folder / "no_warning.sbatch"
+    script.write_text(re.sub(r"#SBATCH --signal=.*\n", "", CPU.read_text()))
+    job = scenario.submit(template=script)
     scenario.trains()
-    scenario.slurm.command("scontrol", "update", f"job={job.name}", "TimeLimit=1")
-    until(lambda: job.restarts == 1 or job.state == "TIMEOUT", 200)
-    assert job.restarts == 1
-    scenario.slurm.command("scontrol", "update", f"job={job.name}", "TimeLimit=30")
+    with job.held_until("Time limit exhausted for"):
+        limit(job, 1)
+    until(lambda: job.restarts == 1)
+    limit(job, 30)
     finished(job)
+    assert job.restarts == 1
     scenario.is_as_expected("requeued once")
+
+
+def limit(job: ClusterJob, minutes: int) -> None:
+    job.cluster.command("scontrol", "update", f"job={job.name}", f"TimeLimit={minutes}")
 
 
 def test_cancelled(scenario: Scenario) -> None:

@@ -54,6 +54,7 @@ SlurmdSpoolDir={root}/spool/%n
 SlurmctldPidFile={root}/run/slurmctld.pid
 SlurmdPidFile={root}/run/slurmd-%n.pid
 SlurmctldLogFile={root}/log/slurmctld.log
+SlurmctldDebug=debug
 SlurmdLogFile={root}/log/slurmd-%n.log
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
@@ -139,6 +140,25 @@ class ClusterJob:
         """Its last state, and its exit code as Slurm writes it, CODE:SIGNAL."""
         self.wait_for("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", timeout=timeout)
         return self.state, self.says("ExitCode")
+
+    @contextmanager
+    def held_until(self, line: str) -> Iterator[None]:
+        """Its ranks stand still from now on, until Slurm's controller has logged this about the job (a pattern).
+
+        Slurm looks at times every 30 s, in which a small run would come to its end."""
+        log = self.cluster.root / "log" / "slurmctld.log"
+        before, ranks = log.stat().st_size, self.ranks()
+        assert ranks
+        for rank in ranks:
+            rank.suspend()
+        try:
+            yield
+            pattern = re.compile(f"{line} JobId={self.name}\\b".encode())
+            until(lambda: pattern.search(log.read_bytes()[before:]) is not None)
+        finally:
+            for rank in ranks:
+                with suppress(psutil.Error):
+                    rank.resume()
 
     def ranks(self) -> list[psutil.Process]:
         """Of its step, as this host sees them."""
