@@ -16,8 +16,8 @@ die() {
   exit 2
 }
 
-# Sets `python` and `deepspeed`: the active environment's, else this checkout's .venv, else what PATH has.
-find_programs() {
+# Sets `python`: the active environment's, else this checkout's .venv, else what PATH has.
+find_python() {
   local environment="${VIRTUAL_ENV:-${CONDA_PREFIX:-$repo/.venv}}"
   if [[ -n "${ADEPT_PYTHON:-}" ]]; then
     python="$ADEPT_PYTHON"
@@ -26,6 +26,11 @@ find_programs() {
   else
     python="$(command -v python3 || command -v python)" || die "no python found; activate the environment of adept-ds"
   fi
+}
+
+# Sets `python`, and the `deepspeed` that goes with it.
+find_programs() {
+  find_python
   deepspeed="$(dirname "$python")/deepspeed"
   [[ -x "$deepspeed" ]] || deepspeed="$(command -v deepspeed)" \
     || die "no deepspeed next to $python or on PATH; activate the environment of adept-ds or set ADEPT_PYTHON"

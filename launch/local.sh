@@ -50,6 +50,8 @@ choose_devices() {
   unset CUDA_VISIBLE_DEVICES
 }
 
+# Called by traps.
+# shellcheck disable=SC2317,SC2329
 on_signal() {
   if ((stop_requests++ == 0)); then
     # Before there are ranks, there is nothing to save.

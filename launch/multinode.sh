@@ -86,6 +86,8 @@ signal_hosts() {
     "bash $(printf '%q' "$repo/launch/common.sh") signal_ranks $ADEPT_LAUNCH_ID $1" </dev/null
 }
 
+# Called by traps.
+# shellcheck disable=SC2317,SC2329
 on_signal() {
   if ((stop_requests++ == 0)); then
     signal_hosts "$1" || printf 'multinode.sh: not every host had a rank to stop; once more ends the run\n' >&2

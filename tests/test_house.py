@@ -20,8 +20,16 @@ SINGLE = [
     "models.tokenizer_files",
     "models.tokenizer_settings",
     "ranks.launchers",
+    "ranks.slurm",
 ]
-SINGLE += ["probing.result", "probing.selection", "weights.expansion", "deltas.operations", "run.prerequisites"]
+SINGLE += [
+    "probing.result",
+    "probing.selection",
+    "weights.expansion",
+    "deltas.operations",
+    "run.prerequisites",
+    "run.requeues",
+]
 SINGLE += ["training.follower"]
 
 

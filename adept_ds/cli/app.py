@@ -29,7 +29,7 @@ from adept_ds.base.errors import (
 from adept_ds.base.files import disk_failure
 from adept_ds.base.lifeline import end_with
 from adept_ds.base.version import __version__
-from adept_ds.cli import compare, delta, diagnose, dial, model_files, plan, run, status
+from adept_ds.cli import compare, delta, diagnose, dial, job, model_files, plan, run, status
 from adept_ds.cli.forms import either, on_config_only
 from adept_ds.ranks.launchers import launcher_processes
 
@@ -88,6 +88,10 @@ app.command(
     "status",
     epilog="Example:  adept status runs/math   ·   adept status runs/math --watch   ·   adept status runs/study --json",
 )(status.status)
+app.command(
+    "job",
+    epilog="Example:  adept job config.yaml train.lr=1e-4   ·   adept job --stage train --requeue-faults config.yaml",
+)(job.job)
 app.command("show", epilog="Example:  adept show config.yaml train.lr=1e-4")(on_config_only(run.show_plan))
 
 delta_app = typer.Typer(

