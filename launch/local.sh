@@ -46,6 +46,7 @@ choose_devices() {
   unset CUDA_VISIBLE_DEVICES
 }
 
+# shellcheck disable=SC2317 # a trap calls it
 on_signal() {
   if ((stop_requests++ == 0)); then
     # Before there are ranks, there is nothing to save.

@@ -105,6 +105,7 @@ signal_hosts() {
   on_hosts "$(quoted bash "$repo/launch/common.sh" signal_ranks "$ADEPT_LAUNCH_ID" "$1")"
 }
 
+# shellcheck disable=SC2317 # a trap calls it
 on_signal() {
   if ((stop_requests++ == 0)); then
     signal_hosts "$1" 2>/dev/null || printf 'multinode.sh: not every host had a rank to stop; once more ends the run\n' >&2

@@ -40,7 +40,9 @@ def launch(
         if scheduler is not Scheduler.SLURM:
             raise InputError(f"--sbatch: '{option}' goes with --scheduler slurm; leave it out")
         if not option.startswith("--") or "\n" in option:
-            raise InputError(f"--sbatch: '{option}' is no long option of sbatch; write it as in --sbatch=--time=08:00:00")
+            raise InputError(
+                f"--sbatch: '{option}' is no long option of sbatch; write it as in --sbatch=--time=08:00:00"
+            )
     if submit and scheduler is Scheduler.TORCHRUN and nodes > 1:
         raise InputError("--submit: torchrun has to be started on every host; print the script, and start it there")
     resolve(load_config(config, overrides or []), "run", nodes * ranks)

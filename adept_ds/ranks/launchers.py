@@ -184,7 +184,9 @@ def _launcher(env: Mapping[str, str]) -> _Launcher | None:
 
 def _announcing(env: Mapping[str, str]) -> Iterator[_Launcher]:
     """Innermost first."""
-    return (entry for entry in _LAUNCHERS if all(key in env for key in (entry.rank, entry.world_size, *entry.must_have)))
+    return (
+        entry for entry in _LAUNCHERS if all(key in env for key in (entry.rank, entry.world_size, *entry.must_have))
+    )
 
 
 def _check_no_half(env: Mapping[str, str]) -> None:

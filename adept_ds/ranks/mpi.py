@@ -1,6 +1,7 @@
 """Ranks of mpirun: who they are, where rank 0 is, and how they end. They tell each other, by mpi4py's COMM_WORLD.
 
-Importing mpi4py.MPI initialises MPI, and at exit it is finalised. So nobody imports it whom mpirun has not started.
+Importing mpi4py.MPI initialises MPI, so nobody imports it whom mpirun has not started; and it is finalised as soon as
+the ranks have met, since MPI kills a process whose mpirun is gone, which else stops with a checkpoint.
 
 Rank 0 listens at a free port, and offers all IPv4 addresses of its host; one rank of each other host tries them. The
 first at which all were answered is where the ranks meet: no name has to be known, and an interface that leads elsewhere
@@ -25,7 +26,7 @@ from typing import Any, NoReturn
 import psutil
 
 from adept_ds.base.errors import InputError
-from adept_ds.ranks.launchers import LaunchedRank
+from adept_ds.ranks.launchers import LaunchedRank, rank_of_several
 
 _ANSWER = 3.0
 """Seconds that rank 0 has to answer at one of its addresses."""
@@ -63,10 +64,17 @@ def world_of_mpi(launcher: str, size_key: str, announced: int) -> LaunchedRank:
     return LaunchedRank(world.rank, world.size, host.rank, host.size, *place, launcher)
 
 
+def leave_mpi() -> None:
+    """The ranks have met elsewhere, and need MPI no more. All call it, under mpirun or not."""
+    if "mpi4py.MPI" in sys.modules and not _is_over():
+        _mpi().Finalize()
+
+
 class Ending:
     """How a process ends: a rank of mpirun that fails alone ends the whole job, and names itself.
 
-    mpirun by itself would end all ranks as soon as one of them is gone, although another one is to say why.
+    mpirun by itself ends all ranks as soon as one of them is gone, although another one is to say why; and waits for
+    ever where one that has failed waits for the others to finalise MPI.
     """
 
     def __init__(self, *, under_mpi: bool) -> None:
@@ -79,9 +87,9 @@ class Ending:
 
     def exit(self, code: int) -> NoReturn:
         """As `sys.exit`, if all ranks do."""
-        if code and self._under_mpi and not _all_end():
+        if self._under_mpi and not _all_end():
             self.leave(code)
-        elif self._unsaid:
+        if self._unsaid:
             time.sleep(_FIRST_WORDS)
         sys.exit(code)
 
@@ -90,18 +98,21 @@ class Ending:
         sys.stdout.flush()
         sys.stderr.flush()
         if self._under_mpi:
+            why = f": {self._unsaid}" if self._unsaid else ""
+            who = f"rank {rank_of_several(os.environ)} on {socket.gethostname()}"
+            os.write(2, f"adept: {who} has failed, and ends all ranks{why}\n".encode(errors="backslashreplace"))
             with suppress(InputError):
-                mpi = _mpi()
-                who = f"adept: rank {mpi.COMM_WORLD.rank} on {mpi.Get_processor_name()}"
-                why = f": {self._unsaid}" if self._unsaid else ""
-                os.write(2, f"{who} has failed, and ends all ranks{why}\n".encode(errors="backslashreplace"))
-                mpi.COMM_WORLD.Abort(code)
-        os._exit(code)
+                if not _is_over():
+                    _mpi().COMM_WORLD.Abort(code)
+        os._exit(code)  # which mpirun takes for an abort
 
 
 def _all_end() -> bool:
-    """Whether the others have failed as well, within a few seconds."""
+    """Whether the others have failed as well, within a few seconds; taken for granted when the ranks have met, since
+    they then know of each other's ends otherwise (see `watch`)."""
     with suppress(InputError):
+        if _is_over():
+            return True
         world, until = _mpi().COMM_WORLD, time.monotonic() + _TOGETHER
         request = world.Ibarrier()
         while not request.Test():
@@ -109,6 +120,10 @@ def _all_end() -> bool:
                 return False
             time.sleep(_LOOKS)
     return True
+
+
+def _is_over() -> bool:
+    return bool(_mpi().Is_finalized())
 
 
 @cache
@@ -199,9 +214,9 @@ def _own_addresses() -> list[str]:
     found = dict[str, bool]()
     for name, addresses in psutil.net_if_addrs().items():
         for address in addresses:
-            if address.family == socket.AF_INET and states[name].isup:
-                if not ipaddress.ip_address(address.address).is_loopback:
-                    found[address.address] = name in named
+            is_usable = address.family == socket.AF_INET and states[name].isup
+            if is_usable and not ipaddress.ip_address(address.address).is_loopback:
+                found[address.address] = name in named
     return sorted(found, key=lambda address: not found[address])
 
 

@@ -16,11 +16,13 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-import adept_ds
 from adept_ds.base.errors import InputError
 
+_CHECKOUT = Path(__file__).resolve().parent.parent.parent
+"""If it is one: of an installed package, what it is installed in."""
 
-class Scheduler(str, Enum):
+
+class Scheduler(str, Enum):  # noqa: UP042 - Python 3.10 has no StrEnum
     """What starts ranks."""
 
     SLURM = "slurm"
@@ -64,10 +66,10 @@ def launch_folder(needed: str, who: str) -> Path:
     Raises:
         InputError: the package was installed without a checkout.
     """
-    folder = Path(adept_ds.__file__).resolve().parent.parent / "launch"
+    folder = _CHECKOUT / "launch"
     if not (folder / needed).is_file():
         raise InputError(
-            f"{who}: '{folder / needed}' is not there; run adept from a checkout (`pip install -e .`), which has launch/"
+            f"{who}: '{folder / needed}' is not there; run adept from a checkout (`pip install -e`), which has launch/"
         )
     return folder
 

@@ -75,7 +75,9 @@ def test_a_slurm_script_is_the_checkouts_own_with_these_numbers(gpus: int, name:
     kept = {line for line in sbatch_lines(template) if line.partition("=")[0].removeprefix("#SBATCH --") not in asked}
     assert kept <= set(lines), "what makes it stop with a checkpoint and requeue, above all"
     last = max(index for index, line in enumerate(script.splitlines()) if line.startswith("#SBATCH"))
-    assert not any(line and not line.startswith("#") for line in script.splitlines()[:last]), "or Slurm reads no further"
+    assert not any(line and not line.startswith("#") for line in script.splitlines()[:last]), (
+        "or Slurm reads no further"
+    )
 
 
 def test_a_slurm_script_has_its_arguments_inside(tmp_path: Path) -> None:
@@ -135,7 +137,7 @@ def test_deepspeed_is_started_by_the_checkouts_scripts(
 
 
 def test_without_a_checkout_one_line_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(start_scripts.adept_ds, "__file__", str(tmp_path / "adept_ds" / "__init__.py"))
+    monkeypatch.setattr(start_scripts, "_CHECKOUT", tmp_path)
     for scheduler, file in ((Scheduler.SLURM, "slurm.sbatch"), (Scheduler.DEEPSPEED, "multinode.sh")):
         with pytest.raises(InputError, match=rf"{file}' is not there; run adept from a checkout"):
             script_of(scheduler, start(tmp_path))
@@ -154,7 +156,10 @@ def test_without_a_checkout_one_line_says_so(tmp_path: Path, monkeypatch: pytest
         (["--scheduler", "mpi", "--sbatch=--time=1"], "--sbatch: '--time=1' goes with --scheduler slurm"),
         (["--sbatch=-p gpu"], "--sbatch: '-p gpu' is no long option"),
         (["--gpus-per-node", "5"], "train.global_batch_size"),
-        (["--scheduler", "torchrun", "--nodes", "2", "--hosts", "a,b", "--gpus-per-node", "1", "--submit"], "on every host"),
+        (
+            ["--scheduler", "torchrun", "--nodes", "2", "--hosts", "a,b", "--gpus-per-node", "1", "--submit"],
+            "on every host",
+        ),
     ],
 )
 def test_what_cannot_work_is_one_line_before_anything_is_submitted(

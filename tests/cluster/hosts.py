@@ -1,8 +1,8 @@
 """Two hosts on this one: each with a network, processes, shared memory, a name and an sshd of its own.
 
-They are namespaces of processes of this one, and so is the switch between them: all of it ends with these processes, and
-they end with pytest, however that ends. Nothing outside is changed, and several may exist side by side. Files are shared,
-as on hosts with a common file system.
+They are namespaces of processes of this one, and so is the switch between them: all of it ends with these processes,
+and they end with pytest, however that ends. Nothing outside is changed, and several may exist side by side. Files are
+shared, as on hosts with a common file system.
 """
 
 from __future__ import annotations
@@ -73,9 +73,9 @@ class Hosts:
         sshd = Path("/usr/sbin/sshd")
         begins = _BEGINS.format(name=name, folder=self._folder, sshd=sshd)
         host = _Namespace(["--net", "--uts", "--pid", "--mount", "--mount-proc"], begins)
-        self._switch.run(
-            f"ip link add port{number} type veth peer name eth0 netns {host.pid} && ip link set port{number} master br0 up"
-        )
+        port = f"port{number}"
+        self._switch.run(f"ip link add {port} type veth peer name eth0 netns {host.pid}")
+        self._switch.run(f"ip link set {port} master br0 up")
         host.run(
             "ip link set lo up; ip link add aaa0 type dummy; "
             f"ip addr add {DECOY}/16 dev aaa0; ip link set aaa0 up; "

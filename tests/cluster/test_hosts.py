@@ -118,7 +118,7 @@ def test_ranks_share_the_cores_of_their_host_and_arguments_arrive_as_they_are(
     record_property("ranks", 3)
     (tmp_path / "sitecustomize.py").write_text(_TELLS_THREADS)
     (tmp_path / "hostfile").write_text("hosta slots=2\nhostb slots=1\n")
-    odd = "run_dir=it's 100%n \"$HOME\" `id`"
+    odd = 'run_dir=it\'s 100%n "$HOME" `id`'
     process = hosts.start(
         multinode(tmp_path / "hostfile", "run", tmp_path / "missing.yaml", odd),
         out=tmp_path / "out",
@@ -187,7 +187,9 @@ def test_a_link_that_goes_down_ends_the_run_and_the_same_command_goes_on(
     assert code == 4, said
     assert re.search(r"^hosta: adept: rank 1 \(process \d+ on hostb\) ", said, flags=re.MULTILINE), said
     go_on(hosts, hostfile, run, on_one_host, tmp_path / "again")
-    record_property("result", f"named and ended {took:.0f} s later ({60 * SOON:.0f} s allowed), resumed to the last bit")
+    record_property(
+        "result", f"named and ended {took:.0f} s later ({60 * SOON:.0f} s allowed), resumed to the last bit"
+    )
 
 
 def test_a_signal_to_the_script_stops_all_hosts_with_a_checkpoint(
@@ -210,7 +212,9 @@ def test_mpirun_on_two_hosts_needs_no_address_of_rank_0(
     """Each host has an interface, and the first one at that, which leads nowhere."""
     record_property("ranks", 2)
     script = tmp_path / "start"
-    made = adept(1, "launch", "--scheduler", "mpi", "--nodes", 2, "--gpus-per-node", 0, "--hosts", "hosta,hostb", run.config())
+    made = adept(
+        1, "launch", "--scheduler", "mpi", "--nodes", 2, "--gpus-per-node", 0, "--hosts", "hosta,hostb", run.config()
+    )
     assert made.returncode == 0, made.stderr
     script.write_text(made.stdout)
     process = hosts.start(
@@ -224,4 +228,3 @@ def test_mpirun_on_two_hosts_needs_no_address_of_rank_0(
     assert code == 0, said
     assert run.results() == on_one_host.results()
     record_property("result", "as on one host, to the last bit")
-

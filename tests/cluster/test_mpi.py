@@ -90,7 +90,9 @@ def test_mpirun_runs_what_other_launchers_run(
     done = adept(ranks, "run", other.config())
     assert done.returncode == 0, done.stderr
     run = Run(workspace, tmp_path / "run", ranks)
-    code, said = outcome(begin(tmp_path / "out", (ranks, program("-m", "adept_ds", "run", run.config()))), tmp_path / "out")
+    code, said = outcome(
+        begin(tmp_path / "out", (ranks, program("-m", "adept_ds", "run", run.config()))), tmp_path / "out"
+    )
     assert code == 0, said
     assert run.results() == other.results()
     assert "\x1b" not in said
@@ -100,7 +102,9 @@ def test_mpirun_runs_what_other_launchers_run(
 def test_a_rank_that_raises_ends_all_and_is_named(run: Run, tmp_path: Path, record_property: Note) -> None:
     record_property("ranks", 3)
     arguments = ["run", run.config()]
-    process = begin(tmp_path / "out", (2, program("-m", "adept_ds", *arguments)), (1, program("-c", _BREAKS, *arguments)))
+    process = begin(
+        tmp_path / "out", (2, program("-m", "adept_ds", *arguments)), (1, program("-c", _BREAKS, *arguments))
+    )
     code, said = outcome(process, tmp_path / "out")
     assert code == 1, said
     assert "adept[rank 2]: unexpected ZeroDivisionError" in said
@@ -123,14 +127,18 @@ def test_input_that_is_bad_for_one_rank_ends_all_and_names_it(run: Run, tmp_path
     good, bad = (program("-m", "adept_ds", "run", run.config(), *more) for more in ((), ("train.lr=-1",)))
     code, said = outcome(begin(tmp_path / "out", (1, good), (1, bad)), tmp_path / "out")
     assert code == 2, said
-    assert re.search(r"^adept: rank 1 on \S+ has failed, and ends all ranks: .*train\.lr", said, flags=re.MULTILINE), said
+    assert re.search(r"^adept: rank 1 on \S+ has failed, and ends all ranks: .*train\.lr", said, flags=re.MULTILINE), (
+        said
+    )
 
 
 def test_two_jobs_at_once_on_a_host_do_not_meet(workspace: Workspace, tmp_path: Path, record_property: Note) -> None:
     record_property("ranks", "2 + 2")
     runs = [Run(workspace, tmp_path / name, 2) for name in ("first", "second")]
     outs = [tmp_path / f"{run.root.name}.out" for run in runs]
-    started = [begin(out, (2, program("-m", "adept_ds", "run", run.config()))) for run, out in zip(runs, outs, strict=True)]
+    started = [
+        begin(out, (2, program("-m", "adept_ds", "run", run.config()))) for run, out in zip(runs, outs, strict=True)
+    ]
     for process, out in zip(started, outs, strict=True):
         code, said = outcome(process, out)
         assert code == 0, said
@@ -171,7 +179,11 @@ def test_variables_of_an_mpirun_that_is_not_there_are_refused(run: Run) -> None:
     """As in a shell that something under mpirun has started: ranks 1 and 2 would never come."""
     left = {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "3", "OMPI_COMM_WORLD_LOCAL_RANK": "0"}
     done = subprocess.run(
-        program("-m", "adept_ds", "run", run.config()), env=os.environ | left, capture_output=True, text=True, check=False
+        program("-m", "adept_ds", "run", run.config()),
+        env=os.environ | left,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 2
     assert re.fullmatch(r"adept: OMPI_COMM_WORLD_SIZE=3, but mpi4py knows 1 \(it uses Open MPI .*\); .*\n", done.stderr)

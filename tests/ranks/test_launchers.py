@@ -167,7 +167,9 @@ def test_the_hosts_of_a_slurm_step_are_what_scontrol_makes_of_its_list(
 
 def test_without_scontrol_the_address_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(InputError, match=r"`scontrol show hostnames gpu.*` failed \(.*\); set MASTER_ADDR to the host of"):
+    with pytest.raises(
+        InputError, match=r"`scontrol show hostnames gpu.*` failed \(.*\); set MASTER_ADDR to the host of"
+    ):
         rank_from_environment(STEP)
     scontrol = tmp_path / "scontrol"
     scontrol.write_text("#!/bin/sh\necho 'Invalid hostlist' >&2; exit 1\n")
@@ -178,7 +180,12 @@ def test_without_scontrol_the_address_is_asked_for(tmp_path: Path, monkeypatch: 
 
 def test_a_launcher_inside_a_step_is_no_contradiction() -> None:
     """torchrun or deepspeed, once on each host."""
-    step = {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2", "SLURM_LOCALID": "0", "SLURM_STEP_TASKS_PER_NODE": "1(x2)"}
+    step = {
+        "SLURM_PROCID": "1",
+        "SLURM_STEP_NUM_TASKS": "2",
+        "SLURM_LOCALID": "0",
+        "SLURM_STEP_TASKS_PER_NODE": "1(x2)",
+    }
     inner = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_SIZE": "4", "MASTER_ADDR": "n1"}
     for mark in ("TORCHELASTIC_RUN_ID", "CROSS_SIZE"):
         assert rank_from_environment(step | inner | {mark: "2"}).rank == 5
