@@ -46,7 +46,7 @@ def started(script: str, tmp_path: Path, program: str, **variables: str) -> dict
         path.write_text(PROGRAM if name == program else "#!/bin/sh\necho node2\n")
         path.chmod(0o755)
     env = {"PATH": f"{tmp_path}:/usr/bin:/bin", "RECORD": str(tmp_path), **variables}
-    done = subprocess.run(["bash", "-c", script], env=env, cwd="/", capture_output=True, text=True, check=False)
+    done = subprocess.run(["/bin/bash", "-c", script], env=env, cwd="/", capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     found: dict[str, object] = json.loads((tmp_path / f"{program}.json").read_text())
     return found

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 from cluster.hosts import NAMES, Hosts, shell
-from harness.faults import CHECKPOINT_EVERY, Run
+from harness.faults import CHECKPOINT_EVERY, Run, assert_same
 from harness.launching import ROOT, adept
 from harness.system_packages import need
 from harness.waiting import until
@@ -90,7 +90,7 @@ def go_on(hosts: Hosts, hostfile: Path, run: Run, on_one_host: Run, out: Path) -
     code, said = outcome(process, out)
     assert code == 0, said
     assert "resuming after step" in said
-    assert run.results() == on_one_host.results()
+    assert_same(run.results(), on_one_host.results())
 
 
 Note = Callable[[str, object], None]
@@ -105,7 +105,7 @@ def test_two_hosts_run_as_one_does_and_nobody_else_says_anything(
     process = hosts.start(multinode(hostfile, "run", run.config()), out=out, OMP_NUM_THREADS="1")
     code, said = outcome(process, out)
     assert code == 0, said
-    assert run.results() == on_one_host.results()
+    assert_same(run.results(), on_one_host.results())
     assert not re.search(r"\[(INFO|WARNING|ERROR)\]|pdsh@|launcher|\x1b", said), said
     logs = [(run.root / "logs" / f"rank{rank}.log").read_text() for rank in (0, 1)]
     assert logs[0] != logs[1]
@@ -226,5 +226,5 @@ def test_mpirun_on_two_hosts_needs_no_address_of_rank_0(
     )
     code, said = outcome(process, tmp_path / "out")
     assert code == 0, said
-    assert run.results() == on_one_host.results()
+    assert_same(run.results(), on_one_host.results())
     record_property("result", "as on one host, to the last bit")

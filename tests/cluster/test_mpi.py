@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from harness.faults import Run
+from harness.faults import Run, assert_same
 from harness.launching import ROOT, adept
 from harness.system_packages import need
 from harness.waiting import until
@@ -23,16 +23,16 @@ pytestmark = pytest.mark.cluster
 
 Note = Callable[[str, object], None]
 
-_BREAKS = """
-import sys
+_FAILS = """
+from adept_ds.base.errors import InputError
 from adept_ds.cli.app import main
 import adept_ds.run.train
 def broken(*arguments):
-    raise ZeroDivisionError("planted")
+    raise {error}
 adept_ds.run.train.train_stage = broken
 main()
 """
-"""`adept`, with a bug."""
+"""`adept`, which fails when it trains: long after the ranks have met."""
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -47,6 +47,10 @@ def run(workspace: Workspace, tmp_path: Path) -> Run:
 
 def program(*arguments: object) -> list[str]:
     return [sys.executable, "-u", *map(str, arguments)]
+
+
+def failing(error: str, run: Run) -> list[str]:
+    return program("-c", _FAILS.format(error=error), "run", run.config())
 
 
 def begin(out: Path, *ranks: tuple[int, list[str]]) -> subprocess.Popen[bytes]:
@@ -94,17 +98,15 @@ def test_mpirun_runs_what_other_launchers_run(
         begin(tmp_path / "out", (ranks, program("-m", "adept_ds", "run", run.config()))), tmp_path / "out"
     )
     assert code == 0, said
-    assert run.results() == other.results()
+    assert_same(run.results(), other.results())
     assert "\x1b" not in said
     record_property("result", f"the same to the last bit, {len(said)} bytes of output")
 
 
 def test_a_rank_that_raises_ends_all_and_is_named(run: Run, tmp_path: Path, record_property: Note) -> None:
     record_property("ranks", 3)
-    arguments = ["run", run.config()]
-    process = begin(
-        tmp_path / "out", (2, program("-m", "adept_ds", *arguments)), (1, program("-c", _BREAKS, *arguments))
-    )
+    whole = program("-m", "adept_ds", "run", run.config())
+    process = begin(tmp_path / "out", (2, whole), (1, failing('ZeroDivisionError("planted")', run)))
     code, said = outcome(process, tmp_path / "out")
     assert code == 1, said
     assert "adept[rank 2]: unexpected ZeroDivisionError" in said
@@ -113,13 +115,24 @@ def test_a_rank_that_raises_ends_all_and_is_named(run: Run, tmp_path: Path, reco
     record_property("result", "named, all ranks gone")
 
 
+def test_what_one_rank_finds_while_the_others_train_is_said_once(
+    run: Run, tmp_path: Path, record_property: Note
+) -> None:
+    """By another one, as under any launcher: mpirun gives it the time."""
+    record_property("ranks", 2)
+    whole = program("-m", "adept_ds", "run", run.config())
+    process = begin(tmp_path / "out", (1, whole), (1, failing('InputError("key: bad; mend it")', run)))
+    code, said = outcome(process, tmp_path / "out")
+    assert code == 2, said
+    assert said.count("adept: key: bad; mend it\n") == 1, said
+
+
 def test_input_that_is_bad_for_all_is_said_once(run: Run, tmp_path: Path, record_property: Note) -> None:
     record_property("ranks", 3)
     process = begin(tmp_path / "out", (3, program("-m", "adept_ds", "run", run.config(), "train.lr=-1")))
     code, said = outcome(process, tmp_path / "out")
     assert code == 2
-    assert said.count("train.lr") == 1, said
-    assert len(said.splitlines()) == 1, said
+    assert re.fullmatch(r"adept: .*train\.lr: -1 is not possible.*\n", said), said
 
 
 def test_input_that_is_bad_for_one_rank_ends_all_and_names_it(run: Run, tmp_path: Path, record_property: Note) -> None:
@@ -142,7 +155,7 @@ def test_two_jobs_at_once_on_a_host_do_not_meet(workspace: Workspace, tmp_path: 
     for process, out in zip(started, outs, strict=True):
         code, said = outcome(process, out)
         assert code == 0, said
-    assert runs[0].results() == runs[1].results()
+    assert_same(runs[0].results(), runs[1].results())
     record_property("result", "both finished, with the same")
 
 
@@ -171,7 +184,7 @@ def test_ranks_outlive_mpirun_for_a_checkpoint(run: Run, tmp_path: Path, record_
     process.wait()
     killed = time.monotonic()
     until(lambda: not any(is_alive(rank) for rank in ranks))
-    assert max(int(folder.name.removeprefix("step_")) for folder in run.files.checkpoints.iterdir()) >= steps
+    assert max(int(folder.name.removeprefix("step_")) for folder in run.files.checkpoints.glob("step_*")) >= steps
     record_property("result", f"a checkpoint, and gone {time.monotonic() - killed:.0f} s later")
 
 

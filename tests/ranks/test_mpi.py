@@ -17,8 +17,9 @@ def test_rank_0_is_known_by_its_answer_and_not_by_an_open_port(monkeypatch: pyte
         assert mpi._answered(door.offer) == ["127.0.0.1", "127.0.0.2"]
         assert mpi._answered(dataclasses.replace(door.offer, word=b"of another start")) == []
     assert mpi._answered(door.offer) == [], "nobody listens any more"
-    with socket.socket() as free:
-        free.bind(("", door.offer.port))
+    with socket.socket() as ranks_meet_here:
+        ranks_meet_here.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        ranks_meet_here.bind(("", door.offer.port))
 
 
 def test_a_port_that_is_taken_is_trouble_for_all() -> None:
@@ -29,5 +30,5 @@ def test_a_port_that_is_taken_is_trouble_for_all() -> None:
             assert door.offer.trouble.startswith("cannot be used (")
 
 
-def test_loopback_is_no_address_for_other_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loopback_is_no_address_for_other_hosts() -> None:
     assert not any(address.startswith("127.") for address in mpi._own_addresses())
