@@ -52,8 +52,8 @@ class Start:
     @property
     def size(self) -> str:
         """In words."""
-        hosts = f"{self.nodes} host{'s' * (self.nodes > 1)}"
-        return f"{hosts} with {self.per_node} rank{'s' * (self.per_node > 1)} each"
+        ranks = f"{self.per_node} rank{'s' * (self.per_node > 1)}"
+        return f"{self.nodes} hosts with {ranks} each" if self.nodes > 1 else f"one host with {ranks}"
 
 
 def launch_folder(needed: str, who: str) -> Path:
