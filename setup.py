@@ -24,6 +24,7 @@ setup(
     package_data={
         "adept_ds.report": ["templates/*.j2"],
         "adept_ds.comparison": ["templates/*.j2"],
+        "adept_ds.ranks": ["templates/*.j2"],
         "adept_ds.study": ["templates/*.j2"],
     },
     python_requires=">=3.10",

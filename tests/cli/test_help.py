@@ -17,6 +17,10 @@ from adept_ds.cli.app import app
 TAKES = {
     "": [],
     "run": ["CONFIG", "[KEY=VALUE]..."],
+    "launch": [
+        *("CONFIG", "[KEY=VALUE]...", "--scheduler", "--nodes", "--gpus-per-node", "--ranks-per-node"),
+        *("--hosts", "--sbatch", "--submit"),
+    ],
     "probe": [
         *("CONFIG|MODEL", "[KEY=VALUE]...", "--method", "--out", "--json"),
         *("--corpus", "-k", "--sequences", "--seq-len", "--work-dir"),

@@ -5,6 +5,7 @@ What they do on a cluster is tested in `tests/cluster`, on a real one.
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 import shutil
@@ -99,9 +100,7 @@ def test_bad_arguments_are_one_clear_line_and_exit_code_2(
 
 FAKE_DEEPSPEED = f"""#!{sys.executable}
 import json, os, pathlib, sys
-file = os.environ.get("DS_ENV_FILE")
-exports = pathlib.Path(file).read_text() if file else None
-record = {{"arguments": sys.argv[1:], "env": dict(os.environ), "exports": exports}}
+record = {{"arguments": sys.argv[1:], "env": dict(os.environ)}}
 pathlib.Path(os.environ["RECORD"]).write_text(json.dumps(record))
 sys.exit(int(os.environ.get("FAKE_CODE", "0")))
 """
@@ -138,11 +137,9 @@ def test_local_starts_the_module_on_this_host_only_with_arguments_untouched(tmp_
     assert arguments == ["run", "my config.yaml", "data.domain=[a,b]", "x=$HOME*"]
 
 
-def test_local_divides_the_cores_and_hides_a_surrounding_launcher(tmp_path: Path) -> None:
+def test_local_hides_a_surrounding_launcher(tmp_path: Path) -> None:
     _, record = launch_with_fake_deepspeed("local.sh", "1000", "run", "c.yaml", tmp_path=tmp_path, RANK="7")
-    env = record["env"]
-    assert env["OMP_NUM_THREADS"] == "1"
-    assert "RANK" not in env
+    assert "RANK" not in record["env"]
     assert 1024 <= int(record["arguments"][record["arguments"].index("--master_port") + 1]) <= 65535
 
 
@@ -217,48 +214,134 @@ def test_ranks_stop_when_local_is_killed_and_nobody_else_is(tmp_path: Path) -> N
     wait_until_exists(tmp_path / "stopped")
 
 
+# Like pdsh with ssh: the command goes to a shell of each host, here always this one, with %n replaced.
+FAKE_PDSH = f"""#!{sys.executable}
+import os, pathlib, subprocess, sys
+options = dict(zip(sys.argv[2:-1:2], sys.argv[3:-1:2]))
+with open("calls", "a") as calls:
+    calls.write(f"{{options['-w']}} {{sys.argv[-1]}}\\n---\\n")
+highest = 0
+for number, host in enumerate(options["-w"].split(",")):
+    if host == os.environ.get("DEAD_HOST"):
+        print(f"{{host}}: ssh: connect to host {{host}} port 22: No route to host", file=sys.stderr)
+        highest = 255
+        continue
+    command = sys.argv[-1].replace("%%", chr(0)).replace("%n", str(number)).replace(chr(0), "%")
+    plain = {{name: os.environ[name] for name in ("PATH", "HOME", "PWD")}}
+    done = subprocess.run(["/bin/sh", "-c", command], env=plain, capture_output=True, text=True)
+    for line in done.stdout.splitlines():
+        print(f"{{host}}: {{line}}")
+    for line in done.stderr.splitlines():
+        print(f"{{host}}: {{line}}", file=sys.stderr)
+    if done.returncode:
+        print(f"pdsh@here: {{host}}: ssh exited with exit code {{done.returncode}}", file=sys.stderr)
+    highest = max(highest, done.returncode)
+sys.exit(highest)
+"""
+
+# The Python of the hosts: notes how deepspeed's launcher would be started there.
+FAKE_HOST_PYTHON = f"""#!{sys.executable}
+import json, os, pathlib, sys, time
+if "deepspeed.launcher.launch" not in sys.argv:
+    os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
+number = next(argument.partition("=")[2] for argument in sys.argv if argument.startswith("--node_rank="))
+record = {{"arguments": sys.argv[1:], "env": dict(os.environ), "directory": os.getcwd()}}
+pathlib.Path(f"host{{number}}.json").write_text(json.dumps(record))
+print("adept: train.lr: too high", file=sys.stderr)
+print(f"adept: on host {{number}} only", file=sys.stderr)
+time.sleep(float(os.environ.get("TORCH_SLEEPS", "0")))
+sys.exit(int(os.environ.get("DS_CODE", "0")))
+"""
+
+
+def multinode_environment(tmp_path: Path, **variables: str) -> dict[str, str]:
+    env = clean_environment(tmp_path, **variables)
+    write_program(tmp_path / "bin" / "pdsh", FAKE_PDSH)
+    write_program(tmp_path / "bin" / "deepspeed", "#!/bin/sh\n")
+    write_program(tmp_path / "bin" / "python", FAKE_HOST_PYTHON)
+    (tmp_path / "hosts").write_text("# two hosts\nnode1 slots=2\n\nnode2 slots=1 # the second\n")
+    return env
+
+
 def test_all_hosts_are_told_when_multinode_is_killed(tmp_path: Path) -> None:
     """Also where no rank is on its own host."""
-    write_program(tmp_path / "bin" / "pdsh", '#!/bin/sh\necho "$@" >>calls\n')
-    write_program(tmp_path / "bin" / "deepspeed", "#!/bin/sh\ntouch ready\nsleep 5\n")
-    (tmp_path / "hosts").write_text("node1 slots=2\nnode2 slots=2\n")
+    env = multinode_environment(tmp_path, TORCH_SLEEPS="5")
     command = ["bash", str(ROOT / "launch/multinode.sh"), "hosts", "run", "c.yaml"]
-    with subprocess.Popen(command, env=clean_environment(tmp_path), cwd=tmp_path) as process:
-        wait_until_exists(tmp_path / "ready")
+    with subprocess.Popen(command, env=env, cwd=tmp_path) as process:
+        wait_until_exists(tmp_path / "host0.json")
         process.send_signal(signal.SIGKILL)
-    wait_until_exists(tmp_path / "calls")
-    call = (tmp_path / "calls").read_text()
-    assert call.startswith("-S -w node1,node2 bash ")
-    assert call.endswith(" TERM\n")
-    assert not list(tmp_path.glob("adept_ds_env.*"))
+    until(lambda: "signal_ranks" in (tmp_path / "calls").read_text())
+    call = (tmp_path / "calls").read_text().split("---\n")[-2]
+    assert call.startswith("node1,node2 ")
+    assert "TERM" in call
 
 
-def test_multinode_passes_on_what_ranks_need_and_leaves_no_file(tmp_path: Path) -> None:
-    write_program(tmp_path / "bin" / "pdsh", "#!/bin/sh\n")
-    (tmp_path / "hosts").write_text("# two hosts\nnode1 slots=2\n\nnode2 slots=2 # the second\n")
+def test_multinode_starts_the_deepspeed_launcher_on_every_host_with_what_ranks_need(tmp_path: Path) -> None:
     (tmp_path / ".deepspeed_env").write_text("# the cluster's\n\nNCCL_DEBUG=WARN\nMY_OWN=1\n")
-    done, record = launch_with_fake_deepspeed(
-        *("multinode.sh", "hosts", "run", "c.yaml", "a=[1,2]", "b=x $y"),
-        tmp_path=tmp_path,
+    odd = ["a=[1,2]", "b=x $y", "c=it's 100%n\n`id`"]
+    env = multinode_environment(
+        tmp_path,
         MASTER_ADDR="10.0.0.1",
         MASTER_PORT="29511",
         GLOO_SOCKET_IFNAME="eth0",
         HF_TOKEN="secret",
-        EXTRA="yes",
+        EXTRA="it's",
         ADEPT_EXPORT="EXTRA",
     )
+    done = run_script("multinode.sh", "hosts", "run", "c.yaml", *odd, env=env, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    arguments = record["arguments"]
-    assert arguments[: arguments.index("--log_level")] == [
-        *("--hostfile", "hosts", "--launcher", "pdsh", "--force_multi"),
-        *("--master_port", "29511", "--master_addr", "10.0.0.1"),
+    for number in (0, 1):
+        record = json.loads((tmp_path / f"host{number}.json").read_text())
+        launcher, world, options = record["arguments"][:3], record["arguments"][3], record["arguments"][4:]
+        assert launcher == ["-u", "-m", "deepspeed.launcher.launch"]
+        hosts = json.loads(base64.urlsafe_b64decode(world.removeprefix("--world_info=")))
+        assert hosts == {"node1": [0, 1], "node2": [0]}
+        assert options == [
+            *(f"--node_rank={number}", "--master_addr=10.0.0.1", "--master_port=29511"),
+            *("--log_level", "critical", "--no_local_rank", "--module", "adept_ds", "run", "c.yaml", *odd),
+        ]
+        assert record["directory"] == str(tmp_path)
+        expected = {"GLOO_SOCKET_IFNAME": "eth0", "NCCL_DEBUG": "WARN", "MY_OWN": "1", "EXTRA": "it's"}
+        assert {name: record["env"].get(name) for name in expected} == expected
+        assert {"ADEPT_LAUNCH_ID", "ADEPT_LAUNCHER", "PYTHONPATH"} <= record["env"].keys()
+        assert "HF_TOKEN" not in record["env"]
+
+
+def test_multinode_finds_an_address_and_a_free_port_on_the_first_host(tmp_path: Path) -> None:
+    done = run_script("multinode.sh", "hosts", "run", env=multinode_environment(tmp_path), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    places = set()
+    for number in (0, 1):
+        arguments = json.loads((tmp_path / f"host{number}.json").read_text())["arguments"]
+        places.add(tuple(argument for argument in arguments if argument.startswith("--master_")))
+    ((address, port),) = places
+    assert re.fullmatch(r"--master_addr=\d+\.\d+\.\d+\.\d+", address)
+    assert 1024 <= int(port.removeprefix("--master_port=")) <= 65535
+
+
+def test_multinode_says_once_what_every_host_says_and_nothing_of_exit_codes(tmp_path: Path) -> None:
+    env = multinode_environment(tmp_path, DS_CODE="2")
+    done = run_script("multinode.sh", "hosts", "run", "c.yaml", env=env, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == [
+        "node1: adept: train.lr: too high",
+        "node1: adept: on host 0 only",
+        "node2: adept: on host 1 only",
     ]
-    assert arguments[-5:] == ["adept_ds", "run", "c.yaml", r"a=\[1\,2\]", r"b=x \$y"]
-    exports = record["exports"].splitlines()
-    assert {"GLOO_SOCKET_IFNAME=eth0", "NCCL_DEBUG=WARN", "MY_OWN=1", "EXTRA=yes"} <= set(exports)
-    assert {"ADEPT_LAUNCH_ID", "ADEPT_LAUNCHER"} <= {line.partition("=")[0] for line in exports}
-    assert all("=" in line and "TOKEN" not in line and not line.startswith("#") for line in exports)
-    assert not list(tmp_path.glob("adept_ds_env.*"))
+
+
+def test_hosts_that_cannot_be_reached_or_lack_something_are_named_before_anything_starts(tmp_path: Path) -> None:
+    env = multinode_environment(tmp_path, DEAD_HOST="node2")
+    done = run_script("multinode.sh", "hosts", "run", "c.yaml", env=env, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == [
+        "multinode.sh: node2: ssh: connect to host node2 port 22: No route to host",
+        "multinode.sh: nothing was started, because of the hosts above; mend them, or remove them from 'hosts'",
+    ]
+    done = run_script("multinode.sh", "hosts", "run", env=env | {"ADEPT_PYTHON": "/no/python"}, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "there is no Python at '/no/python'; install" in done.stderr
+    assert not list(tmp_path.glob("host?.json"))
 
 
 @pytest.mark.parametrize(
@@ -272,8 +355,8 @@ def test_multinode_passes_on_what_ranks_need_and_leaves_no_file(tmp_path: Path) 
 )
 def test_a_bad_hostfile_is_named_by_line(text: str, expected: str, tmp_path: Path) -> None:
     (tmp_path / "hosts").write_text(text)
-    done, record = launch_with_fake_deepspeed("multinode.sh", "hosts", "run", tmp_path=tmp_path)
-    assert (done.returncode, record) == (2, {})
+    done = run_script("multinode.sh", "hosts", "run", env=clean_environment(tmp_path), cwd=tmp_path)
+    assert done.returncode == 2
     assert expected in done.stderr
 
 
