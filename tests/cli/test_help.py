@@ -47,6 +47,7 @@ TAKES = {
     "status": ["RUN|STUDY_DIR", "--json", "--watch"],
     "job": [
         *("CONFIG", "[KEY=VALUE]...", "--stage", "--list-stages", "--requeue-faults", "--fruitless-starts"),
+    ],
     "show": ["CONFIG", "[KEY=VALUE]...", "--json"],
     "version": [],
     "delta": [],
