@@ -146,12 +146,10 @@ def test_partitions_of_three_ranks_end_in_padding(plain: dict[str, oracle.Traini
     assert any(weight.numel() % 3 for weight in plain["fine"].weights.values())
 
 
-def test_under_hpz_what_is_frozen_lies_in_a_second_partition(outcomes: Outcomes) -> None:
-    """Otherwise its rows would prove little. What is stepped has lost its own; small parameters of the file as shipped
-    are never split."""
-    found = {cell: outcome["twice_partitioned"] for cell, outcome in outcomes[2]["cells"].items()}
-    assert found["zero3/fine/hpz"] > found["zero3/fine/hpz_offloaded"] > 0
-    assert not any(count for cell, count in found.items() if "hpz" not in cell)
+def test_under_hpz_and_nowhere_else_weights_lie_in_a_second_partition(outcomes: Outcomes) -> None:
+    """Otherwise its rows would prove little."""
+    for cell, outcome in outcomes[2]["cells"].items():
+        assert (outcome["twice_partitioned"] > 0) == ("hpz" in cell or cell.startswith("zeropp")), cell
 
 
 def test_a_refresh_changed_what_units_may_do(plain: dict[str, oracle.Training]) -> None:
