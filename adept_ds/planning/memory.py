@@ -36,7 +36,8 @@ class Memory:
     gather_buffers: float
     """Stage 3: weights that are whole for a while, and where they arrive."""
     bucket: float
-    """Stage 3: where gradients are collected, there from the start."""
+    """Where gradients are collected, as far as it is there all the time: at stage 3, and at stage 1 once a first
+    micro-batch of several has gradients."""
     reduce_buffers: float
     """What else holds gradients on their way, in the backward pass."""
     activations: float
@@ -112,24 +113,26 @@ def _whole_weights(outline: Outline, zero: ZeroSettings, step: Step, logits_at_o
     flat = -(-trained // align) * align
     part = flat / step.ranks
     bucket, used = zero.reduce_bucket_size, _sent_at_once(outline, zero)
-    if size == _SINGLE:
-        partition = _largest_share(outline.weights, flat // step.ranks, step.ranks)
-        # Stage 1 keeps whole gradients until it reduces them; stage 2 those of parameters that it steps a part of.
-        gradients: float = _SINGLE * (trained if zero.stage == 1 else partition)
+    whole = zero.stage == 1  # gradients are, until they are reduced in the last micro-batch
+    if whole:
+        gradients, width = float(_SINGLE * trained), _SINGLE
+    elif size == _SINGLE:  # those of parameters that a rank steps a part of
+        gradients, width = float(_SINGLE * _largest_share(outline.weights, flat // step.ranks, step.ranks)), size
     else:
-        gradients = _SINGLE * part
-    buffers = size * bucket * (2 if zero.overlap_comm else 1)
-    if size == _SINGLE and step.micro_batches > 1:
-        buffers += _SINGLE * partition  # those of a micro-batch, before they are added
-    sent = (size + (0 if size == _SINGLE else _SINGLE)) * used  # what of a bucket is flattened, and then in float32
+        gradients, width = _SINGLE * part, size
+    buffers = float(width * bucket * (2 if zero.overlap_comm else 1))
+    there = buffers if whole and not zero.overlap_comm and step.micro_batches > 1 else 0.0
+    sent = (width + (0 if width == _SINGLE else _SINGLE)) * used  # what of a bucket is flattened, and then in float32
+    if whole or (size == _SINGLE and step.micro_batches > 1):
+        sent += int(_SINGLE * part)  # a rank's own, apart from the others, and from those of earlier micro-batches
     return Memory(
         frozen_weights=float(size * (outline.total - trained)),
         trained_weights=size * flat + _SINGLE * part,
-        gradients=float(gradients),
+        gradients=gradients,
         optimizer=2 * _SINGLE * part,
         gather_buffers=0.0,
-        bucket=0.0,
-        reduce_buffers=float(buffers + sent),
+        bucket=there,
+        reduce_buffers=buffers - there + sent,
         activations=activation_bytes(outline, step, zero),
         logits=logit_bytes(outline, step.rows, logits_at_once),
         working=outline.working * step.rows,

@@ -35,7 +35,8 @@ from adept_ds.zero.build import EngineSettings, StepShape, build_training_engine
 from adept_ds.zero.engine import Engine, client_optimizer, parameter_shapes, release, zero_stage
 from adept_ds.zero.layout import partition_layout
 
-STEPS, MICRO_BATCHES, ROWS = 3, 2, 2
+STEPS, MICRO_BATCHES, ROWS = 2, 2, 2
+"""In the second step, ZeRO-3 knows the order of modules."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 KINDS = {"allgather": "all-gather", "reduce_scatter": "reduce-scatter", "allreduce": "all-reduce"}
 
