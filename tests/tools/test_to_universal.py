@@ -102,7 +102,7 @@ def test_a_runs_checkpoint_becomes_one(workspace: Workspace, tmp_path: Path) -> 
     [
         (
             ["{folder}/universal-some-zero1/step_2", "new"],
-            "is a universal checkpoint ('zero'); give the one that it was",
+            "is a universal checkpoint ('zero'); give the one that",
         ),
         (["{folder}/model", "new"], "holds no DeepSpeed checkpoint"),
         (["{folder}/some-zero1", "{folder}/model"], "'{folder}/model' holds something that adept did not write"),
