@@ -18,13 +18,18 @@ from adept_ds.base.files import write_bytes
 _SCRIPTS = ("zero_to_fp32.py", "zero_to_torch.py")
 
 _NOT_UNDERSTOOD = {
-    r"zero": "is a universal checkpoint; give the one that it was made from",
-    r"offloaded_tensors": "keeps the optimizer's state in files of NVMe offload, which are not read; save it without",
-    r"(layer_.*|expp_rank_.*)\.pt": "is of pipeline stages or of DeepSpeed's own experts, which are not read; "
-    "save it from an engine without them",
-    r".*mp_rank_(?!00).*\.pt": "is of tensor parallel ranks, which are not read; save it from an engine without them",
+    r"zero": ("a universal checkpoint", "give the one that it was made from"),
+    r"offloaded_tensors": ("one of NVMe offload, whose files are not read", "save it without"),
+    r"(layer_.*|expp_rank_.*)\.pt": (
+        "one of pipeline stages or of DeepSpeed's own experts, which are not put together",
+        "save it from an engine without them",
+    ),
+    r".*mp_rank_(?!00).*\.pt": (
+        "one of tensor parallel ranks, which are not put together",
+        "save it from an engine without them",
+    ),
 }
-"""Name of something in a checkpoint's directory -> what it tells."""
+"""Name of something in a checkpoint's directory -> what kind it tells of, and the remedy."""
 
 
 def write_scripts(directory: Path) -> None:
@@ -63,9 +68,9 @@ def _is_tag(path: Path) -> bool:
 def check_understood(directory: Path) -> None:
     """Raises `InputError` where a checkpoint is of a kind whose files do not say by themselves where parameters lie."""
     for path in sorted(directory.iterdir()):
-        for pattern, reason in _NOT_UNDERSTOOD.items():
+        for pattern, (kind, remedy) in _NOT_UNDERSTOOD.items():
             if re.fullmatch(pattern, path.name):
-                raise InputError(f"'{directory}' {reason} ('{path.name}')")
+                raise InputError(f"'{directory}' is {kind} ('{path.name}'); {remedy}")
 
 
 def mapped(file: Path) -> Any:

@@ -100,7 +100,10 @@ def test_a_runs_checkpoint_becomes_one(workspace: Workspace, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["{folder}/universal-some-zero1/step_2", "new"], "is a universal checkpoint; give the one that it was made"),
+        (
+            ["{folder}/universal-some-zero1/step_2", "new"],
+            "is a universal checkpoint ('zero'); give the one that",
+        ),
         (["{folder}/model", "new"], "holds no DeepSpeed checkpoint"),
         (["{folder}/some-zero1", "{folder}/model"], "'{folder}/model' holds something that adept did not write"),
         (["{folder}/some-zero1", "{folder}/some-zero1/step_2/new"], "lies in CHECKPOINT"),
