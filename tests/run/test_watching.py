@@ -42,8 +42,10 @@ def test_a_run_is_told_as_running_stopped_killed_and_failed_as_it_is(workspace: 
     assert found.state == "stopped"
     assert f"stopped after step {found.step} of 4000; checkpoint written" in found.why
     assert found.checkpoint == found.step
-    (process,) = start(1, command)
+    prom = tmp_path / "adept.prom"
+    (process,) = start(1, [*command, f"logging.prometheus={prom}"])  # the same run, whoever is told
     begun(found.step)
+    until(lambda: prom.is_file() and 'adept_train_up{run="run"} 1.0\n' in prom.read_text())
     process.send_signal(signal.SIGKILL)
     process.wait()
     found = read_status(run.root)

@@ -119,6 +119,7 @@ def test_cells_are_the_same_wherever_the_study_lies(study: TinyStudy, tmp_path: 
     shutil.copytree(study.root / "tasks", moved.root / "tasks")
     tree = moved.tree()
     tree["base"]["train"] |= {"checkpoint_every": 77}
+    tree["base"]["logging"] = {"prometheus": str(tmp_path / "adept.prom")}
     after = plan_of(moved, base=tree["base"], threads=3)
     assert names(before.search) == names(after.search)
 
