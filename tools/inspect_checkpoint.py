@@ -45,6 +45,7 @@ def _print(found: list[Found], terminal: Terminal) -> None:
         for what, text in _lines(each).items():
             table.add_row(f"[bold cyan]{what}[/]", escape(text))
         terminal.console.print(table)
+        terminal.console.print()
 
 
 def _lines(found: Found) -> dict[str, str]:

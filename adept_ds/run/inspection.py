@@ -25,6 +25,7 @@ from adept_ds.weights.deepspeed_files import mapped, reading_checkpoint, tag_of
 from adept_ds.weights.expansion import Expansion
 from adept_ds.weights.fingerprints import fingerprint_of, hash_tensors
 from adept_ds.weights.hf_directory import stored_tensors
+from adept_ds.weights.saved_state import WEIGHT
 from adept_ds.weights.saved_weights import read_saved_weights
 from adept_ds.weights.universal import universal_tag_of
 
@@ -137,7 +138,9 @@ def _checkpoint(directory: Path, copies: Mapping[int, int], meter: Meter) -> Fou
             "zero_stage": state.zero_stage,
             "ranks": state.world_size,
             "step": state.counters["global_steps"],
-            "optimizer_state": tuple(dict.fromkeys(key for of in state.parameters.values() for key in of.vectors)),
+            "optimizer_state": tuple(
+                dict.fromkeys(key for of in state.parameters.values() for key in of.vectors if key != WEIGHT)
+            ),
             "learning_rates": tuple(float(group["lr"]) for group in state.param_groups),
         }
     proved = [file for file in manifest.files.values() if isinstance(file, WrittenFile)] if manifest else []
