@@ -1,16 +1,17 @@
 #!/usr/bin/env bash
 # Submit a job for each stage of a configuration to Slurm: each begins when the one before has finished.
 #
-#   launch/slurm_stages.sh TEMPLATE CONFIG [key=value ...]
-#   launch/slurm_stages.sh launch/slurm.sbatch config.yaml train.lr=1e-4
+#   launch/slurm_stages.sh [--option=value ...] TEMPLATE CONFIG [key=value ...]
+#   launch/slurm_stages.sh --time=08:00:00 launch/slurm.sbatch config.yaml train.lr=1e-4
 #
+# Options are sbatch's, for every stage, and win over the #SBATCH lines of TEMPLATE.
 # TEMPLATE is a batch script that hands its arguments to `adept job`: launch/slurm.sbatch, slurm_cpu.sbatch,
 # slurm_nodes.sbatch, or a copy of yours. A job that is stopped goes back into the queue, and those behind it wait for
 # its end. When one fails, those behind it are cancelled. Submitted again, stages that have finished are not run again.
 #
 # Environment, all optional:
 #   ADEPT_STAGES    the stages, instead of all that CONFIG has, as in: ADEPT_STAGES='export eval report'
-#   ADEPT_OPTIONS_probe, ADEPT_OPTIONS_expand, ...   options of sbatch for one stage, over those of TEMPLATE, as in:
+#   ADEPT_OPTIONS_probe, ADEPT_OPTIONS_expand, ...   options of sbatch for one stage, which win over all others, as in:
 #                   ADEPT_OPTIONS_train='--nodes=4 --time=24:00:00'
 #   ADEPT_PYTHON    the Python that reads CONFIG (default: the active environment's, else that of .venv)
 set -euo pipefail
@@ -25,6 +26,12 @@ if [[ "${1:-}" == --help || "${1:-}" == -h ]]; then
   show_header "$0"
   exit 0
 fi
+common=()
+while [[ "${1:-}" == --?* ]]; do
+  [[ "$1" == *=* ]] || die "option '$1' has no value; write --name=value"
+  common+=("$1")
+  shift
+done
 [[ $# -ge 2 ]] || die "usage: launch/slurm_stages.sh TEMPLATE CONFIG [key=value ...] (--help shows an example)"
 template="$1"
 shift
@@ -40,7 +47,8 @@ after=()
 for stage in $stages; do
   name="ADEPT_OPTIONS_$stage"
   read -ra options <<<"${!name:-}"
-  job="$(sbatch --parsable --job-name="adept-$stage" "${options[@]}" "${after[@]}" "$template" --stage "$stage" "$@")"
+  options=("${common[@]}" "${options[@]}" "${after[@]}")
+  job="$(sbatch --parsable --job-name="adept-$stage" "${options[@]}" "$template" --stage "$stage" "$@")"
   job="${job%%;*}"
   printf '%-8s job %s%s\n' "$stage" "$job" "${after:+, after ${after[0]##*:}}"
   after=("--dependency=afterok:$job" --kill-on-invalid-dep=yes)

@@ -162,20 +162,18 @@ def test_seeds_as_an_array(scenario: Scenario) -> None:
     scenario.is_as_expected("two at once on a node, one of them requeued")
 
 
+def stages(scenario: Scenario, **env: str) -> dict[str, ClusterJob]:
+    """Submit them; the job of each."""
+    command = ["bash", str(LAUNCH / "slurm_stages.sh"), *SMALL, str(CPU), str(scenario.run.config(**SECTIONS))]
+    done = scenario.slurm.run(*command, directory=scenario.folder, env=env)
+    assert done.returncode == 0, done.stderr
+    words = [line.replace(",", "").split() for line in done.stdout.splitlines()]
+    return {stage: scenario.slurm.job(number, scenario.folder) for stage, _, number, *_ in words}
+
+
 def test_a_job_for_each_stage(scenario: Scenario) -> None:
     """The job that trains is warned and goes back: those behind it wait for its end, and not for its first exit."""
-    config = scenario.run.config(**SECTIONS)
-    done = scenario.slurm.run(
-        *("bash", str(LAUNCH / "slurm_stages.sh"), str(CPU), str(config)),
-        directory=scenario.folder,
-        env={f"SBATCH_{name}": value for name, value in (("CPUS_PER_TASK", "1"), ("TIMELIMIT", "30"))}
-        | {"ADEPT_OPTIONS_train": "--cpus-per-task=1 --nodes=2 --ntasks-per-node=1"},
-    )
-    assert done.returncode == 0, done.stderr
-    jobs = {
-        line.split()[0]: scenario.slurm.job(line.split()[2].strip(","), scenario.folder)
-        for line in done.stdout.splitlines()
-    }
+    jobs = stages(scenario, ADEPT_OPTIONS_train="--nodes=2 --ntasks-per-node=1")
     assert list(jobs) == ["probe", "expand", "train", "dial", "eval", "report"]
     scenario.trains()
     assert [jobs[name].state for name in ("train", "dial")] == ["RUNNING", "PENDING"]
@@ -188,17 +186,9 @@ def test_a_job_for_each_stage(scenario: Scenario) -> None:
 
 def test_stages_behind_one_that_failed_do_not_wait_for_ever(scenario: Scenario) -> None:
     """Here the expansion, since there is no probe."""
-    config = scenario.run.config(**SECTIONS)
-    done = scenario.slurm.run(
-        *("bash", str(LAUNCH / "slurm_stages.sh"), str(CPU), str(config)),
-        directory=scenario.folder,
-        env={"ADEPT_STAGES": "expand train", "ADEPT_OPTIONS_expand": "--cpus-per-task=1 --ntasks-per-node=1"}
-        | {"ADEPT_OPTIONS_train": "--cpus-per-task=1"},
-    )
-    assert done.returncode == 0, done.stderr
-    jobs = [scenario.slurm.job(line.split()[2].strip(","), scenario.folder) for line in done.stdout.splitlines()]
-    assert jobs[0].ends() == ("FAILED", "2:0")
-    assert jobs[1].ends()[0] == "CANCELLED"
+    jobs = stages(scenario, ADEPT_STAGES="expand train")
+    assert jobs["expand"].ends() == ("FAILED", "2:0")
+    assert jobs["train"].ends()[0] == "CANCELLED"
     scenario.record("result", "failed with 2; the next one cancelled")
 
 
@@ -321,11 +311,14 @@ def test_its_batch_script_is_told_to_end(scenario: Scenario) -> None:
 
 
 def test_its_node_fails(scenario: Scenario) -> None:
-    job = scenario.submit(options=("--nodelist=n1",))
+    """It goes on on the other one."""
+    job = scenario.submit()
     scenario.trains()
-    scenario.slurm.command("scontrol", "update", "nodename=n1", "state=down", "reason=test")
-    until(lambda: job.restarts == 1)
-    finished(job)
+    failed = job.says("NodeList")
+    with scenario.slurm.failed(failed):
+        finished(job)
+    assert job.restarts == 1
+    assert {failed, job.says("NodeList")} == {"n1", "n2"}
     assert "resuming after step" in job.said
     scenario.is_as_expected("requeued by Slurm")
 

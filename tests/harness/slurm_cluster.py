@@ -235,6 +235,17 @@ class SlurmCluster:
         return subprocess.run(words, env=environment, cwd=directory, capture_output=True, text=True, check=False)
 
     @contextmanager
+    def failed(self, node: str) -> Iterator[None]:
+        """Slurm takes the node for dead, ends what runs there, and starts nothing there meanwhile, although its daemon
+        reports again."""
+        for state in ("down", "drain"):
+            self.command("scontrol", "update", f"nodename={node}", f"state={state}", "reason=test")
+        try:
+            yield
+        finally:
+            self.command("scontrol", "update", f"nodename={node}", "state=resume")
+
+    @contextmanager
     def user_signals_at_preemption(self) -> Iterator[None]:
         """While it lasts, a job that is preempted also gets the signal that its `--signal` names."""
         self._write_conf(_USER_SIGNAL)

@@ -85,6 +85,7 @@ def test_help_shows_usage_and_an_example(name: str, tmp_path: Path) -> None:
         ("slurm_seeds.sbatch", ["runs/math"], "usage"),
         ("slurm_seeds.sbatch", ["runs/math", "config.yaml"], "no task of an array"),
         ("slurm_stages.sh", ["launch/slurm.sbatch"], "usage"),
+        ("slurm_stages.sh", ["--time", "30", "launch/slurm.sbatch", "config.yaml"], "option '--time' has no value"),
         ("slurm_stages.sh", ["missing.sbatch", "config.yaml"], "TEMPLATE 'missing.sbatch' does not exist"),
         ("common.sh", [], "start one of these"),
     ],
@@ -452,10 +453,12 @@ def test_stages_are_submitted_in_their_order_each_behind_the_one_before(tmp_path
     data = "{domain: [d], general_eval: [e], domain_eval: [f]}"
     (tmp_path / "c.yaml").write_text(f"{{model: m, run_dir: r, data: {data}, probe: {{corpus: [g]}}, dial: {{}}}}")
     env = clean_environment(tmp_path, ADEPT_OPTIONS_train="--nodes=4 --time=8:00:00")
-    done = run_script("slurm_stages.sh", str(template), "c.yaml", "train.lr=1e-4", env=env, cwd=tmp_path)
+    arguments = ("--partition=gpu", str(template), "c.yaml", "train.lr=1e-4")
+    done = run_script("slurm_stages.sh", *arguments, env=env, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "calls").read_text().splitlines() == [
-        f"--parsable --job-name=adept-{stage} {options}{after}{template} --stage {stage} c.yaml train.lr=1e-4"
+        f"--parsable --job-name=adept-{stage} --partition=gpu {options}{after}{template} --stage {stage} "
+        "c.yaml train.lr=1e-4"
         for stage, options, after in (
             ("probe", "", ""),
             ("expand", "--nodes=1 --ntasks-per-node=1 ", "--dependency=afterok:101 --kill-on-invalid-dep=yes "),
