@@ -136,7 +136,8 @@ def main() -> None:
     # The deepspeed launcher hands --local_rank to the program; the environment says the same.
     arguments = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank=")]
     end_with(launcher_processes(os.environ))
-    share_cores(os.environ)
+    if arguments[:1] != ["job"]:  # which starts ranks, and is none
+        share_cores(os.environ)
     ending = Ending(under_mpi=is_under_mpi(os.environ))
     code = _run(arguments, ending)
     if code:
