@@ -108,6 +108,8 @@ def rank_from_environment(env: Mapping[str, str]) -> LaunchedRank:
         raise InputError(
             f"{launcher.rank}={rank} does not fit {launcher.world_size}={world_size}; start all ranks with one launcher"
         )
+    if launcher.is_mpi and world_size == 1:
+        return LaunchedRank(0, 1, 0, 1, "127.0.0.1", _free_port(), launcher.name)
     if launcher.is_mpi:
         from adept_ds.ranks.mpi import world_of_mpi
 
@@ -126,9 +128,12 @@ def rank_from_environment(env: Mapping[str, str]) -> LaunchedRank:
 
 
 def is_under_mpi(env: Mapping[str, str]) -> bool:
-    """Whether mpirun has started this process itself."""
+    """Whether mpirun has started this process itself, and others with it.
+
+    One that is alone needs no MPI, and what it starts could not use it: there is one process for each of MPI's ranks.
+    """
     launcher = _launcher(env)
-    return launcher is not None and launcher.is_mpi
+    return launcher is not None and launcher.is_mpi and env[launcher.world_size] != "1"
 
 
 def is_first_of_host(env: Mapping[str, str]) -> bool:

@@ -74,7 +74,8 @@ class Hosts:
         begins = _BEGINS.format(name=name, folder=self._folder, sshd=sshd)
         host = _Namespace(["--net", "--uts", "--pid", "--mount", "--mount-proc"], begins)
         port = f"port{number}"
-        self._switch.run(f"ip link add {port} type veth peer name eth0 netns {host.pid}")
+        card = f"02:00:00:00:00:0{number + 1}"  # the same after a restart, as others remember it
+        self._switch.run(f"ip link add {port} type veth peer name eth0 address {card} netns {host.pid}")
         self._switch.run(f"ip link set {port} master br0 up")
         host.run(
             "ip link set lo up; ip link add aaa0 type dummy; "
@@ -95,10 +96,10 @@ class Hosts:
     def join(self, name: str) -> None:
         self._switch.run(f"ip link set port{NAMES.index(name)} up")
 
-    def start(self, command: str, *, out: Path, **variables: str) -> subprocess.Popen[bytes]:
-        """A shell's command on hosta; what it says goes to `out`."""
+    def start(self, command: str, *, out: Path, on: str = "hosta", **variables: str) -> subprocess.Popen[bytes]:
+        """A shell's command on a host; what it says goes to `out`."""
         with out.open("wb") as file:
-            return self._hosts[NAMES[0]].start(command, environment(**variables), file)
+            return self._hosts[on].start(command, environment(**variables), file)
 
     def end(self) -> None:
         for namespace in (*self._hosts.values(), self._switch):

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import socket
+import sys
 from pathlib import Path
 
 import pytest
 
 from adept_ds.base.errors import InputError
 from adept_ds.ranks import launchers as launchers_module
-from adept_ds.ranks.launchers import LaunchedRank, is_first_of_host, rank_from_environment, share_cores
+from adept_ds.ranks.launchers import (
+    LaunchedRank,
+    is_first_of_host,
+    is_under_mpi,
+    rank_from_environment,
+    share_cores,
+)
 
 
 def test_without_a_launcher_there_is_one_process() -> None:
@@ -95,6 +102,16 @@ def test_without_a_launcher_there_is_one_process() -> None:
 )
 def test_ranks_are_those_that_the_launcher_announces(env: dict[str, str], expected: LaunchedRank) -> None:
     assert rank_from_environment(env) == expected
+
+
+def test_mpirun_with_one_rank_needs_no_mpi() -> None:
+    """What `adept compare` starts would inherit its variables, but not its place in MPI."""
+    env = {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "1", "OMPI_COMM_WORLD_LOCAL_RANK": "0"}
+    ranks = rank_from_environment(env)
+    assert (ranks.rank, ranks.world_size, ranks.launcher) == (0, 1, "openmpi")
+    assert "mpi4py.MPI" not in sys.modules
+    assert not is_under_mpi(env)
+    assert is_under_mpi(env | {"OMPI_COMM_WORLD_SIZE": "2"})
 
 
 def test_a_slurm_batch_script_without_srun_is_one_process() -> None:
