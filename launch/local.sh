@@ -31,10 +31,6 @@ has_accelerator() {
   return 1
 }
 
-free_port() {
-  "$python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'
-}
-
 # deepspeed ignores CUDA_VISIBLE_DEVICES beside --num_gpus and would take devices that the user did not offer.
 choose_devices() {
   local offered
@@ -50,6 +46,8 @@ choose_devices() {
   unset CUDA_VISIBLE_DEVICES
 }
 
+# Called by traps.
+# shellcheck disable=SC2317,SC2329
 on_signal() {
   if ((stop_requests++ == 0)); then
     # Before there are ranks, there is nothing to save.
@@ -74,11 +72,7 @@ if [[ -z "${DS_ACCELERATOR:-}" ]] && ! has_accelerator; then
   export DS_ACCELERATOR=cpu
 fi
 choose_devices
-if [[ -z "${OMP_NUM_THREADS:-}" ]]; then
-  cores="$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)"
-  export OMP_NUM_THREADS=$((cores > num_ranks ? cores / num_ranks : 1))
-fi
-port="${MASTER_PORT:-$(free_port)}"
+port="${MASTER_PORT:-$(free_port "$python")}"
 start_launch
 
 # Job control gives the launcher a process group of its own: Ctrl-C then reaches this script only, not a launcher that

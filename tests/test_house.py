@@ -20,8 +20,16 @@ SINGLE = [
     "models.tokenizer_files",
     "models.tokenizer_settings",
     "ranks.launchers",
+    "ranks.slurm",
 ]
-SINGLE += ["probing.result", "probing.selection", "weights.expansion", "deltas.operations", "run.prerequisites"]
+SINGLE += [
+    "probing.result",
+    "probing.selection",
+    "weights.expansion",
+    "deltas.operations",
+    "run.prerequisites",
+    "run.requeues",
+]
 SINGLE += ["training.follower"]
 
 
@@ -65,7 +73,7 @@ def test_any_method_may_be_imported_first() -> None:
 def test_only_the_root_says_something_in_its_init() -> None:
     """A package is a folder; what is in it is asked for by the name of its file."""
     found = {path.parent.name: path.read_text() for path in (ROOT / "adept_ds").glob("*/__init__.py")}
-    assert len(found) == 18
+    assert len(found) == 19
     assert set(found.values()) == {""}
 
 

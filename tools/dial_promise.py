@@ -108,10 +108,13 @@ def main() -> None:
     table = Table(
         "study", "method", "choices", "0 chosen", "held", "shown", "mean dial", "domain", "worst general rise"
     )
-    totals, known = Counter[str](), set[str]()
+    console, totals, known = Console(), Counter[str](), set[str]()
     for study in arguments.studies:
         by_method: dict[str, list[Outcome]] = {}
         for name, model, evaluated in models_of(study, known):
+            if not model.sources("general"):
+                console.print(f"{study.name}: {name} left out, no general source has {FEWEST} documents in each half")
+                continue
             for half in HALVES:
                 found = outcome(model, evaluated, half, arguments.keep_general, arguments.confidence)
                 by_method.setdefault(name, []).append(found)
@@ -129,7 +132,7 @@ def main() -> None:
             )
     table.add_section()
     table.add_row("all", "", *(str(totals[key]) for key in ("choices", "base", "held", "shown")), "", "", "")
-    Console().print(table)
+    console.print(table)
 
 
 if __name__ == "__main__":

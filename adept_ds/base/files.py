@@ -113,12 +113,18 @@ def write_text(path: Path, text: str) -> None:
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Readers, now or after a crash, see the old file or the new one, never half of it. Raises as `writing`."""
+    with new_file(path) as temporary:
+        temporary.write_bytes(content)
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """An empty file that becomes `path`, on the disk, when the block ends without error. Raises as `writing`."""
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _new_file(path) as temporary, temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        with _new_file(path) as temporary:
+            yield temporary
+            sync(temporary)
         sync(path.parent)
 
 

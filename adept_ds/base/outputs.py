@@ -25,8 +25,10 @@ from adept_ds.base.records import Record
 MARK_NAME = ".adept_output.json"
 
 
-Command = Literal["expand", "export", "delta apply", "delta pack", "delta strip"]
-"""What writes directories, as the user calls it."""
+Command = Literal[
+    "expand", "export", "delta apply", "delta pack", "delta strip", "to_universal.py", "make_synthetic_model.py"
+]
+"""What writes directories, as the user calls it: a command of adept's, or a script in tools/."""
 
 
 _ANOTHER = "give the name of a new directory"
@@ -74,7 +76,7 @@ def check_output(out: Path, command: Command, inputs: Mapping[str, Path], *, ove
             return []
         _check_ours(out, command)
         if not overwrite:
-            raise InputError(f"'{out}' was written by `adept {command}` before; add --overwrite, or {_ANOTHER}")
+            raise InputError(f"'{out}' was written by `{_called(command)}` before; add --overwrite, or {_ANOTHER}")
         return sorted(_files_in(out))
 
 
@@ -197,7 +199,9 @@ def _check_ours(directory: Path, command: Command) -> None:
         raise InputError(f"'{directory}' holds something that adept did not write{example}; {_ANOTHER}")
     mark = OutputMark.load(directory / MARK_NAME)
     if mark.command != command:
-        raise InputError(f"'{directory}' was written by `adept {mark.command}`, not by `adept {command}`; {_ANOTHER}")
+        raise InputError(
+            f"'{directory}' was written by `{_called(mark.command)}`, not by `{_called(command)}`; {_ANOTHER}"
+        )
     names.remove(MARK_NAME)
     for name in names:
         if name not in mark.files:
@@ -216,6 +220,10 @@ def _files_in(directory: Path) -> Iterator[str]:
         for path in map(Path(folder).joinpath, (*names, *folders)):
             if path.is_symlink() or not path.is_dir():
                 yield path.relative_to(directory).as_posix()
+
+
+def _called(command: Command) -> str:
+    return f"python tools/{command}" if command.endswith(".py") else f"adept {command}"
 
 
 def _stamp(path: Path) -> tuple[int, int]:

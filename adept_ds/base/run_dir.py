@@ -53,6 +53,11 @@ class RunDirectory:
         return self.root / "cache" / "unfinished"
 
     @property
+    def requeues(self) -> Path:
+        """How often the job that runs it went back into the queue without having kept anything new."""
+        return self.root / "cache" / "requeues.json"
+
+    @property
     def layer_importance(self) -> Path:
         return self.root / "layer_importance.json"
 

@@ -35,7 +35,9 @@ class Terminal:
         self._silent, self._stderr = stream is None, stderr
         if isinstance(stream, io.TextIOWrapper):  # names of files need not be text, and terminals not know all of it
             stream.reconfigure(errors="backslashreplace")
-        self.console = Console(file=stream, quiet=stream is None, highlight=False, emoji=False)
+        self.console = Console(
+            file=stream, quiet=stream is None, highlight=False, emoji=False, force_terminal=_is_terminal(stream)
+        )
         if not self.console.is_terminal:
             self.console.width = _NON_TERMINAL_WIDTH
 
@@ -75,6 +77,14 @@ class Terminal:
             yield bar
         finally:
             bar.close()
+
+
+def _is_terminal(stream: TextIO | None) -> bool:
+    """Whether somebody watches; not whether colours are wanted (FORCE_COLOR), which rich alone would take for that.
+
+    Open MPI gives each rank a terminal of its own, whatever it does itself with what the rank writes there.
+    """
+    return stream is not None and stream.isatty() and "OMPI_COMM_WORLD_RANK" not in os.environ
 
 
 class _Forgiving(io.FileIO):

@@ -10,6 +10,7 @@ import errno
 import os
 import sys
 import traceback
+from collections.abc import Sequence
 from typing import NoReturn
 
 import typer
@@ -29,9 +30,16 @@ from adept_ds.base.errors import (
 from adept_ds.base.files import disk_failure
 from adept_ds.base.lifeline import end_with
 from adept_ds.base.version import __version__
-from adept_ds.cli import compare, delta, diagnose, dial, model_files, run, status
+from adept_ds.cli import compare, delta, diagnose, dial, job, launch, model_files, plan, run, status
 from adept_ds.cli.forms import either, on_config_only
-from adept_ds.ranks.launchers import launcher_processes
+from adept_ds.ranks.launchers import (
+    is_first_of_host,
+    is_under_mpi,
+    launcher_processes,
+    rank_of_several,
+    share_cores,
+)
+from adept_ds.ranks.mpi import Ending
 
 app = typer.Typer(
     name="adept",
@@ -44,6 +52,11 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("run", epilog="Example:  adept run config.yaml train.steps=200")(on_config_only(run.run))
+app.command(
+    "launch",
+    epilog="Example:  adept launch --nodes 2 --gpus-per-node 8 config.yaml > run.sbatch   ·   "
+    "adept launch --scheduler mpi --nodes 2 --hosts node1,node2 config.yaml train.lr=1e-4",
+)(launch.launch)
 app.command(
     "probe",
     epilog="Example:  adept probe config.yaml --method all   ·   adept probe MODEL --corpus general.jsonl -k 4 --json",
@@ -80,9 +93,18 @@ app.command(
     "adept compare study.yaml --scale 100 --submit",
 )(compare.compare)
 app.command(
+    "plan",
+    epilog="Example:  adept plan config.yaml --gpus 8 --gpu-memory 80GB --flops 989TFLOP/s --bandwidth 450GB/s   ·   "
+    "adept plan config.yaml --gpus 64 --nodes 8 --gpu-memory 80GB --flops 989TFLOP/s --bandwidth 3200Gb/s",
+)(on_config_only(plan.plan))
+app.command(
     "status",
     epilog="Example:  adept status runs/math   ·   adept status runs/math --watch   ·   adept status runs/study --json",
 )(status.status)
+app.command(
+    "job",
+    epilog="Example:  adept job config.yaml train.lr=1e-4   ·   adept job --stage train --requeue-faults config.yaml",
+)(job.job)
 app.command("show", epilog="Example:  adept show config.yaml train.lr=1e-4")(on_config_only(run.show_plan))
 
 delta_app = typer.Typer(
@@ -114,64 +136,74 @@ def main() -> None:
     # The deepspeed launcher hands --local_rank to the program; the environment says the same.
     arguments = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank=")]
     end_with(launcher_processes(os.environ))
+    if arguments[:1] != ["job"]:  # which starts ranks, and is none
+        share_cores(os.environ)
+    ending = Ending(under_mpi=is_under_mpi(os.environ))
+    code = _run(arguments, ending)
+    if code:
+        ending.exit(code)
+
+
+def _run(arguments: Sequence[str], ending: Ending) -> int:
     try:
         code = app(arguments, standalone_mode=False)
-        if code:  # Typer makes Ctrl-C a value that is returned
-            sys.exit(code)
+        return int(code or 0)  # Typer makes Ctrl-C a value that is returned
     except typer.Exit as end:
-        sys.exit(end.exit_code)
+        return end.exit_code
     except typer.Abort:
-        sys.exit(EXIT_INTERRUPTED)
+        return EXIT_INTERRUPTED
     except InputError as error:
-        _complain(str(error), by_rank_1=isinstance(error, UnreachedError))
-        sys.exit(EXIT_BAD_INPUT)
+        _complain(ending, str(error), by_rank_1=isinstance(error, UnreachedError))
+        return EXIT_BAD_INPUT
     except StopRequestedError as stop:
-        _complain(f"{stop}; run the same command again to go on")
-        sys.exit(EXIT_STOPPED)
+        _complain(ending, f"{stop}; run the same command again to go on")
+        return EXIT_STOPPED
     except MachineError as error:
-        _complain(str(error))
-        sys.exit(EXIT_MACHINE)
+        _complain(ending, str(error))
+        return EXIT_MACHINE
     except LostRankError as lost:
         if lost.line:
             _say(lost.line)
-        _leave(lost.code)
+        sys.stderr.flush()
+        os._exit(lost.code)
     except AdeptError as error:
-        _complain(str(error), every_rank=True)
-        sys.exit(1)
+        _say_by_rank(str(error))
+        return 1
     except OSError as error:
         failure = disk_failure(error)
         if failure:
             _say(failure)
-            _leave(EXIT_MACHINE)
+            ending.leave(EXIT_MACHINE)
         if error.errno != errno.ENAMETOOLONG:
-            _show_bug(error)
-        _complain(str(InputError(f"'{error.filename}' is too long for the name of a file; give another one")))
-        sys.exit(EXIT_BAD_INPUT)
+            _show_bug(ending, error)
+        _complain(ending, str(InputError(f"'{error.filename}' is too long for the name of a file; give another one")))
+        return EXIT_BAD_INPUT
     except Exception as error:
         if _is_usage_error(error):
             message = error.format_message().rstrip(".")  # type: ignore[attr-defined]
             if message:  # without arguments the help has been printed already
-                _complain(str(InputError(f"{message}; see `adept --help`")))  # it repeats what was typed
-            sys.exit(EXIT_BAD_INPUT)
-        _show_bug(error)
+                _complain(ending, str(InputError(f"{message}; see `adept --help`")))  # it repeats what was typed
+            return EXIT_BAD_INPUT
+        _show_bug(ending, error)
 
 
-def _show_bug(error: Exception) -> NoReturn:
-    _complain(f"unexpected {type(error).__name__}\n{traceback.format_exc()}", every_rank=True)
-    _leave(1)
+def _show_bug(ending: Ending, error: Exception) -> NoReturn:
+    _say_by_rank(f"unexpected {type(error).__name__}\n{traceback.format_exc()}")
+    ending.leave(1)
 
 
-def _leave(code: int) -> NoReturn:
-    """Without waiting for a peer, which may be waiting in a collective for this rank."""
-    sys.stderr.flush()
-    os._exit(code)
+def _complain(ending: Ending, message: str, *, by_rank_1: bool = False) -> None:
+    """One line on stderr; once per host, so that a launcher's ranks do not repeat each other."""
+    if is_first_of_host(os.environ) or (by_rank_1 and rank_of_several(os.environ) == "1"):
+        _say(message)
+    else:
+        ending.keep(message)
 
 
-def _complain(message: str, *, every_rank: bool = False, by_rank_1: bool = False) -> None:
-    """One line on stderr; by default once per host, so that a launcher's ranks do not repeat each other."""
-    rank, local_rank = os.environ.get("RANK", "0"), os.environ.get("LOCAL_RANK", "0")
-    if every_rank or local_rank == "0" or (by_rank_1 and rank == "1"):
-        _say(message, f"adept[rank {rank}]" if every_rank and os.environ.get("WORLD_SIZE", "1") != "1" else "adept")
+def _say_by_rank(message: str) -> None:
+    """Of each rank, since it is its own."""
+    rank = rank_of_several(os.environ)
+    _say(message, "adept" if rank is None else f"adept[rank {rank}]")
 
 
 def _say(message: str, prefix: str = "adept") -> None:

@@ -152,16 +152,16 @@ def _resolved(
     check_texts(config, purpose)
     check_run_dir(config, settings.model.path)
     if settings.deepspeed is not None and config.deepspeed is not None:
-        _check_by_deepspeed(config.deepspeed, settings.deepspeed)
+        _check_by_deepspeed(config.deepspeed, settings.deepspeed, config.train.precision)
     return settings, launched
 
 
-def _check_by_deepspeed(path: Path, ds_config: dict[str, Any]) -> None:
+def _check_by_deepspeed(path: Path, ds_config: dict[str, Any], precision: str) -> None:
     """Last of all: it takes seconds to import, and says so on the terminal."""
     silence = OutputCapture(Path(os.devnull), is_main=False)
     try:
         from adept_ds.zero.user_config import check_user_config
 
-        check_user_config(path, ds_config)
+        check_user_config(path, ds_config, precision)
     finally:
         silence.restore()

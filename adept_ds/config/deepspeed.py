@@ -1,4 +1,4 @@
-"""DeepSpeed's configuration: what the user decides in it, what this program owns, and what is refused.
+"""DeepSpeed's configuration: how it is read, and what is refused.
 
 Refused, with the reason, are features under which unit-wise learning rates would be wrong, or are not known to be
 right; read from DeepSpeed 0.19.8 (runtime/config.py, runtime/zero/config.py and what they switch on). Imports neither
@@ -15,7 +15,7 @@ from typing import Any
 import hjson
 
 from adept_ds.base.errors import InputError
-from adept_ds.config.deepspeed_keys import check_keys
+from adept_ds.config.deepspeed_keys import check_keys, without_auto
 from adept_ds.config.files import read_small_file
 from adept_ds.config.mistakes import shown
 
@@ -63,6 +63,9 @@ class Unsupported:
 _QUANTISED = "forward passes would see rounded weights, so that an expanded model is not the same function"
 
 
+_WHOLE_WEIGHTS = "weights are split at stage 3 only, and it would have no effect"
+
+
 _LOW_MASTERS = "steps of small multipliers would be rounded away without fp32 master weights"
 
 
@@ -101,13 +104,9 @@ UNSUPPORTED = (
         stages=(1, 2),
     ),
     Unsupported("zero_optimization.zero_quantized_gradients", "importances are products with exact gradients"),
-    Unsupported("zero_optimization.zero_quantized_weights", _QUANTISED),
-    Unsupported("zero_optimization.zero_quantized_nontrainable_weights", _QUANTISED),
-    Unsupported(
-        "zero_optimization.zero_hpz_partition_size",
-        "its process group can be made once, and a run builds one engine after the other",
-        (None, 0, 1),
-    ),
+    Unsupported("zero_optimization.zero_quantized_nontrainable_weights", "frozen weights would be kept rounded alone"),
+    Unsupported("zero_optimization.zero_quantized_weights", _WHOLE_WEIGHTS, stages=(1, 2)),
+    Unsupported("zero_optimization.zero_hpz_partition_size", _WHOLE_WEIGHTS, (None, 0, 1), (1, 2)),
     Unsupported(
         "zero_optimization.elastic_checkpoint",
         "it saves an optimizer without its parameter groups, which hold the multipliers",
@@ -121,6 +120,8 @@ UNSUPPORTED = (
     Unsupported("fp16.fp16_master_weights_and_grads", _LOW_MASTERS),
     Unsupported("bf16.bf16_master_weights_and_grads", _LOW_MASTERS),
     Unsupported("bfloat16.bf16_master_weights_and_grads", _LOW_MASTERS),
+    Unsupported("bf16.bf16_optimizer_states", _LOW_MASTERS),
+    Unsupported("bfloat16.bf16_optimizer_states", _LOW_MASTERS),
     Unsupported("weight_quantization", _QUANTISED),
     Unsupported("torch_autocast.enabled", "it decides precision by operation; precision is set for the whole model"),
     Unsupported("compile.deepcompile", "it reduces gradients in a graph of its own, where they cannot be read"),
@@ -197,7 +198,7 @@ def unsupported_feature(ds_config: Mapping[str, Any], *, whole_run: bool = False
     Args:
         whole_run: also what only the rest of a run cannot take (see `Unsupported.run_only`).
     """
-    stage, device = (_lookup(ds_config, f"zero_optimization.{key}") for key in ("stage", "offload_optimizer.device"))
+    stage = _lookup(ds_config, "zero_optimization.stage")
     for feature in UNSUPPORTED:
         if (feature.run_only and not whole_run) or (stage in (1, 2, 3) and stage not in feature.stages):
             continue
@@ -205,11 +206,12 @@ def unsupported_feature(ds_config: Mapping[str, Any], *, whole_run: bool = False
         if not any(value is off or (value == off and type(value) is not bool) for off in feature.off):
             return f"'{feature.key}' is {value!r}, which is not supported: {feature.reason}; remove it"
     for key in ("offload_optimizer", "offload_param"):
-        path = f"zero_optimization.{key}.device"
-        if _lookup(ds_config, path) == "nvme":
-            return f"'{path}' is 'nvme', which is not supported: partitions are read in place; use 'cpu'"
-    if stage != 3 and device not in (None, "none"):
-        return "'zero_optimization.offload_optimizer' is supported with stage 3 only; set stage to 3"
+        path = f"zero_optimization.{key}"
+        device = _lookup(ds_config, f"{path}.device")
+        if device == "nvme":
+            return f"'{path}.device' is 'nvme', which is not supported: partitions are read in place; use 'cpu'"
+        if stage in (1, 2) and device not in (None, "none"):
+            return f"'{path}' is supported with stage 3 only; set stage to 3"
     optimizer = str(_lookup(ds_config, "optimizer.type")).lower()
     if optimizer in _OPTIMIZERS:
         return f"'optimizer.type' is '{optimizer}', which is not supported: {_OPTIMIZERS[optimizer]}; use AdamW"
@@ -217,7 +219,7 @@ def unsupported_feature(ds_config: Mapping[str, Any], *, whole_run: bool = False
         return "'zero_optimization.stage' is 0 or missing: there are no flat partitions to step; use stage 1, 2 or 3"
     accumulated = _lookup(ds_config, "data_types.grad_accum_dtype")
     bf16 = any(_lookup(ds_config, f"{section}.enabled") for section in ("bf16", "bfloat16"))
-    if stage == 1 and bf16 and accumulated in ("fp32", "float32", "float", "torch.float32"):
+    if not whole_run and stage == 1 and bf16 and accumulated in ("fp32", "float32", "float", "torch.float32"):
         return (
             f"'data_types.grad_accum_dtype' is {accumulated!r}, for which DeepSpeed takes an optimizer without ZeRO's "
             "partitions in bf16 at stage 1; use stage 2, which computes the same"
@@ -231,44 +233,22 @@ def _lookup(tree: Any, key: str) -> Any:
     return tree
 
 
-_OWNED_KEYS = {
-    "train_batch_size": "train.global_batch_size",
-    "train_micro_batch_size_per_gpu": "train.micro_batch_size",
-    "gradient_accumulation_steps": "train.global_batch_size",
-    "gradient_clipping": "train.clip_grad_norm",
-    "optimizer": "train.lr and train.betas",
-    "scheduler": "train.schedule",
-    "fp16": "train.precision",
-    "bf16": "train.precision",
-    "bfloat16": "train.precision",
-    "zero_allow_untested_optimizer": "",
-    "zero_force_ds_cpu_optimizer": "",
-    "steps_per_print": "",
-    "communication_data_type": "",
-    "data_types": "",
-}
-"""DeepSpeed keys that this program sets, and the key of the run configuration that the user wants instead."""
-
-
 def check_deepspeed_file(path: Path | None) -> dict[str, Any]:
-    """The user's DeepSpeed configuration, read and checked; plain ZeRO-3 without a file.
+    """The user's DeepSpeed configuration, read and checked by itself; plain ZeRO-3 without a file.
+
+    "auto" still stands in it: see `config.deepspeed_merge`.
 
     Raises:
-        InputError: a key that this program sets itself, or that nobody knows; or a ZeRO stage or feature that is not
-            supported.
+        InputError: a key that nobody knows; or a ZeRO stage or feature that is not supported.
     """
     user = read_deepspeed_config(path)
     if path is None:
         return user
-    for key, instead in _OWNED_KEYS.items():
-        if key in user:
-            remedy = f"remove it and set {instead} in the run configuration" if instead else "remove it"
-            raise InputError(f"deepspeed: '{path}' sets '{key}', which adept-ds sets itself; {remedy}")
     check_keys(path, user, [feature.key for feature in UNSUPPORTED])
     stage = _lookup(user, "zero_optimization.stage")
     if type(stage) is not int or stage not in (1, 2, 3):
         raise InputError(f"deepspeed: zero_optimization.stage is {shown(stage)}; adept-ds trains with stage 1, 2 or 3")
-    refusal = unsupported_feature(user, whole_run=True)
+    refusal = unsupported_feature(user | {"zero_optimization": without_auto(user["zero_optimization"])}, whole_run=True)
     if refusal:
         raise InputError(f"deepspeed: '{path}': {refusal}")
     return user

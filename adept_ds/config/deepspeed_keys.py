@@ -17,8 +17,14 @@ from typing import Any
 from adept_ds.base.errors import InputError
 from adept_ds.config.mistakes import nearest, shown
 
+AUTO = "auto"
+"""What Hugging Face's Trainer takes for "as I am told elsewhere"."""
+
 Keys = Mapping[str, "type | types.UnionType | frozenset[str] | Keys"]
 """What a section may hold: the type of a value, or the words that it can be, or the keys of a section inside it."""
+
+_NUMBER = int | float | str
+"""Or "auto"; which number it may be, the run's configuration says."""
 
 SECTIONS: Keys = {
     "activation_checkpointing": {
@@ -38,6 +44,8 @@ SECTIONS: Keys = {
         "use_gds": bool,
     },
     "autotuning": dict,
+    "bf16": dict,
+    "bfloat16": dict,
     "checkpoint": {
         "checkpoint_serialization": bool,
         "load_universal": bool,
@@ -56,10 +64,12 @@ SECTIONS: Keys = {
     },
     "comet": dict,
     "comms_logger": dict,
+    "communication_data_type": str,
     "compile": dict,
     "csv_monitor": dict,
     "data_efficiency": {"data_routing": dict, "data_sampling": dict, "enabled": bool, "seed": int},
     "data_parallel_size": int,
+    "data_types": {"grad_accum_dtype": str | None},
     "dataloader_drop_last": bool,
     "disable_allgather": bool,
     "disable_python_gc": bool,
@@ -74,12 +84,16 @@ SECTIONS: Keys = {
         "recompute_fwd_factor": int | float,
         "top_modules": int,
     },
+    "fp16": dict,
+    "gradient_accumulation_steps": _NUMBER,
     "gradient_allreduce_op": str,
+    "gradient_clipping": _NUMBER,
     "gradient_predivide_factor": int | float,
     "hybrid_engine": dict,
     "log_level": frozenset({"critical", "debug", "error", "info", "warning"}),
     "managed_gradient_accumulation": bool,
     "memory_breakdown": bool,
+    "optimizer": {"legacy_fusion": bool, "params": dict, "type": str},
     "pipeline": {
         "activation_checkpoint_interval": int,
         "grad_partitioned": bool,
@@ -89,19 +103,25 @@ SECTIONS: Keys = {
         "stages": str | int,
     },
     "prescale_gradients": bool,
+    "scheduler": {"params": dict, "type": str},
     "seq_parallel_communication_data_type": str,
     "sequence_parallel_size": int,
+    "steps_per_print": int | None,
     "tensor_parallel": dict,
     "tensorboard": dict,
     "timers": {"throughput": dict},
     "torch_autocast": {"dtype": str, "enabled": bool, "lower_precision_safe_modules": list},
+    "train_batch_size": _NUMBER,
+    "train_micro_batch_size_per_gpu": _NUMBER,
     "use_data_before_expert_parallelism": bool,
     "vocabulary_size": int | None,
     "wall_clock_breakdown": bool,
     "wandb": dict,
+    "zero_allow_untested_optimizer": bool,
+    "zero_force_ds_cpu_optimizer": bool,
     "zero_optimization": dict,
 }
-"""`dict` are those that have a class, or are refused if they are on."""
+"""`dict` are those that have a class, are compared with the run's configuration, or are refused if they are on."""
 
 
 _REMEDIES: dict[type, str] = {
@@ -113,6 +133,16 @@ _REMEDIES: dict[type, str] = {
     str: "write a text, in quotes",
 }
 """By what a value can be; of several, the first here."""
+
+
+def without_auto(section: Mapping[str, Any]) -> dict[str, Any]:
+    """A section without the keys, at any depth, whose value is "auto": DeepSpeed leaves such keys of a section that it
+    has a class of at their defaults."""
+    return {
+        key: without_auto(value) if isinstance(value, Mapping) else value
+        for key, value in section.items()
+        if value != AUTO
+    }
 
 
 def check_keys(path: Path, tree: Mapping[str, Any], refused: Iterable[str]) -> None:

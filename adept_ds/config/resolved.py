@@ -22,7 +22,7 @@ from adept_ds.config.checks import (
     check_same_architecture,
 )
 from adept_ds.config.corpus_entries import CorpusFiles
-from adept_ds.config.deepspeed import check_deepspeed_file
+from adept_ds.config.deepspeed_merge import deepspeed_of_run
 from adept_ds.config.layer_sections import Stability
 from adept_ds.config.schema import Config
 from adept_ds.config.trackers import check_trackers
@@ -44,7 +44,7 @@ class ResolvedConfig:
     reference_model: ModelDirectory | None
     """That which the choice of layers is compared with (`probe.stability.model`)."""
     deepspeed: dict[str, Any] | None
-    """The user's DeepSpeed configuration; None where no engine is built."""
+    """The user's DeepSpeed configuration, merged with this one; None where no engine is built."""
     accumulation_steps: int | None
     """Micro-batches per rank and optimizer step, the anchor's included; None where nothing is trained."""
 
@@ -83,8 +83,9 @@ def resolve(config: Config, purpose: Purpose, num_ranks: int = 1) -> ResolvedCon
         reference = _reference_model(config, model)
     if purpose not in ("expand", "export"):
         check_tokenizer(model, config.data.bos, _seq_lens(config, purpose))
-    deepspeed = None if purpose in ("expand", "export") else check_deepspeed_file(config.deepspeed)
-    accumulation = accumulation_steps(config.train, num_ranks) + anchor_shape(config, num_ranks)[0] if trains else None
+    steps = accumulation_steps(config.train, num_ranks) if trains else None
+    deepspeed = None if purpose in ("expand", "export") else deepspeed_of_run(config, model, num_ranks, steps)
+    accumulation = None if steps is None else steps + anchor_shape(config, num_ranks)[0]
     if trains:
         check_trackers(config.logging)
         check_replay(config, num_ranks)

@@ -9,7 +9,7 @@ faster than A, here as a multiplier of its units, weight decay included. Merging
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -62,11 +62,11 @@ class Adapters(Method):
         return UnitRegistry.from_mapping(adapter_units(start.model.family, shapes), shapes)
 
     def learned(
-        self, trained: dict[str, torch.Tensor], model: ModelDirectory, checkpoint: Path
-    ) -> Iterator[tuple[str, torch.Tensor]]:
+        self, trained: Mapping[str, torch.Tensor], model: ModelDirectory, checkpoint: Path
+    ) -> Mapping[str, torch.Tensor]:
         from adept_ds.weights.merging import MergedWeights
 
-        yield from MergedWeights(self.spec, model, trained).items()
+        return MergedWeights(self.spec, model, trained)
 
 
 class Lora(Adapters):

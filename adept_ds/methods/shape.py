@@ -7,7 +7,7 @@ how to write one. Importing it imports no torch: what is heavy is imported by th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
@@ -139,15 +139,17 @@ class Method(MethodSection):
         return TrainingRule()
 
     def learned(
-        self, trained: dict[str, torch.Tensor], model: ModelDirectory, checkpoint: Path
-    ) -> Iterator[tuple[str, torch.Tensor]]:
+        self, trained: Mapping[str, torch.Tensor], model: ModelDirectory, checkpoint: Path
+    ) -> Mapping[str, torch.Tensor]:
         """The parameters that the export replaces, under the names that they have in the model.
 
+        Each is asked for when it is written, so that a mapping that makes them one by one never holds all.
+
         Args:
-            trained: of a checkpoint, fp32, by the name that they have in training.
+            trained: of a checkpoint, fp32, by the name that they have in training; read when it is asked for.
             model: that training started from.
         """
-        yield from trained.items()
+        return trained
 
 
 def method_of(config: Config) -> Method:

@@ -26,7 +26,7 @@ Consolidation is the export's: losses during training, and checkpoints, are thos
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -79,8 +79,8 @@ class Tasl(WithGeneralText):
         )
 
     def learned(
-        self, trained: dict[str, torch.Tensor], model: ModelDirectory, checkpoint: Path
-    ) -> Iterator[tuple[str, torch.Tensor]]:
+        self, trained: Mapping[str, torch.Tensor], model: ModelDirectory, checkpoint: Path
+    ) -> Mapping[str, torch.Tensor]:
         from adept_ds.training.consolidation import consolidated
 
-        yield from consolidated(trained, model, checkpoint)
+        return consolidated(trained, model, checkpoint)

@@ -15,7 +15,7 @@ _COUNTS = (
     *("vocab_size", "hidden_size", "n_embd", "intermediate_size", "n_inner", "moe_intermediate_size"),
     *("shared_expert_intermediate_size", "num_attention_heads", "n_head", "num_key_value_heads", "head_dim"),
     *("max_position_embeddings", "n_positions", "num_experts", "num_local_experts", "num_experts_per_tok"),
-    *("decoder_sparse_step", "sliding_window"),
+    "decoder_sparse_step",
 )
 _FLAGS = ("tie_word_embeddings", "use_sliding_window", "scale_attn_by_inverse_layer_idx")
 _NUMBERS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "rope_theta", "logits_scaling")
@@ -53,6 +53,8 @@ def _rules(config: Mapping[str, Any], family: Family) -> Iterator[tuple[str, str
     """Key, what it must be, and whether a value is that. The number of layers comes first: others depend on it."""
     for key in (family.layer_count_key, *_COUNTS):
         yield key, "whole number above 0", _is_count
+    if config.get("use_sliding_window") is not False or config.get("sliding_window") != 0:
+        yield "sliding_window", "whole number above 0", _is_count  # one that is not used, transformers writes as 0
     for key in _FLAGS:
         yield key, "true or false", lambda value: isinstance(value, bool)
     for key in _NUMBERS if family.logits_cap_key is None else (*_NUMBERS, family.logits_cap_key):

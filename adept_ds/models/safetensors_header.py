@@ -21,12 +21,13 @@ _MAX_HEADER = 100 << 20
 """The format's own limit."""
 
 
-_ITEM_BYTES = {
+ITEM_BYTES = {
     **dict.fromkeys(("F64", "I64", "U64", "C64"), 8),
     **dict.fromkeys(("F32", "I32", "U32"), 4),
     **dict.fromkeys(("F16", "BF16", "I16", "U16"), 2),
     **dict.fromkeys(("BOOL", "I8", "U8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1),
 }
+"""Of an element, by dtype."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ def _placed(entries: dict[str, HeaderEntry], start: int, size: int) -> dict[str,
     tensors, position = {}, start
     for name, entry in entries.items():
         begin, end = entry.data_offsets
-        item = _ITEM_BYTES.get(entry.dtype)
+        item = ITEM_BYTES.get(entry.dtype)
         if item is None:
             raise ValueError(f"'{name}' has the unknown dtype {entry.dtype!r}")
         if start + begin != position or end - begin != item * math.prod(entry.shape):

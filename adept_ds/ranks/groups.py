@@ -15,6 +15,7 @@ from adept_ds.ranks.collectives import Ranks
 from adept_ds.ranks.extensions import own_builds
 from adept_ds.ranks.launchers import LaunchedRank
 from adept_ds.ranks.meeting import meet
+from adept_ds.ranks.mpi import leave_mpi
 
 
 def join(
@@ -51,6 +52,7 @@ def join(
     # One of a run that crashed here would be taken for this run's.
     _remove_shared_buffer(launched)
     store = meet(launched, timeout_minutes, say)
+    leave_mpi()
     with _naming_interfaces():
         dist.init_process_group(
             backend,

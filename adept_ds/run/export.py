@@ -7,7 +7,7 @@ Stages of the ledger:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,9 @@ from adept_ds.run.prerequisites import exported_step
 from adept_ds.run.replacing import keep_aside
 from adept_ds.run.start import start_directory
 from adept_ds.training.checkpoint import CheckpointManifest, check_same_start, check_whole, verify
+from adept_ds.weights.deepspeed_files import tag_of
 from adept_ds.weights.expansion import Expansion
-from adept_ds.weights.export import export_checkpoint, tag_of
+from adept_ds.weights.export import export_checkpoint
 from adept_ds.weights.fingerprints import fingerprint_of, hash_tensors
 from adept_ds.weights.hf_directory import stored_tensors
 from adept_ds.weights.turning import check_count, write_turned
@@ -161,8 +162,8 @@ def _export(
         except DamagedError as error:
             raise DamagedError(error.reason, CheckpointManifest.remedy()) from None
 
-    def learned(trained: dict[str, torch.Tensor]) -> Iterable[tuple[str, torch.Tensor]]:
-        return method.learned(trained, model, checkpoint) if method else trained.items()
+    def learned(trained: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+        return method.learned(trained, model, checkpoint) if method else trained
 
     return export_checkpoint(start, checkpoint, destination, dtype, progress, learned=learned, overwrite=overwrite)
 

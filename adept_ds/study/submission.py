@@ -19,7 +19,6 @@ from typing import Literal
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-import adept_ds
 from adept_ds.base.errors import AdeptError, InputError
 from adept_ds.base.files import write_text
 from adept_ds.base.records import Record
@@ -97,7 +96,7 @@ def submit(state: StudyState, *, dry_run: bool) -> Submission:
     """Write the script, and call sbatch for each job unless it is a dry run.
 
     Raises:
-        InputError: this is no checkout with launch/slurm.sbatch, or nothing is left to run.
+        InputError: nothing is left to run.
         AdeptError: sbatch failed.
     """
     script = _write_script(state)
@@ -176,9 +175,6 @@ def ranges(numbers: Sequence[int]) -> str:
 def _write_script(state: StudyState) -> Path:
     plan = state.plan
     folder = plan.directory.submission
-    runner = Path(adept_ds.__file__).resolve().parent.parent / "launch" / "slurm.sbatch"
-    if not runner.is_file():
-        raise InputError(f"--submit: '{runner}' is not there; run adept from a checkout, which has launch/")
     write_text(folder / _STUDY, plan.checked.path.read_text(encoding="utf-8"))
     script = folder / _SCRIPT
     arguments = [*plan.checked.overrides, *([f"--scale={state.scale:g}"] if state.scale != 1 else [])]
@@ -191,7 +187,6 @@ def _write_script(state: StudyState) -> Path:
         python=shlex.quote(sys.executable),
         study=shlex.quote(str(folder / _STUDY)),
         arguments=list(map(shlex.quote, arguments)),
-        runner=shlex.quote(str(runner)),
     )
     write_text(script, text)
     return script

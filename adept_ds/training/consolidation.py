@@ -6,7 +6,8 @@ export mixes by it, so that what is evaluated during training is not consolidate
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,6 +28,7 @@ from adept_ds.units.roles import Role, roles_of_units
 from adept_ds.units.smoothed import SmoothedImportance
 from adept_ds.units.unit_lr import UnitLR
 from adept_ds.units.unit_sums import GradientBatches, UnitSums
+from adept_ds.weights.made_tensors import MadeTensors
 from adept_ds.weights.start_weights import StartWeights
 from adept_ds.zero.engine import Engine
 from adept_ds.zero.gradients import gradients_outside_training
@@ -146,10 +148,8 @@ class ConsolidationRule(TrainingRule):
         )
 
 
-def consolidated(
-    trained: dict[str, torch.Tensor], model: ModelDirectory, checkpoint: Path
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """Each parameter of a whole model as old + new share * (trained - old), elementwise in fp32.
+def consolidated(trained: Mapping[str, torch.Tensor], model: ModelDirectory, checkpoint: Path) -> MadeTensors:
+    """Each parameter of a whole model as old + new share * (trained - old), elementwise in fp32; made when asked for.
 
     Args:
         trained: fp32, by name.
@@ -162,26 +162,28 @@ def consolidated(
     shares = Consolidation.load(checkpoint / CONSOLIDATION_NAME).units
     head, embedding = model.family.head, model.family.outside[0]
     is_tied = head in trained and module_path(head).rpartition(".")[2] not in shares
-    registry = _registry(model, {name: p for name, p in trained.items() if not (is_tied and name == head)})
+    shapes = {name: tuple(parameter.shape) for name, parameter in trained.items()}  # of one after the other
+    registry = _registry(model, {name: of for name, of in shapes.items() if not (is_tied and name == head)})
     if registry.names != list(shares):
         raise InputError(f"'{checkpoint / CONSOLIDATION_NAME}' is of another model than '{model}'; give its own base")
     new_share = torch.tensor([share.new for share in shares.values()])
     start = StartWeights(model, torch.float32)
-    for name in registry.placements:
+
+    def mixed(name: str) -> torch.Tensor:
         new = trained[name]
-        mixed = start.elements(name, 0, new.numel())
+        weights = start.elements(name, 0, new.numel())
         for tile in registry.tiles(name, 0, new.numel()):
-            tile.view(mixed).lerp_(tile.view(new.flatten()), tile.spread(new_share))
-        yield name, mixed.view(new.shape)
-        if is_tied and name == embedding:
-            yield head, mixed.view(new.shape)
+            tile.view(weights).lerp_(tile.view(new.flatten()), tile.spread(new_share))
+        return weights.view(new.shape)
+
+    makes = {name: partial(mixed, name) for name in registry.placements}
+    return MadeTensors(makes | ({head: makes[embedding]} if is_tied else {}))
 
 
-def _registry(model: ModelDirectory, trained: dict[str, torch.Tensor]) -> UnitRegistry:
+def _registry(model: ModelDirectory, shapes: dict[str, tuple[int, ...]]) -> UnitRegistry:
     """Of the units that were trained."""
     from transformers import AutoConfig
 
     with understood_by_transformers(model.path):
         config = AutoConfig.from_pretrained(model.path, local_files_only=True, trust_remote_code=False)
-    shapes = {name: tuple(parameter.shape) for name, parameter in trained.items()}
     return build_registry(model.family, shapes, range(model.num_layers), config=config, outside=True)

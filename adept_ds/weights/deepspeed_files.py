@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import stat
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +17,20 @@ from adept_ds.base.files import write_bytes
 
 _SCRIPTS = ("zero_to_fp32.py", "zero_to_torch.py")
 
+_NOT_UNDERSTOOD = {
+    r"zero": ("a universal checkpoint", "give the one that it was made from"),
+    r"offloaded_tensors": ("one of NVMe offload, whose files are not read", "save it without"),
+    r"(layer_.*|expp_rank_.*)\.pt": (
+        "one of pipeline stages or of DeepSpeed's own experts, which are not put together",
+        "save it from an engine without them",
+    ),
+    r".*mp_rank_(?!00).*\.pt": (
+        "one of tensor parallel ranks, which are not put together",
+        "save it from an engine without them",
+    ),
+}
+"""Name of something in a checkpoint's directory -> what kind it tells of, and the remedy."""
+
 
 def write_scripts(directory: Path) -> None:
     """DeepSpeed's scripts for its checkpoints, beside them as it would put them there, unless they are there."""
@@ -25,6 +41,44 @@ def write_scripts(directory: Path) -> None:
         if not target.is_file():
             write_bytes(target, source.read_bytes())
             target.chmod(target.stat().st_mode | stat.S_IXUSR)
+
+
+def tag_of(checkpoint: Path) -> Path:
+    """The directory with a checkpoint's files: `checkpoint` itself, or that which its `latest` file names.
+
+    Raises:
+        InputError: there is none.
+    """
+    if _is_tag(checkpoint):
+        return checkpoint
+    latest = checkpoint / "latest"
+    tag = latest.read_text(encoding="utf-8", errors="replace").strip() if latest.is_file() else ""
+    if not tag or Path(tag).name != tag or not _is_tag(checkpoint / tag):
+        raise InputError(f"'{checkpoint}' holds no DeepSpeed checkpoint; give run_dir/checkpoints/step_N")
+    return checkpoint / tag
+
+
+def _is_tag(path: Path) -> bool:
+    try:
+        return any(path.glob("*_states.pt"))
+    except (OSError, ValueError):  # whatever stands in `latest`, it is no name
+        return False
+
+
+def check_understood(directory: Path) -> None:
+    """Raises `InputError` where a checkpoint is of a kind whose files do not say by themselves where parameters lie."""
+    for path in sorted(directory.iterdir()):
+        for pattern, (kind, remedy) in _NOT_UNDERSTOOD.items():
+            if re.fullmatch(pattern, path.name):
+                raise InputError(f"'{directory}' is {kind} ('{path.name}'); {remedy}")
+
+
+def mapped(file: Path) -> Any:
+    """What `torch.save` wrote there, of whose tensors only what is asked for is read.
+
+    DeepSpeed can be told to write in a format that cannot be mapped: that is read.
+    """
+    return torch.load(file, map_location="cpu", mmap=zipfile.is_zipfile(file))
 
 
 @contextmanager

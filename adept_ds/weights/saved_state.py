@@ -10,7 +10,6 @@ Written against DeepSpeed 0.19.8 (runtime/zero/stage3.py, stage_1_and_2.py: stat
 from __future__ import annotations
 
 import math
-import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,10 +18,12 @@ from typing import Any
 import torch
 
 from adept_ds.weights.by_rank import elements_of, files_by_rank
-from adept_ds.weights.deepspeed_files import reading_checkpoint
+from adept_ds.weights.deepspeed_files import mapped, reading_checkpoint
 
 WEIGHT = "fp32"
 """Key of the weights that the optimizer steps; its own state has its own keys, such as exp_avg."""
+
+_LOSS_SCALING = ("loss_scaler", "dynamic_loss_scale", "overflow")
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,9 @@ class SavedState:
     """Of the engine, by the names of its attributes."""
     client: dict[str, Any]
     """What the engine was given to save, by key, among all that it saved."""
+    zero_stage: int
+    world_size: int
+    """Of the ranks that wrote it."""
 
 
 def read_saved_state(checkpoint: Path) -> SavedState:
@@ -66,9 +70,10 @@ def read_saved_state(checkpoint: Path) -> SavedState:
 
     with reading_checkpoint(checkpoint):
         files = files_by_rank(checkpoint, r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_00_optim_states\.pt")
-        ranks = [_read(file)[key.OPTIMIZER_STATE_DICT] for file in files]
-        is_stage3 = ranks[0][key.ZERO_STAGE] == 3
-        engine = _read(checkpoint / f"{'zero_pp_rank_0_' if is_stage3 else ''}mp_rank_00_model_states.pt")
+        ranks = [mapped(file)[key.OPTIMIZER_STATE_DICT] for file in files]
+        stage = int(ranks[0].get(key.ZERO_STAGE, 1))  # what steps bf16 by itself says none, and cuts like stage 1
+        is_stage3 = stage == 3
+        engine = mapped(checkpoint / f"{'zero_pp_rank_0_' if is_stage3 else ''}mp_rank_00_model_states.pt")
         shapes = engine[key.PARAM_SHAPES]
         parameters = {name: SavedParameter(tuple(shape)) for group in shapes for name, shape in group.items()}
         weights = key.FP32_FLAT_GROUPS if is_stage3 else key.SINGLE_PARTITION_OF_FP32_GROUPS
@@ -81,21 +86,19 @@ def read_saved_state(checkpoint: Path) -> SavedState:
                     else _mapped_parts(saved[key.PARAM_SLICE_MAPPINGS][group])
                 )
                 for name, run in runs:
-                    _add_part(parameters[name], {WEIGHT: flat} | saved[inner]["state"][group], run)
+                    state = saved[inner]["state"]
+                    _add_part(parameters[name], {WEIGHT: flat} | (state[group] if state else {}), run)
         for name, parameter in parameters.items():
             _check_whole(name, parameter)
         return SavedState(
             parameters,
             param_groups=ranks[0][inner]["param_groups"],
-            loss_scaling={name: ranks[0][name] for name in ("loss_scaler", "dynamic_loss_scale", "overflow")},
+            loss_scaling={name: ranks[0][name] for name in _LOSS_SCALING if name in ranks[0]},
             counters={name: engine[name] for name in ("global_steps", "global_samples", "skipped_steps")},
             client=engine,
+            zero_stage=stage,
+            world_size=len(ranks),
         )
-
-
-def _read(file: Path) -> Any:
-    """DeepSpeed can be told to write in a format that cannot be mapped."""
-    return torch.load(file, map_location="cpu", mmap=zipfile.is_zipfile(file))
 
 
 def _equal_parts(shapes: Mapping[str, Any], rank: int, world_size: int) -> Iterator[tuple[str, slice]]:
@@ -115,7 +118,7 @@ def _mapped_parts(mapping: Mapping[str, Any]) -> Iterator[tuple[str, slice]]:
 def _add_part(parameter: SavedParameter, state: Mapping[str, Any], run: slice) -> None:
     for key, value in state.items():
         if isinstance(value, torch.Tensor) and value.dim():
-            parameter.vectors.setdefault(key, []).append(value[run])
+            parameter.vectors.setdefault(key, []).append(value.detach()[run])
         else:
             parameter.scalars[key] = value
 

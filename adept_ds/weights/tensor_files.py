@@ -10,9 +10,10 @@ import errno
 import hashlib
 import itertools
 import json
+import math
 import os
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from io import FileIO
@@ -24,7 +25,7 @@ from numpy.typing import NDArray
 
 from adept_ds.base.errors import InputError
 from adept_ds.base.files import write_all
-from adept_ds.models.safetensors_header import TensorEntry, read_entries
+from adept_ds.models.safetensors_header import ITEM_BYTES, TensorEntry, read_entries
 
 _CHUNK = 1 << 23
 _SYNC_BYTES = 1 << 27
@@ -164,7 +165,7 @@ class TurnedTensor:
 
     def chunks(self) -> Iterator[memoryview]:
         for trained, origin in zip(_values(self.trained), self._origin(), strict=False):
-            yield memoryview(_encoded(origin + np.float32(self.alpha) * (trained - origin), self.dtype))
+            yield memoryview(encoded(origin + np.float32(self.alpha) * (trained - origin), self.dtype))
 
     def copy_to(self, target: FileIO) -> Iterator[int]:
         yield from (write_all(target, chunk) for chunk in self.chunks())
@@ -175,8 +176,44 @@ class TurnedTensor:
         return itertools.repeat(np.float32(self.origin))
 
 
-TensorContent = StoredTensor | ConstantTensor | TurnedTensor
+@dataclass(frozen=True)
+class MadeTensor:
+    """A tensor whose bytes are made when they are written, such as one that lies in parts in several files."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    make: Callable[[], Iterable[bytes | memoryview]]
+    """All of its bytes, piece by piece."""
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * ITEM_BYTES[self.dtype]
+
+    def chunks(self) -> Iterator[memoryview]:
+        yield from (memoryview(piece) for piece in self.make())
+
+    def copy_to(self, target: FileIO) -> Iterator[int]:
+        yield from (write_all(target, chunk) for chunk in self.chunks())
+
+
+TensorContent = StoredTensor | ConstantTensor | TurnedTensor | MadeTensor
 """What a tensor of a new file consists of."""
+
+
+def in_dtype(tensor: StoredTensor, dtype: str) -> TensorContent:
+    """The same numbers in another floating-point dtype, rounded once; what is no floating-point number stays as it is.
+
+    Raises:
+        InputError: they are of a kind that cannot be computed with.
+    """
+    if tensor.dtype == dtype or not tensor.dtype.startswith(("F", "BF")):
+        return tensor
+    if tensor.dtype not in _FLOAT_FORMATS:
+        raise InputError(
+            f"'{tensor.file}' holds weights in {tensor.dtype}, which cannot be converted; convert the model to one of "
+            f"{', '.join(_FLOAT_FORMATS)}"
+        )
+    return MadeTensor(dtype, tensor.shape, lambda: (encoded(values, dtype) for values in _values(tensor)))
 
 
 def turned_tensor(trained: StoredTensor, origin: StoredTensor | float, alpha: float) -> TensorContent:
@@ -210,19 +247,16 @@ _TURNED_ELEMENTS = _CHUNK // 8
 """Computed with at once: as many of both tensors, whatever their dtypes."""
 
 
-_ITEM_BYTES = {dtype: struct.calcsize(form) for dtype, form in _FLOAT_FORMATS.items()} | {"BF16": 2}
-
-
 def _values(tensor: StoredTensor) -> Iterator[NDArray[np.float32]]:
     """Its elements in fp32, so many at a time."""
-    for chunk in tensor.chunks(_TURNED_ELEMENTS * _ITEM_BYTES[tensor.dtype]):
+    for chunk in tensor.chunks(_TURNED_ELEMENTS * ITEM_BYTES[tensor.dtype]):
         if tensor.dtype == "BF16":  # the upper half of a float32
             yield (np.frombuffer(chunk, "<u2").astype(np.uint32) << 16).view(np.float32)
         else:
             yield np.frombuffer(chunk, _FLOAT_FORMATS[tensor.dtype]).astype(np.float32)
 
 
-def _encoded(values: NDArray[np.float32], dtype: str) -> bytes:
+def encoded(values: NDArray[np.float32], dtype: str) -> bytes:
     """Rounded to nearest, ties to even, as torch rounds."""
     if dtype != "BF16":
         return values.astype(_FLOAT_FORMATS[dtype]).tobytes()
@@ -255,13 +289,18 @@ def located(path: Path, entries: Mapping[str, TensorEntry]) -> dict[str, StoredT
 
 
 def write_tensors(
-    path: Path, contents: Mapping[str, TensorContent], on_bytes: Callable[[int], None] | None = None
+    path: Path,
+    contents: Mapping[str, TensorContent],
+    on_bytes: Callable[[int], None] | None = None,
+    *,
+    digested: bool = True,
 ) -> dict[str, str]:
     """Write a safetensors file; returns the SHA-256 of each tensor's bytes.
 
     Args:
         contents: by name, in the order in which they shall lie in the file.
         on_bytes: called with the number of bytes of each chunk that was written.
+        digested: without it nothing is returned, and what is made when it is written is made once, not twice.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     position = 0
@@ -274,7 +313,7 @@ def write_tensors(
     with path.open("wb", buffering=0) as file, ThreadPoolExecutor(max_workers=2) as pool:
         # Hashing takes longer than copying, which the kernel does without showing us the bytes. Meanwhile they go to
         # the disk, so that little is left to wait for at the end.
-        digests = pool.submit(_sha256, contents)
+        digests = pool.submit(_sha256, contents if digested else {})
         write_all(file, struct.pack("<Q", len(text)) + text)
         unsynced, syncing = 0, pool.submit(os.fsync, file.fileno())
         for content in contents.values():

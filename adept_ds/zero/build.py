@@ -28,7 +28,7 @@ class EngineSettings:
     """What all engines of a run have in common."""
 
     deepspeed: Mapping[str, Any]
-    """The user's DeepSpeed configuration, checked (see `config.deepspeed`)."""
+    """The user's DeepSpeed configuration, merged with the run's (`config.deepspeed_merge.deepspeed_of_run`)."""
     precision: torch.dtype
     ranks: Ranks
     liger: Liger | None = None
@@ -155,9 +155,10 @@ def _common_ds_config(settings: EngineSettings) -> dict[str, Any]:
         user["zero_optimization"] = user["zero_optimization"] | {"stage": 2}
     # DeepSpeed's own clock makes the host wait for the device twice in every micro-batch; the trainer has another.
     user["timers"] = {"throughput": {"enabled": False}} | user.get("timers", {})
+    user.setdefault("steps_per_print", 1 << 30)
+    user["bf16"] = user.pop("bfloat16", {}) | user.get("bf16", {})  # of two names, the old one
     return user | {
         # Whether the norm is a number is asked in every step; at stages 1 and 2 DeepSpeed would ask once more.
-        "bf16": {"enabled": bf16, "check_grad_overflow": False},
-        "fp16": {"enabled": fp16},
-        "steps_per_print": 1 << 30,
+        "bf16": user["bf16"] | {"enabled": bf16, "check_grad_overflow": False},
+        "fp16": user.get("fp16", {}) | {"enabled": fp16},
     }

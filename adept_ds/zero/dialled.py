@@ -67,7 +67,8 @@ class Dial:
 def held_elements(parameter: Any) -> Iterator[tuple[torch.Tensor, int]]:
     """What this rank holds of a parameter: flat views of it, each with the number of its first element.
 
-    A partitioned parameter that is small stays gathered between passes: there are two of it.
+    A partitioned parameter that is small stays gathered between passes: there are two of it. Under hpZ the group of
+    ranks that share a host has another partition of its own, from the first pass on.
     """
     if not hasattr(parameter, "ds_tensor"):
         yield parameter.data.view(-1), 0
@@ -76,11 +77,14 @@ def held_elements(parameter: Any) -> Iterator[tuple[torch.Tensor, int]]:
         import deepspeed.comm as dist
         from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
-        partition = parameter.ds_tensor
-        start = dist.get_rank(group=parameter.ds_process_group) * partition.numel()
-        real = max(0, min(partition.numel(), parameter.ds_numel - start))  # a last one ends in padding
-        if real:
-            yield partition.data[:real], start
+        partitions = [(parameter.ds_tensor, parameter.ds_process_group)]
+        if parameter.ds_secondary_tensor is not None:
+            partitions.append((parameter.ds_secondary_tensor, parameter.ds_zero_param_process_group))
+        for partition, group in partitions:
+            start = dist.get_rank(group=group) * partition.numel()
+            real = max(0, min(partition.numel(), parameter.ds_numel - start))  # a last one ends in padding
+            if real:
+                yield partition.data[:real], start
         if parameter.ds_status == ZeroParamStatus.AVAILABLE:
             yield parameter.data.view(-1), 0
     except AttributeError as error:

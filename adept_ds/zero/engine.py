@@ -73,6 +73,17 @@ def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
 
 
 def release(engine: Engine | torch.nn.Module) -> None:
-    """Take DeepSpeed's hooks off an engine that is no longer used; its memory follows with the last reference."""
-    if hasattr(engine, "destroy"):
-        engine.destroy()  # type: ignore[operator]
+    """Take DeepSpeed's hooks off an engine that is no longer used; its memory follows with the last reference.
+
+    hpZ's groups of ranks go with it: DeepSpeed makes them for each model that it loads, and refuses to while there are
+    others (0.19.8: utils/groups.py, _create_zero_param_parallel_group).
+    """
+    if not hasattr(engine, "destroy"):
+        return
+    module: Any = engine.module
+    groups = {getattr(parameter, "ds_zero_param_process_group", None) for parameter in module.parameters()} - {None}
+    engine.destroy()  # type: ignore[operator]
+    for group in groups:
+        import deepspeed.comm as dist
+
+        dist.destroy_process_group(group)

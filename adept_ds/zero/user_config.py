@@ -7,23 +7,31 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from deepspeed.comm.config import CommsLoggerConfig
 from deepspeed.compile.config import CompileConfig
 from deepspeed.monitor.config import CometConfig, CSVConfig, TensorBoardConfig, WandbConfig
 from deepspeed.runtime.config import DeepSpeedConfig, HybridEngineConfig
+from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
 from deepspeed.runtime.tensor_parallel.config import TPTrainingConfig
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.utils.config import DeepSpeedThroughputTimerConfig
 from pydantic import BaseModel, ValidationError
 
 from adept_ds.base.errors import InputError
+from adept_ds.config.deepspeed_keys import AUTO
+from adept_ds.config.deepspeed_merge import check_precision
 from adept_ds.config.mistakes import Mistake, mistakes_in, nearest, shown
+from adept_ds.models.device import device_name, resolve_precision
 
 CLASSES: dict[str, type[BaseModel]] = {
+    "bf16": DeepSpeedBF16Config,
+    "bfloat16": DeepSpeedBF16Config,
     "comet": CometConfig,
     "comms_logger": CommsLoggerConfig,
     "compile": CompileConfig,
     "csv_monitor": CSVConfig,
+    "fp16": DeepSpeedFP16Config,
     "hybrid_engine": HybridEngineConfig,
     "tensor_parallel": TPTrainingConfig,
     "tensorboard": TensorBoardConfig,
@@ -34,12 +42,13 @@ CLASSES: dict[str, type[BaseModel]] = {
 """By section."""
 
 
-def check_user_config(path: Path, tree: Mapping[str, Any]) -> None:
-    """DeepSpeed takes the configuration.
+def check_user_config(path: Path, tree: Mapping[str, Any], precision: str = AUTO) -> None:
+    """DeepSpeed takes the configuration, on this device.
 
     Args:
         path: where it was read, for messages.
-        tree: as `config.deepspeed.check_deepspeed_file` returned it.
+        tree: as `config.deepspeed_merge.deepspeed_of_run` returned it.
+        precision: `train.precision`.
 
     Raises:
         InputError: it does not; one line with the key, the value and what it should be.
@@ -51,6 +60,20 @@ def check_user_config(path: Path, tree: Mapping[str, Any]) -> None:
             values = values.get(key, {})
         _check_by_class(name, section, values, of_class)
     _check_whole(name, tree)
+    _check_device(path, tree, precision)
+
+
+def _check_device(path: Path, tree: Mapping[str, Any], precision: str) -> None:
+    """What only a process with torch can tell."""
+    device, zero = device_name(), DeepSpeedZeroConfig(**tree["zero_optimization"])
+    if zero.zero_quantized_weights and device != "cuda":
+        raise InputError(
+            f"deepspeed: '{path}': 'zero_optimization.zero_quantized_weights' is True, which needs DeepSpeed's kernels "
+            f"for CUDA, but this device is '{device}'; remove it"
+        )
+    if precision == AUTO:
+        here = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[resolve_precision(AUTO)]
+        check_precision(path, tree, here, f"auto, which is {here} on this device ('{device}')")
 
 
 def _check_by_class(name: str, section: str, values: Mapping[str, Any], of_class: type[BaseModel]) -> None:

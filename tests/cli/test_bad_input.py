@@ -250,7 +250,7 @@ CHEAP = [
     # DeepSpeed's file
     override("missing DeepSpeed file", "deepspeed={bad}/no.json", words=["deepspeed", "/no.json'", "give"]),
     override(
-        "a key of ours", "deepspeed={bad}/owned.json", words=["'train_batch_size'", "remove", "train.global_batch_size"]
+        "another batch", "deepspeed={bad}/owned.json", words=["train_batch_size: 4, but train.global_batch_size is 12;"]
     ),
     override("stage 0", "deepspeed={bad}/stage0.json", words=["stage is 0", "1, 2 or 3"]),
     override("no stage", "deepspeed={bad}/no_stage.json", words=["stage is None", "1, 2 or 3"]),

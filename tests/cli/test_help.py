@@ -17,6 +17,10 @@ from adept_ds.cli.app import app
 TAKES = {
     "": [],
     "run": ["CONFIG", "[KEY=VALUE]..."],
+    "launch": [
+        *("CONFIG", "[KEY=VALUE]...", "--scheduler", "--nodes", "--gpus-per-node", "--ranks-per-node"),
+        *("--hosts", "--sbatch", "--submit"),
+    ],
     "probe": [
         *("CONFIG|MODEL", "[KEY=VALUE]...", "--method", "--out", "--json"),
         *("--corpus", "-k", "--sequences", "--seq-len", "--work-dir"),
@@ -36,7 +40,14 @@ TAKES = {
         *("STUDY", "[KEY=VALUE]...", "--scale", "--only", "--cell", "--json"),
         *("--report", "--submit", "--dry-run", "--stop-on-failure"),
     ],
+    "plan": [
+        *("CONFIG", "[KEY=VALUE]...", "--gpus", "--gpu-memory", "--nodes", "--flops", "--bandwidth", "--json"),
+        *("--link-bandwidth", "--efficiency", "--reserve"),
+    ],
     "status": ["RUN|STUDY_DIR", "--json", "--watch"],
+    "job": [
+        *("CONFIG", "[KEY=VALUE]...", "--stage", "--list-stages", "--requeue-faults", "--fruitless-starts"),
+    ],
     "show": ["CONFIG", "[KEY=VALUE]...", "--json"],
     "version": [],
     "delta": [],

@@ -127,9 +127,9 @@ def test_the_converter_refuses_as_the_command_does(place: Path) -> None:
     before = stamps(place)
     for out, words in {place / "thesis": "'notes.txt'", place / "base": "is --base", place: "holds CHECKPOINT"}.items():
         arguments = (place / "checkpoint", out, "--base", place / "base", "--overwrite")
-        result = run_tool("tools/checkpoint_to_hf.py", *arguments)
+        result = run_tool("tools/zero_to_hf.py", *arguments)
         assert (result.returncode, len(result.stderr.splitlines())) == (2, 1), result.stderr
-        assert result.stderr.startswith("checkpoint_to_hf: OUT: ") and words in result.stderr
+        assert result.stderr.startswith("zero_to_hf: OUT: ") and words in result.stderr
     assert stamps(place) == before
 
 

@@ -27,8 +27,18 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "round_robin_gradients",
     ),
     "quantised gradients": ({"zero_optimization": {"zero_quantized_gradients": True}}, "zero_quantized_gradients"),
-    "quantised weights": ({"zero_optimization": {"zero_quantized_weights": True}}, "zero_quantized_weights"),
-    "hpZ": ({"zero_optimization": {"zero_hpz_partition_size": 8}}, "zero_hpz_partition_size"),
+    "quantised frozen weights": (
+        {"zero_optimization": {"stage": 3, "zero_quantized_nontrainable_weights": True}},
+        "zero_quantized_nontrainable_weights",
+    ),
+    "quantised weights where none are gathered": (
+        {"zero_optimization": {"stage": 2, "zero_quantized_weights": True}},
+        "zero_quantized_weights",
+    ),
+    "hpZ where no weights are split": (
+        {"zero_optimization": {"stage": 1, "zero_hpz_partition_size": 8}},
+        "zero_hpz_partition_size",
+    ),
     "NVMe for the optimizer": (
         {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}},
         "offload_optimizer.device",
@@ -41,6 +51,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}},
         "offload_optimizer",
     ),
+    "parameters on the host at stage 1": (
+        {"zero_optimization": {"stage": 1, "offload_param": {"device": "cpu"}}},
+        "offload_param",
+    ),
+    "optimizer states in bf16": ({"bf16": {"enabled": True, "bf16_optimizer_states": True}}, "bf16_optimizer_states"),
     "autocast": ({"torch_autocast": {"enabled": True}}, "torch_autocast"),
     "DeepCompile": ({"compile": {"deepcompile": True}}, "deepcompile"),
     "sums of gradients": ({"gradient_allreduce_op": "sum"}, "gradient_allreduce_op"),
@@ -118,6 +133,8 @@ def test_it_is_refused_by_its_key_with_a_reason(name: str) -> None:
         {"optimizer": {"type": "Lion"}, "pipeline": {"stages": "auto"}},
         {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 1.0}}},
         {"zero_optimization": {"stage": 2, "zero_quantized_weights": False, "zero_hpz_partition_size": 1}},
+        {"zero_optimization": {"stage": 3, "zero_quantized_weights": True, "zero_hpz_partition_size": 8}},
+        {"zero_optimization": {"stage": 1}, "bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}},
         {"zero_optimization": {"stage": 2, "overlap_comm": True, "reduce_bucket_size": 1000}},
         {"torch_autocast": {"enabled": False}, "gradient_allreduce_op": "mean", "sequence_parallel_size": 1},
         {"optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}, "fp16": {"enabled": True}},

@@ -12,6 +12,7 @@ import yaml
 from harness.fuzzing import Fuzzing, Kind, Sandbox, file_kind, judged
 from harness.launching import ROOT
 from harness.mutations import ODD_TEXTS, YAML_SCALARS, changed_json, changed_yaml, spoiled
+from harness.trainer_files import trainer_file
 from harness.workspace import Workspace
 from hypothesis import strategies as st
 
@@ -36,10 +37,11 @@ def load_and_resolve(sandbox: Sandbox, *overrides: str) -> None:
 
 
 def prepare(sandbox: Sandbox) -> Sandbox:
-    """Also with DeepSpeed's file."""
+    """Also with DeepSpeed's file, which has everything in it that the Trainer's have."""
     tree = Workspace(sandbox.inputs).tree(sandbox.out / "run", deepspeed=str(sandbox.inputs / "zero3.json"))
     (sandbox.inputs / "run.yaml").write_text(yaml.safe_dump(tree), encoding="utf-8")
     written = hjson.loads((ROOT / "ds_configs" / "zero3_offload.json").read_text(encoding="utf-8"))
+    written = trainer_file(3, **written)
     (sandbox.inputs / "zero3.json").write_text(json.dumps(written, indent=2), encoding="utf-8")
     return sandbox
 

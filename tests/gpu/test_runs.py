@@ -26,6 +26,8 @@ RUNS: dict[str, dict[str, Any]] = {
     "zero2": {"stage": "zero2"},
     "zero3": {"stage": "zero3"},
     "offload": {"stage": "zero3_offload"},
+    "parameters offloaded": {"stage": "zero3_offload_params"},
+    "ZeRO++": {"stage": "zeropp"},
     "fine units": {"stage": "zero3", "importance": {"granularity": "fine"}},
     "recomputed": {"stage": "zero3", "train": {"activation_checkpointing": True}},
     "compiled": {"stage": "zero2", "train": {"compile": "auto"}},

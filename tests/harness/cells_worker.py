@@ -1,6 +1,7 @@
 """What one rank does in test_every_partition.py: the same small training in many settings, in one process group.
 
-Usage: python -m harness.cells_worker WORKSPACE OUTPUT CELL... with cells such as zero3/fine or zero3/fine/attached.
+Usage: python -m harness.cells_worker WORKSPACE OUTPUT CELL... with cells such as zero3/fine or zero3/fine/attached;
+several variants are written a+b.
 Rank 0 writes the outcome of each to OUTPUT (torch.save).
 """
 
@@ -15,8 +16,10 @@ from typing import Any
 import torch
 from harness.lab import Lab
 from harness.launching import ROOT
+from harness.trainer_files import trainer_file
 from harness.workspace import Workspace
 
+from adept_ds.base.files import write_json
 from adept_ds.config.schema import Config
 from adept_ds.ranks.groups import join
 from adept_ds.ranks.launchers import rank_from_environment
@@ -48,32 +51,58 @@ ZERO_SETTINGS: dict[str, dict[str, Any]] = {
     "above_threshold": {"stage": 3, "stage3_param_persistence_threshold": 0},
     "around_threshold": {"stage": 3, "stage3_param_persistence_threshold": 1000},
     "many_groups": {"stage": 3, "sub_group_size": 3000},
-    "params_offloaded": {"stage": 3, "offload_param": {"device": "cpu"}, "offload_optimizer": {"device": "cpu"}},
+    "params_offloaded": {
+        "stage": 3,
+        "offload_param": {"device": "cpu"},
+        "offload_optimizer": {"device": "cpu"},
+        "stage3_param_persistence_threshold": 0,
+    },
+    "params_alone": {"stage": 3, "offload_param": {"device": "cpu"}, "stage3_param_persistence_threshold": 0},
+    "hpz": {"stage": 3, "zero_hpz_partition_size": 2, "stage3_param_persistence_threshold": 0},
+    "hpz_offloaded": {
+        "stage": 3,
+        "zero_hpz_partition_size": 2,
+        "offload_optimizer": {"device": "cpu"},
+        "stage3_param_persistence_threshold": 1000,
+        "sub_group_size": 3000,
+    },
     "overlapping": {"stage": 2, "overlap_comm": True, "reduce_bucket_size": 500},
 }
 """Variants that are DeepSpeed settings."""
 
 
+def deepspeed_file(lab: Lab, deepspeed: str, variants: list[str]) -> Path:
+    """The shipped one, settings of a variant, or one of Hugging Face's Trainer of the same stage."""
+    if "trainer" in variants:
+        tree = trainer_file(int(deepspeed[-1]))
+        lab.ranks.on_main(lambda: write_json(lab.scratch / f"{deepspeed}_trainer.json", tree))
+        return lab.scratch / f"{deepspeed}_trainer.json"
+    settings = [(variant, ZERO_SETTINGS[variant]) for variant in variants if variant in ZERO_SETTINGS]
+    for variant, zero in settings:
+        return lab.deepspeed_file(f"{deepspeed}_{variant}", **zero)
+    return ROOT / "ds_configs" / f"{deepspeed}.json"
+
+
 def config_of(lab: Lab, deepspeed: str, granularity: str, variant: str = "") -> Config:
     general = [str(lab.workspace.root / "general.jsonl")]
-    online = variant == "online"
+    variants = variant.split("+")
+    online = "online" in variants
     sequences = 6 if online else 12  # of each text in a global batch
-    settings = ZERO_SETTINGS.get(variant)
-    shipped = ROOT / "ds_configs" / f"{deepspeed}.json"
     return lab.config(
-        deepspeed=str(lab.deepspeed_file(f"{deepspeed}_{variant}", **settings) if settings else shipped),
+        deepspeed=str(deepspeed_file(lab, deepspeed, variants)),
         data={"replay": general, "replay_share": 0.5} if online else {},
         importance={"granularity": granularity, "source": "online" if online else "corpus"},
         train={
             "micro_batch_size": 1 if sequences % (2 * lab.ranks.world_size) else 2,
-            "activation_checkpointing": variant == "recomputed",
+            "activation_checkpointing": "recomputed" in variants,
         },
     )
 
 
 def train(lab: Lab, deepspeed: str, granularity: str, variant: str = "") -> dict[str, Any]:
     config = config_of(lab, deepspeed, granularity, variant)
-    optimizer = OTHER_OPTIMIZERS.get(variant, UnitAdamW)
+    others = [OTHER_OPTIMIZERS[each] for each in variant.split("+") if each in OTHER_OPTIMIZERS]
+    optimizer = others[0] if others else UnitAdamW
     outcome = lab.train(config, optimizer=optimizer, estimate_after=REFRESH_AFTER, refresh=True)
     importances = [dict(zip(outcome.units, values, strict=True)) for values in outcome.importances]
     return dataclasses.asdict(outcome) | {"importances": importances}

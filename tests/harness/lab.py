@@ -17,7 +17,7 @@ from harness.workspace import Workspace
 from adept_ds.base.errors import UnitMismatchError
 from adept_ds.base.files import write_json
 from adept_ds.config.checks import accumulation_steps, anchor_shape
-from adept_ds.config.deepspeed import check_deepspeed_file
+from adept_ds.config.deepspeed_merge import deepspeed_of_run
 from adept_ds.config.loading import parse_config
 from adept_ds.config.schema import Config
 from adept_ds.data.mixture import Mixture
@@ -65,6 +65,8 @@ class Outcome:
     """Parameters among those that stayed gathered that lie elsewhere at the end."""
     lowest_runs: int
     """Forward passes of layer 0, which is frozen."""
+    twice_partitioned: int
+    """Parameters that lie split over a group of ranks beside their partition over all (hpZ)."""
 
 
 def training_engine(
@@ -76,7 +78,9 @@ def training_engine(
         optimizer: takes AdamW's arguments; None: an engine that takes no step.
     """
     train = config.train
-    settings = EngineSettings(check_deepspeed_file(config.deepspeed), resolve_precision(train.precision), ranks)
+    steps = accumulation_steps(train, ranks.world_size)
+    ds_config = deepspeed_of_run(config, model, ranks.world_size, steps)
+    settings = EngineSettings(ds_config, resolve_precision(train.precision), ranks)
     options: dict[str, Any] = {
         "seed": train.seed,
         "recompute_activations": train.activation_checkpointing,
@@ -224,6 +228,7 @@ class Lab:
             name: values[name] for name, parameter in engine.module.named_parameters() if parameter.requires_grad
         }
         cut_rows = _cut_rows(engine)
+        twice = sum(getattr(p, "ds_secondary_tensor", None) is not None for p in engine.module.parameters())
         release(engine)
         return Outcome(
             losses,
@@ -235,6 +240,7 @@ class Lab:
             kept,
             gathered_again,
             lowest_runs,
+            twice,
         )
 
     def source_importance(self, config: Config) -> dict[str, float]:

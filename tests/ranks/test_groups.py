@@ -62,7 +62,7 @@ from adept_ds.ranks.groups import join, leave
 from adept_ds.ranks.launchers import rank_from_environment
 env = dict(os.environ)
 announced = {name: env.pop(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE")}
-env |= {"OMPI_COMM_WORLD_RANK": announced["RANK"], "OMPI_COMM_WORLD_SIZE": announced["WORLD_SIZE"]}
+env |= {"SLURM_PROCID": announced["RANK"], "SLURM_STEP_NUM_TASKS": announced["WORLD_SIZE"]}
 for name in announced:
     del os.environ[name]
 ranks = join(rank_from_environment(env))

@@ -43,9 +43,10 @@ def context(of: TrainedRun) -> Context:
 
 
 def contents(root: Path) -> dict[str, bytes]:
-    """Without logs, and the cache of what can be found out again."""
+    """Without logs, who is at work, and the cache of what can be found out again."""
     files = {file.relative_to(root): file for file in root.rglob("*") if file.is_file()}
-    return {str(name): file.read_bytes() for name, file in files.items() if name.parts[0] not in ("logs", "cache")}
+    besides = ("logs", "cache", "activity.json")
+    return {str(name): file.read_bytes() for name, file in files.items() if name.parts[0] not in besides}
 
 
 def optimizer_states(files: RunDirectory, step: int) -> Path:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -105,13 +107,14 @@ def test_the_script_is_sound_and_has_the_sites_options(study: TinyStudy) -> None
     assert text.index("#SBATCH --comment") < text.index("set -euo pipefail")
 
 
-def test_a_task_runs_its_cell_as_the_launcher_would(study: TinyStudy, tmp_path: Path) -> None:
-    """With a stand-in for launch/slurm.sbatch that only says which configuration it was given."""
+def test_a_task_runs_its_cell_as_a_job(study: TinyStudy) -> None:
+    """With a stand-in for `adept job` that only says which configuration it was given."""
     compare(study, "--submit", "--dry-run")
     script = study.study_dir / "slurm" / "study.sbatch"
-    stand_in = tmp_path / "runner"
-    stand_in.write_text('printf "%s\\n" "$1"\n')
-    script.write_text(script.read_text().replace(str(ROOT / "launch" / "slurm.sbatch"), str(stand_in)))
+    text = script.read_text()
+    runs = f"exec {shlex.quote(sys.executable)} -m adept_ds job "
+    assert runs in text
+    script.write_text(text.replace(runs, "exec printf '%s\\n' "))
     result = subprocess.run(
         ["bash", str(script), "search"],
         env=os.environ | {"SLURM_ARRAY_TASK_ID": "3"},

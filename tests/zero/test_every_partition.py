@@ -22,7 +22,7 @@ from harness.workspace import Workspace
 from adept_ds.config.loading import parse_config
 from adept_ds.data.order import block_order
 
-STAGES = ["zero1", "zero2", "zero3", "zero3_offload"]
+STAGES = ["zero1", "zero2", "zero3", "zero3_offload", "zero3_offload_params", "zeropp"]
 GRANULARITIES = ["matrix", "module", "fine"]
 CELLS = {
     1: ["zero1/fine", "zero3/fine", "zero3/matrix/online"],
@@ -31,10 +31,19 @@ CELLS = {
     + ["zero2/fine/one_pass", "zero3/fine/one_pass"]
     + [f"{stage}/matrix/online" for stage in STAGES]
     + ["zero3/fine/above_threshold", "zero3/fine/around_threshold", "zero3/fine/many_groups"]
-    + ["zero3/fine/params_offloaded", "zero2/fine/overlapping"],
-    3: [f"{stage}/fine" for stage in STAGES]
-    + ["zero2/matrix", "zero3/matrix", "zero2/matrix/online", "zero3/fine/above_threshold", "zero3/fine/one_pass"],
-    4: ["zero2/fine", "zero3/fine"],
+    + ["zero2/fine/overlapping", "zero2/fine/trainer", "zero3/fine/trainer"]
+    + ["zero3/fine/params_offloaded", "zero3/fine/params_offloaded+one_pass", "zero3/fine/params_offloaded+recomputed"]
+    + ["zero3/fine/params_alone", "zero3/matrix/params_offloaded+online"]
+    + ["zero3/fine/hpz", "zero3/fine/hpz_offloaded", "zero3/matrix/hpz+online", "zero3/fine/hpz+recomputed"],
+    3: [
+        *(f"{stage}/fine" for stage in STAGES),
+        *("zero2/matrix", "zero3/matrix", "zero2/matrix/online"),
+        *("zero3/fine/above_threshold", "zero3/fine/one_pass", "zero3/fine/params_offloaded"),
+    ],
+    4: [
+        *("zero2/fine", "zero3/fine", "zero3/fine/hpz", "zero3/fine/hpz_offloaded"),
+        *("zero3/fine/hpz+recomputed", "zero3/fine/hpz+one_pass"),
+    ],
 }
 """ds_configs file / granularity / variant, by number of ranks.
 
@@ -135,6 +144,12 @@ def test_every_shipped_configuration_is_in_the_table_as_it_is() -> None:
 def test_partitions_of_three_ranks_end_in_padding(plain: dict[str, oracle.Training]) -> None:
     """Otherwise the table would prove little."""
     assert any(weight.numel() % 3 for weight in plain["fine"].weights.values())
+
+
+def test_under_hpz_and_nowhere_else_weights_lie_in_a_second_partition(outcomes: Outcomes) -> None:
+    """Otherwise its rows would prove little."""
+    for cell, outcome in outcomes[2]["cells"].items():
+        assert (outcome["twice_partitioned"] > 0) == ("hpz" in cell or cell.startswith("zeropp")), cell
 
 
 def test_a_refresh_changed_what_units_may_do(plain: dict[str, oracle.Training]) -> None:

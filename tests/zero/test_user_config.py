@@ -104,6 +104,31 @@ def test_what_deepspeed_takes_is_taken(sections: dict[str, Any], tmp_path: Path)
     _check(tmp_path, **sections)
 
 
+@pytest.mark.parametrize(
+    ("sections", "words"),
+    [
+        ({"bf16": {"enabled": True}}, "bf16.enabled: True, but train.precision is auto, which is fp32 on this device"),
+        ({"fp16": {"enabled": True}}, "fp16.enabled: True, but train.precision is auto, which is fp32 on this device"),
+        ({"fp16": {"loss_scale": -1}}, "'fp16.loss_scale'"),
+        ({"bf16": {"enable": True}}, "unknown key 'bf16.enable'; did you mean 'bf16.enabled'?"),
+        (
+            {"zero_optimization": {"zero_quantized_weights": True}},
+            "needs DeepSpeed's kernels for CUDA, but this device is 'cpu'; remove it",
+        ),
+    ],
+)
+def test_what_is_not_so_on_this_device_is_refused(tmp_path: Path, sections: dict[str, Any], words: str) -> None:
+    with pytest.raises(InputError, match=r"^deepspeed: '.*ds\.json'") as refusal:
+        _check(tmp_path, **sections)
+    assert words in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("sections", [{"bf16": {"enabled": False}}, {"fp16": {"enabled": False, "loss_scale": 0}}])
+def test_what_is_off_on_this_device_may_be_written_so(tmp_path: Path, sections: dict[str, Any]) -> None:
+    _check(tmp_path, **sections)
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "ds_configs").glob("*.json")), ids=lambda path: path.stem)
 def test_every_shipped_configuration_is_taken(path: Path) -> None:
     check_user_config(path, check_deepspeed_file(path))

@@ -1,0 +1,249 @@
+"""The outline of a training step, from a model without content.
+
+Sequences are sent through it (see `contentless`). So what is kept for the backward pass, and which module uses which
+weights when, are those of the model's own code, whatever its family; nothing here knows an architecture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from adept_ds.config.deepspeed import UNSUPPORTED
+from adept_ds.models.directory import ModelDirectory, understood_by_transformers
+from adept_ds.models.families import Family
+from adept_ds.models.flops import StepFlops, step_flops
+from adept_ds.models.head_chunks import bytes_per_logit
+from adept_ds.models.hidden_states import final_hidden
+from adept_ds.models.loading import Trains
+from adept_ds.planning.contentless import StandIns, contentless_model
+from adept_ds.planning.live_bytes import LiveBytes
+from adept_ds.planning.outline import Call, Event, Outline, Saved, Weight
+
+_ROWS = 2
+"""Sequences that are sent through: of one alone, some operations copy nothing that copy for more."""
+
+
+def outline_of(model: ModelDirectory, trains: Trains, precision: torch.dtype, seq_len: int) -> Outline:
+    """Of a model of which nothing but config.json has to be there.
+
+    Args:
+        model: that training starts from, copies included.
+        trains: what of it trains.
+
+    Raises:
+        InputError: transformers cannot make a model of its configuration.
+    """
+    built = contentless_model(model, precision)
+    family = model.family
+    with torch.device("meta"):
+        trains.prepare(built)
+    layers = list(family.layer_modules(built))
+    recorder = _Recorder(built, layers, seq_len)
+    lowest = trains.lowest_trainable_layer
+    with understood_by_transformers(model.path), StandIns(recorder.sees_linear), recorder.recording():
+        hidden = final_hidden(built, torch.zeros(_ROWS, seq_len, dtype=torch.int64, device="meta"), None)
+    head: Any = built.get_output_embeddings()
+    recorder.add_head(head, hidden)
+    size = hidden.element_size()
+    flops, recomputed = _flops(built, family, layers, seq_len, lowest)
+    config: Any = built.config
+    divisor, cap = family.logit_transform(config)
+    head_trains = bool(head.weight.requires_grad)
+    kept_of_head = Saved(4.0 * head.weight.numel() if head_trains else 0.0, hidden.numel() * size / _ROWS)
+    return Outline(
+        weights=recorder.weights,
+        calls=tuple(recorder.calls),
+        forward=tuple(recorder.events),
+        element_size=size,
+        lowest=lowest,
+        layer_saved=tuple(recorder.saved_by(index) for index in range(len(layers))),
+        layer_inputs=tuple(recorder.inputs_of(index) for index in range(len(layers))),
+        other_saved=recorder.saved_by(None) + kept_of_head,
+        layer_input=hidden.numel() * size / _ROWS,
+        working=_working_bytes(recorder, layers, lowest),
+        seq_len=seq_len,
+        vocabulary=head.weight.shape[0],
+        planned_logit_bytes=bytes_per_logit(head.weight, divisor, cap),
+        logit_bytes=8 if cap is None else 12,
+        flops=flops,
+        recomputed_flops=recomputed,
+    )
+
+
+class _Recorder:
+    """Sees modules run, and what is kept for the backward pass."""
+
+    def __init__(self, model: Any, layers: Sequence[torch.nn.Module], seq_len: int) -> None:
+        self._seq_len = seq_len
+        named = dict(model.named_parameters())
+        self.weights = tuple(Weight(name, p.numel(), p.requires_grad) for name, p in named.items())
+        self._position = {id(parameter): index for index, parameter in enumerate(named.values())}
+        self._of_weights = {parameter.untyped_storage()._cdata for parameter in named.values()}
+        self._layer_of = {id(layer): index for index, layer in enumerate(layers)}
+        self._model = model
+        self._layer: int | None = None
+        self.calls: list[Call] = []
+        self.events: list[Event] = []
+        self.arguments: dict[int, tuple[Any, dict[str, Any]]] = {}
+        self._open: list[tuple[torch.nn.Module, int]] = []
+        self._kept: dict[int, tuple[torch.Tensor, int | None]] = {}
+        self._inputs: dict[int, tuple[torch.Tensor, int | None]] = {}
+        self._shared: set[int] = set()
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        hooks = []
+        for module in _separate_modules(self._model.base_model):
+            hooks.append(module.register_forward_pre_hook(self._begin, with_kwargs=True))
+            hooks.append(module.register_forward_hook(self._end))
+        with torch.autograd.graph.saved_tensors_hooks(self._keep, lambda kept: kept):
+            yield
+        for hook in hooks:
+            hook.remove()
+
+    def add_head(self, head: torch.nn.Module, hidden: torch.Tensor) -> None:
+        """It runs last, on what the rest of the model returned."""
+        gradient = hidden.requires_grad
+        weights = tuple(self._position[id(weight)] for weight in head.parameters())
+        leaves = gradient or any(weight.requires_grad for weight in head.parameters())
+        self.calls.append(Call(weights, None, False, leaves, gradient))
+        self.events += [Event(len(self.calls) - 1, True), Event(len(self.calls) - 1, False)]
+
+    def saved_by(self, layer: int | None) -> Saved:
+        """By a decoder layer, or by what is around them."""
+        return self._sum(self._kept, layer)
+
+    def inputs_of(self, layer: int) -> Saved:
+        """What else its linear layers are given."""
+        return self._sum({key: value for key, value in self._inputs.items() if key not in self._kept}, layer)
+
+    def sees_linear(self, given: torch.Tensor) -> None:
+        self._inputs.setdefault(given.untyped_storage()._cdata, (given.detach(), self._layer))
+
+    def _sum(self, found: Mapping[int, tuple[torch.Tensor, int | None]], layer: int | None) -> Saved:
+        total = Saved()
+        for key, (tensor, of) in found.items():
+            if of == layer:
+                size = tensor.untyped_storage().nbytes()
+                # What has no number for each token, such as a gain that a norm adds 1 to, is there once.
+                once = key in self._shared or size // tensor.element_size() % self._seq_len
+                total += Saved(fixed=float(size)) if once else Saved(per_row=size / _ROWS)
+        return total
+
+    def _begin(self, module: torch.nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if id(module) in self._layer_of:
+            self._layer = self._layer_of[id(module)]
+            self.arguments[self._layer] = (inputs, kwargs)
+            self._shared |= {tensor.untyped_storage()._cdata for tensor in _tensors(kwargs)}
+        recursive = _is_leaf(module)
+        weights = [self._position[id(weight)] for weight in module.parameters(recurse=recursive)]
+        given = any(tensor.requires_grad for tensor in (*_tensors(inputs), *_tensors(kwargs)))
+        self.calls.append(Call(tuple(weights), self._layer, id(module) in self._layer_of, False, given))
+        self._open.append((module, len(self.calls) - 1))
+        self.events.append(Event(len(self.calls) - 1, True))
+
+    def _end(self, module: torch.nn.Module, inputs: Any, output: Any) -> None:
+        begun, index = self._open.pop()
+        assert begun is module
+        call = self.calls[index]
+        leaves = any(tensor.requires_grad for tensor in _tensors(output))
+        self.calls[index] = Call(call.weights, call.layer, call.is_layer, leaves, call.gradient_enters)
+        self.events.append(Event(index, False))
+        if call.is_layer:
+            self._layer = None
+
+    def _keep(self, tensor: torch.Tensor) -> torch.Tensor:
+        key = tensor.untyped_storage()._cdata
+        if key not in self._of_weights:
+            self._kept.setdefault(key, (tensor.detach(), self._layer))
+        return tensor
+
+
+def _separate_modules(root: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    """Those that ZeRO-3 gathers weights for, each by itself."""
+    yield root
+    if not _is_leaf(root):
+        for child in root.children():
+            yield from _separate_modules(child)
+
+
+_LEAVES = next(set(feature.off[-1]) for feature in UNSUPPORTED if feature.key.endswith(".leaf_module.classes"))
+"""Classes of modules that DeepSpeed gathers as a whole unless it is told otherwise."""
+
+
+def _is_leaf(module: torch.nn.Module) -> bool:
+    return f"{type(module).__module__}.{type(module).__qualname__}" in _LEAVES
+
+
+def _tensors(tree: Any) -> list[torch.Tensor]:
+    if isinstance(tree, torch.Tensor):
+        return [tree]
+    if isinstance(tree, dict):
+        return [tensor for value in tree.values() for tensor in _tensors(value)]
+    return [tensor for item in tree for tensor in _tensors(item)] if isinstance(tree, list | tuple) else []
+
+
+def _working_bytes(recorder: _Recorder, layers: Sequence[torch.nn.Module], lowest: int) -> float:
+    """The heaviest layer's backward pass, run once more by itself."""
+    saved = {index: recorder.saved_by(index).per_row for index in range(lowest, len(layers))}
+    heaviest = max(saved, key=lambda index: saved[index])
+    inputs, kwargs = recorder.arguments[heaviest]
+    layer, hooks = layers[heaviest], []
+    for weight in layer.parameters():
+        if weight.requires_grad:
+            hooks.append(weight.register_post_accumulate_grad_hook(_forget_gradient))
+    hidden = next(iter(_tensors(inputs) or _tensors(kwargs)))
+    given = hidden.detach().requires_grad_(True)
+    with LiveBytes() as live, StandIns(lambda _: None):
+        if _tensors(inputs):
+            output = layer(given, *inputs[1:], **kwargs)
+        else:
+            name = next(key for key, value in kwargs.items() if value is hidden)
+            output = layer(**(kwargs | {name: given}))
+        (left,) = _tensors(output)[:1]
+        gradient = torch.empty_like(left)
+        kept, live.peak = live.now, live.now
+        left.backward(gradient)
+        peak = live.peak
+    for hook in hooks:
+        hook.remove()
+    return (peak - kept) / _ROWS
+
+
+def _forget_gradient(weight: torch.Tensor) -> None:
+    weight.grad = None
+
+
+def _flops(
+    model: Any, family: Family, layers: Sequence[torch.nn.Module], seq_len: int, lowest: int
+) -> tuple[StepFlops, float]:
+    """By token: of a step, and of what checkpointing computes again."""
+    config = model.config
+    passed = []
+    for layer in layers:
+        sizes = []
+        for weight in layer.parameters():
+            if family.experts_per_token_key and weight.dim() == 3:
+                share = getattr(config, family.experts_per_token_key) / weight.shape[0]
+            else:
+                share = 1.0
+            sizes.append((weight.requires_grad, share * weight.numel()))
+        passed.append((sum(size for _, size in sizes), sum(size for trains, size in sizes if trains)))
+    head = model.get_output_embeddings().weight
+    embedding_trains = model.get_input_embeddings().weight.requires_grad
+    width = _attention_width(config)
+    found = step_flops(
+        passed, width, float(head.numel()), seq_len, head_trains=head.requires_grad, embedding_trains=embedding_trains
+    )
+    again = sum(2.0 * weights + 2.0 * seq_len * width for weights, _ in passed[lowest:])
+    return found, again
+
+
+def _attention_width(config: Any) -> int:
+    """Of all heads together, which need not be the width of the residual stream."""
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(config.num_attention_heads * head_dim)

@@ -1,0 +1,96 @@
+"""`adept plan` on a directory that holds config.json and nothing else."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+from harness.complaints import files_under, refused
+from harness.launching import ROOT, adept
+
+MODELS = ROOT / "tools" / "scaling" / "models"
+ON = ("--gpus", 8, "--gpu-memory", "80GB")
+RATES = ("--flops", "989TFLOP/s", "--bandwidth", "450GB/s")
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    return write(tmp_path, "qwen3_8b")
+
+
+def write(folder: Path, model: str, **sections: object) -> Path:
+    (folder / model).mkdir()
+    (folder / model / "config.json").write_text((MODELS / f"{model}.json").read_text())
+    tree = {"model": str(folder / model), "run_dir": str(folder / "run"), "data": {"seq_len": 2048}}
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(tree | {"train": {"global_batch_size": 64}} | sections))
+    return path
+
+
+def planned(config: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+    result = adept(1, "plan", config, *ON, *arguments)
+    assert result.returncode == 0, result.stderr
+    return result
+
+
+def test_a_plan_needs_no_weights_and_writes_nothing(config: Path) -> None:
+    before = files_under(config.parent)
+    out = planned(config, *RATES).stdout
+    assert files_under(config.parent) == before
+    for words in ("frozen weights", "stage 3", "set   deepspeed=ds_configs/zero", "why   ", "40% of 989 TFLOP/s"):
+        assert words in out
+    assert "evenly spread, expand.layers=[8,17,26,35]" in out
+
+
+@pytest.mark.parametrize(
+    ("model", "total", "gpus"),
+    [("qwen3_8b", 8_190_735_360, 8), ("llama_3_70b", 70_553_706_496, 16), ("qwen3_coder_480b", 480_154_875_392, 512)],
+)
+def test_published_models_have_as_many_parameters_as_published(
+    model: str, total: int, gpus: int, tmp_path: Path
+) -> None:
+    """8.19, 70.55 and 480.15 billion are the sizes of their files; copies come on top, and are what trains."""
+    config = write(tmp_path, model, train={"global_batch_size": gpus})
+    nodes = ("--nodes", gpus // 8) if gpus > 8 else ()
+    result = adept(1, "plan", config, "--gpus", gpus, "--gpu-memory", "80GB", *nodes, "--json")
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout)["parameters"]
+    assert found["total"] - found["trained"] == total
+
+
+def test_a_plan_of_one_method_differs_from_that_of_another(tmp_path: Path) -> None:
+    """Adapters train little, and everything trains in full training; both go through their own code."""
+    config = write(tmp_path, "qwen3_8b")
+    found = {
+        method: json.loads(planned(config, "--json", f"method={method}", "--reserve", 0).stdout)
+        for method in ("lora", "llama_pro")
+    }
+    assert found["lora"]["parameters"]["trained"] < 1e8 < found["llama_pro"]["parameters"]["trained"]
+    assert found["lora"]["lowest_trained_layer"] == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--gpus", 8, "--gpu-memory", "80"), ("--gpu-memory", "'80'", "80GB")),
+        (("--gpus", 0, "--gpu-memory", "80GB"), ("--gpus", "0")),
+        (("--gpus", 8, "--gpu-memory", "80GB", "--nodes", 3), ("--nodes", "3", "divisor")),
+        (("--gpus", 48, "--gpu-memory", "80GB"), ("train.global_batch_size", "64", "48")),
+        (("--gpus", 128, "--gpu-memory", "80GB"), ("train.global_batch_size", "128")),
+        ((*ON, "--flops", "989"), ("--flops", "TFLOP/s")),
+        ((*ON, "--bandwidth", "400Gb"), ("--bandwidth", "400Gb/s")),
+        ((*ON, "--link-bandwidth", "450GB/s"), ("--link-bandwidth", "one node")),
+        ((*ON, "--efficiency", 1.5), ("--efficiency", "1.5")),
+        ((*ON, "--reserve", 1), ("--reserve", "1")),
+        (("--gpus", 8, "--gpu-memory", "8GB"), ("--gpu-memory", "8.0 GB", "stage 3", "take")),
+        ((*ON, "model=nowhere"), ("model", "nowhere")),
+        ((*ON, "expand.k=99"), ("expand.k", "99")),
+    ],
+)
+def test_what_cannot_be_planned_is_refused_in_one_line(
+    arguments: tuple[object, ...], words: tuple[str, ...], config: Path
+) -> None:
+    refused(["plan", config, *arguments], words)

@@ -1,0 +1,107 @@
+"""What a model without content keeps and computes is what the same model with content does, in every family."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from harness.models import FAMILY_OPTIONS, save_tiny_model
+from torch.utils.flop_counter import FlopCounterMode
+
+from adept_ds.models.directory import ModelDirectory
+from adept_ds.models.hidden_states import final_hidden
+from adept_ds.models.loading import layers_train
+from adept_ds.planning.live_bytes import LiveBytes
+from adept_ds.planning.recording import outline_of
+
+TOKENS, ROWS, TRAINED = 24, 3, (2, 4)
+
+
+def kept_by(model: Any, layers: list[torch.nn.Module], rows: int) -> dict[int | None, int]:
+    """Bytes that autograd keeps, by layer; None: around them."""
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    seen: dict[int, torch.Tensor] = {}
+    found: dict[int | None, int] = {}
+    current: list[int | None] = [None]
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        address = tensor.untyped_storage().data_ptr()
+        if address not in own and address not in seen:
+            seen[address] = tensor.detach()
+            found[current[0]] = found.get(current[0], 0) + tensor.untyped_storage().nbytes()
+        return tensor
+
+    for index, layer in enumerate(layers):
+        layer.register_forward_pre_hook(lambda *_, index=index: current.__setitem__(0, index))
+        layer.register_forward_hook(lambda *_: current.__setitem__(0, None))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda kept: kept):
+        hidden = final_hidden(model, torch.zeros(rows, TOKENS, dtype=torch.int64), None)
+    del hidden
+    return found
+
+
+@pytest.mark.parametrize("model_type", sorted(FAMILY_OPTIONS))
+def test_what_is_kept_for_the_backward_pass_is_what_autograd_keeps(model_type: str, tmp_path: Path) -> None:
+    """Real tensors of the same model, with the same stand-in for attention, for another number of sequences than one.
+
+    Exactly, but for experts: a CPU counts the tokens of each in floating point, a device in whole numbers.
+    """
+    from transformers import AutoModelForCausalLM
+
+    directory = ModelDirectory.read(save_tiny_model(tmp_path / "model", model_type))
+    outline = outline_of(directory, layers_train(directory.family, TRAINED), torch.float32, TOKENS)
+    model: Any = AutoModelForCausalLM.from_pretrained(directory.path)
+    if model.config._attn_implementation == "sdpa":
+        model.set_attn_implementation("planned")
+    model.config.use_cache = False
+    model.train().requires_grad_(False)
+    layers = list(directory.family.layer_modules(model))
+    for layer in TRAINED:
+        layers[layer].requires_grad_(True)
+    found = kept_by(model, layers, ROWS)
+    assert set(found) - {None} == {2, 3, 4}, "nothing below the lowest trained layer is kept"
+    for index in range(len(layers)):
+        assert outline.layer_saved[index].of(ROWS) == pytest.approx(found.get(index, 0), rel=1e-3), index
+    head_gradient = ROWS * TOKENS * model.config.hidden_size * 4
+    assert outline.other_saved.of(ROWS) - head_gradient == pytest.approx(found.get(None, 0), rel=1e-3)
+    assert [w.numel for w in outline.weights] == [p.numel() for p in model.parameters()]
+    assert outline.trainable == sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "qwen3", "phi3"])
+def test_operations_are_those_that_pytorch_counts(model_type: str, tmp_path: Path) -> None:
+    """Of a step with frozen layers below, between and above, at one token, against PyTorch's own counter.
+
+    Norms, biases and half attention are 7% of ours and not in PyTorch's; 6N would be twice as many.
+    """
+    from transformers import AutoModelForCausalLM
+
+    directory = ModelDirectory.read(save_tiny_model(tmp_path / "model", model_type))
+    outline = outline_of(directory, layers_train(directory.family, TRAINED), torch.float32, 1)
+    model: Any = AutoModelForCausalLM.from_pretrained(directory.path)
+    model.requires_grad_(False)
+    for layer in TRAINED:
+        directory.family.layer_modules(model)[layer].requires_grad_(True)
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids=torch.zeros(1, 1, dtype=torch.int64), use_cache=False).logits.sum().backward()
+    assert outline.flops.total == pytest.approx(counter.get_total_flops(), rel=0.07)
+    assert outline.flops.total < 0.8 * 6 * outline.total
+
+
+def test_live_bytes_are_those_of_tensors_that_are_there() -> None:
+    """Views and what is done in place add nothing; what is dropped is given back."""
+    before = torch.zeros(1000)
+    with LiveBytes() as live:
+        one = torch.zeros(256)
+        view = one[10:].view(-1)
+        view.add_(1)
+        before.mul_(2)
+        assert live.now == 1024
+        other = one + 1
+        assert live.now == 2048
+        del one, view
+        assert live.now == 1024
+        del other
+    assert (live.now, live.peak) == (0, 2048)

@@ -1,0 +1,133 @@
+"""Universal checkpoints: plain DeepSpeed loads them at other stages, on other numbers of ranks, bit for bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from harness.launching import launch
+from harness.models import save_tiny_model
+from harness.plain_worker import STEPS
+from harness.tool_runs import run_tool
+from harness.trained_run import train_two_steps
+from harness.workspace import Workspace
+
+SOURCES = ["some-zero1", "some-zero2", "some-zero3", "some-groups3", "all-zero3", "some-zero2-full"]
+"""Saved by two ranks."""
+
+LOADED = {
+    3: ["some-zero3=some-zero1", "some-groups3=some-zero2", "some-zero2=some-zero3", "all-zero2=all-zero3"],
+    1: [
+        *("some-zero1=some-groups3", "some-zero3=some-zero3", "some-zero2=some-zero1", "all-groups3=all-zero3"),
+        "some-zero3=some-zero2-full",
+    ],
+}
+"""By number of ranks: the engine that loads = who saved."""
+
+EVERY = [(ranks, cell) for ranks, cells in LOADED.items() for cell in cells]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("universal")
+    save_tiny_model(folder / "model")
+    result = launch(2, ["-m", "harness.plain_worker", str(folder), "train", *SOURCES])
+    assert result.returncode == 0, result.stderr[-4000:]
+    for source in SOURCES:
+        result = run_tool("tools/to_universal.py", folder / source, folder / f"universal-{source}")
+        assert result.returncode == 0, result.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def outcomes(folder: Path) -> tuple[dict[str, Any], dict[tuple[int, str], Any]]:
+    """What those that saved had, and what those that loaded have."""
+    found: dict[tuple[int, str], Any] = {}
+    for ranks, cells in LOADED.items():
+        arguments = [cell.replace("=", "=universal-") for cell in cells]
+        result = launch(ranks, ["-m", "harness.plain_worker", str(folder), "load", *arguments])
+        assert result.returncode == 0, result.stderr[-4000:]
+        of_ranks = torch.load(folder / f"load_{ranks}.pt", weights_only=False)
+        found |= {(ranks, cell): of_ranks[argument] for cell, argument in zip(cells, arguments, strict=True)}
+    return torch.load(folder / "train_2.pt", weights_only=False), found
+
+
+@pytest.mark.parametrize(("ranks", "cell"), EVERY)
+def test_plain_deepspeed_has_what_was_saved_to_the_last_bit(
+    outcomes: tuple[dict[str, Any], dict[tuple[int, str], Any]], ranks: int, cell: str
+) -> None:
+    """Masters, moments, steps and settings; and the whole model as the next forward pass sees it."""
+    saved, found = outcomes[0][cell.partition("=")[2]], outcomes[1][ranks, cell]
+    for what in ("weights", "vectors"):
+        assert found[what].keys() == saved[what].keys()
+        for name, value in saved[what].items():
+            assert torch.equal(found[what][name], value), name
+    assert found["steps"] == saved["steps"] == {STEPS}
+    assert found["groups"][0] == saved["groups"][0]
+    assert (found["counted"], found["mine"]) == (STEPS, 7)
+
+
+def test_what_is_compared_is_not_all_alike(outcomes: tuple[dict[str, Any], dict[tuple[int, str], Any]]) -> None:
+    vectors = outcomes[0]["some-zero3"]["vectors"]
+    assert len(vectors) == 3 * 18
+    assert all(bool(vector.any()) for vector in vectors.values())
+    assert any(vector.numel() % 3 for vector in vectors.values())
+
+
+def test_a_runs_checkpoint_becomes_one(workspace: Workspace, tmp_path: Path) -> None:
+    """Its copies train; what is written is what the run exports, with the moments of its optimizer."""
+    run = train_two_steps(workspace, tmp_path / "run")
+    result = run_tool("tools/to_universal.py", run.root, tmp_path / "universal")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("18 tensors with their moments, written by 2 ranks under ZeRO-3; universal ")
+    assert (tmp_path / "universal" / "latest_universal").read_text() == "step_2"
+    from adept_ds.weights.hf_directory import stored_tensors
+
+    root = tmp_path / "universal" / "step_2" / "zero"
+    exported = stored_tensors(run.export)
+    names = {folder.name for folder in root.iterdir() if folder.is_dir()}
+    assert len(names) == 18
+    for name in names:
+        states = {file.stem: torch.load(file) for file in (root / name).iterdir()}
+        assert states.keys() == {"fp32", "exp_avg", "exp_avg_sq", "step"}
+        assert b"".join(exported[name].chunks()) == states["fp32"]["param"].numpy().tobytes()
+        assert float(states["step"]) == 2
+        assert states["exp_avg"]["param"].shape == exported[name].shape
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (
+            ["{folder}/universal-some-zero1/step_2", "new"],
+            "is a universal checkpoint ('zero'); give the one that",
+        ),
+        (["{folder}/model", "new"], "holds no DeepSpeed checkpoint"),
+        (["{folder}/some-zero1", "{folder}/model"], "'{folder}/model' holds something that adept did not write"),
+        (["{folder}/some-zero1", "{folder}/some-zero1/step_2/new"], "lies in CHECKPOINT"),
+        (["{folder}/some-zero1", "{folder}/universal-some-zero1"], "was written by `python tools/to_universal.py` be"),
+    ],
+)
+def test_mistakes_are_one_line_and_replace_nothing(folder: Path, arguments: list[str], words: str) -> None:
+    before = sorted(path.name for path in folder.rglob("*"))
+    result = run_tool("tools/to_universal.py", *(argument.format(folder=folder) for argument in arguments))
+    assert (result.returncode, len(result.stderr.splitlines())) == (2, 1), result.stderr
+    assert words.format(folder=folder) in result.stderr
+    assert sorted(path.name for path in folder.rglob("*")) == before
+
+
+def test_without_moments_there_is_no_universal_checkpoint(folder: Path, tmp_path: Path) -> None:
+    """Of an optimizer that is not Adam: DeepSpeed would not load it at stage 3."""
+    import shutil
+
+    shutil.copytree(folder / "some-zero2", tmp_path / "sgd")
+    for file in (tmp_path / "sgd" / "step_2").glob("*optim_states.pt"):
+        saved = torch.load(file, weights_only=False)
+        saved["optimizer_state_dict"]["base_optimizer_state"]["state"] = {}
+        torch.save(saved, file)
+    result = run_tool("tools/to_universal.py", tmp_path / "sgd", tmp_path / "new")
+    assert result.returncode == 2
+    assert "has no exp_avg of 'model.layers.1." in result.stderr
+    assert not (tmp_path / "new").exists()
