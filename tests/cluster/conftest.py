@@ -31,7 +31,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     for report in [*terminalreporter.getreports("passed"), *terminalreporter.getreports("failed")]:
         if report.when == "call" and "cluster" in report.keywords:
             found = dict(report.user_properties)
-            name = report.nodeid.rpartition("::")[2].removeprefix("test_").replace("_", " ")
+            name, _, case = report.nodeid.rpartition("::")[2].removeprefix("test_").partition("[")
+            name = name.replace("_", " ") + (f" ({case.removesuffix(']')})" if case else "")
             result = found.get("result", "passed") if report.passed else "failed"
             table.add_row(name, str(found.get("ranks", "")), f"{report.duration:.0f}", str(result))
     if table.rows:

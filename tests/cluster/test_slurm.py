@@ -131,6 +131,7 @@ def test_gpus_are_refused_where_there_are_none_and_the_other_template_is_taken(s
         ("slurm.sbatch", ("--gpus-per-node=2", "--ntasks-per-node=2")),
         ("slurm_nodes.sbatch", ("--gpus-per-node=1", "--ntasks-per-node=1")),
     ],
+    ids=["slurm.sbatch", "slurm_nodes.sbatch"],
 )
 def test_nodes_with_gpus(template: str, options: tuple[str, ...], scenario: Scenario) -> None:
     """That they have them is what Slurm says; ranks compute on the CPU."""
