@@ -13,6 +13,7 @@ NAMES = {
     "ledger": "stages.json",
     "tokens": "cache/tokens",
     "digests": "cache/digests.json",
+    "requeues": "cache/requeues.json",
     "layer_importance": "layer_importance.json",
     "layer_methods": "layer_methods.json",
     "place_scores": "place_scores.json",

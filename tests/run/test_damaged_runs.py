@@ -45,7 +45,7 @@ def context(of: TrainedRun) -> Context:
 def contents(root: Path) -> dict[str, bytes]:
     """Without logs, who is at work, and the cache of what can be found out again."""
     files = {file.relative_to(root): file for file in root.rglob("*") if file.is_file()}
-    besides = ("logs", "cache", "activity.json")
+    besides = ("logs", "cache")
     return {str(name): file.read_bytes() for name, file in files.items() if name.parts[0] not in besides}
 
 

@@ -49,7 +49,7 @@ def turn_around(run: TrainedRun, layer: int) -> None:
 
 def contents(run: TrainedRun) -> dict[str, bytes]:
     """Of a run's files, but for its logs and for what only saves time."""
-    besides = {run.files.root / name for name in ("logs", "cache", "activity.json")}
+    besides = {run.files.root / name for name in ("logs", "cache")}
     files = (path for path in run.files.root.rglob("*") if path.is_file() and not besides & {path, *path.parents})
     return {str(path.relative_to(run.files.root)): path.read_bytes() for path in files}
 

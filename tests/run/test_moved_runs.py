@@ -37,7 +37,7 @@ def run(copy: TrainedRun, **sections: Any) -> subprocess.CompletedProcess[str]:
 
 def contents(copy: TrainedRun) -> dict[str, bytes]:
     """Every file of a run but its logs, who is at work, and the cache of what can be found out again."""
-    root, besides = copy.files.root, ("logs", "cache", "activity.json")
+    root, besides = copy.files.root, ("logs", "cache")
     kept = [path for path in root.rglob("*") if path.is_file() and path.relative_to(root).parts[0] not in besides]
     return {path.relative_to(root).as_posix(): path.read_bytes() for path in kept}
 
