@@ -129,6 +129,8 @@ def _table(made: Plan) -> Table:
         for w in ways
     )
     table.add_row("[bold]peak[/]", *peaks, end_section=True)
+    if any(w.found.memory.on_host for w in ways):
+        table.add_row("on the host, for each GPU", *(in_gb(w.found.memory.on_host) for w in ways), end_section=True)
     table.add_row("sent by each GPU, a step", *(in_gb(w.sent) for w in ways))
     if cluster.is_timed:
         timings = [w.timing for w in ways if w.timing]

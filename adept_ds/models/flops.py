@@ -47,7 +47,7 @@ def count_step_flops(model: torch.nn.Module, family: Family, seq_len: int, bypas
         layers.append((sum(size for _, size in sizes), sum(size for trains, size in sizes if trains)))
     return step_flops(
         layers,
-        config.hidden_size,
+        attention_width(config),
         config.hidden_size * config.vocab_size,
         seq_len,
         head_trains=output.weight.requires_grad,
@@ -58,7 +58,7 @@ def count_step_flops(model: torch.nn.Module, family: Family, seq_len: int, bypas
 def planned_step_flops(
     passed_weights: Sequence[float],
     chosen: Collection[int],
-    hidden_size: int,
+    attention_width: int,
     head_weights: float,
     seq_len: int,
     *,
@@ -75,26 +75,26 @@ def planned_step_flops(
         layers.append((weights, weights if layer in chosen and not copied else 0.0))
         if layer in chosen and copied:
             layers.append((weights, weights))
-    return step_flops(layers, hidden_size, head_weights, seq_len)
+    return step_flops(layers, attention_width, head_weights, seq_len)
 
 
 def step_flops(
     layers: Sequence[tuple[float, float]],
-    hidden_size: int,
+    attention_width: int,
     head_weights: float,
     seq_len: int,
     *,
     head_trains: bool = False,
     embedding_trains: bool = False,
 ) -> StepFlops:
-    """2 operations per weight that a token passes in a matrix product; attention scores 4 * seq_len * dim per layer.
+    """2 operations per weight that a token passes in a matrix product, and those of attention's scores.
 
     The embedding's lookup and its gradient are no products and count as nothing, the final norm neither.
 
     Args:
         layers: of each layer, lowest first, the weights that a token passes, and those of them that train.
     """
-    attention = 4.0 * seq_len * hidden_size / 2  # causal: half of the scores
+    attention = _attention_flops(attention_width, seq_len)
     head = 2.0 * head_weights
     forward, backward_inputs = head, head
     backward_weights = head if head_trains else 0.0
@@ -108,6 +108,27 @@ def step_flops(
     return StepFlops(forward, backward_inputs, backward_weights)
 
 
+def forward_flops(model: torch.nn.Module, family: Family, seq_len: int, lowest: int) -> float:
+    """Operations per token of the decoder layers from `lowest` up, forward."""
+    config: Any = model.config
+    total = 0.0
+    for layer in list(family.layer_modules(model))[lowest:]:
+        total += 2.0 * sum(_passed_weights(parameter, config, family) for parameter in layer.parameters())
+        total += _attention_flops(attention_width(config), seq_len)
+    return total
+
+
+def attention_width(config: Any) -> int:
+    """Of all query heads together, which need not be the width of the residual stream. From transformers' config."""
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(config.num_attention_heads * head_dim)
+
+
+def _attention_flops(width: int, seq_len: int) -> float:
+    """Of a layer, by token: scores and what is weighted by them, half of them behind the causal mask."""
+    return 4.0 * seq_len * width / 2
+
+
 def count_anchor_flops(
     model: torch.nn.Module, family: Family, seq_len: int, copies: Sequence[int], kind: Literal["kl", "neutral"]
 ) -> float:
@@ -117,7 +138,7 @@ def count_anchor_flops(
     neutral: up to the highest copy, and no head.
     """
     config: Any = model.config
-    attention = 4.0 * seq_len * config.hidden_size / 2
+    attention = _attention_flops(attention_width(config), seq_len)
     total = 6.0 * config.hidden_size * config.vocab_size if kind == "kl" else 0.0
     layers = family.layer_modules(model)
     for number in range(copies[0], len(layers) if kind == "kl" else copies[-1] + 1):

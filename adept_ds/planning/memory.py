@@ -46,12 +46,14 @@ class Memory:
     """A chunk of them, in all precisions in which they are held together."""
     working: float
     """Of the backward pass of a layer."""
+    on_host: float = 0.0
+    """Of the host, for each GPU: what offload_optimizer and offload_param keep there. No part of the peak."""
 
     @property
     def peak(self) -> float:
         """A bound: what the passes hold at most is added up, but for the logits, which are gone when they turn."""
-        at_times = ("logits", "working", "reduce_buffers")
-        held = sum(getattr(self, each.name) for each in fields(self) if each.name not in at_times)
+        apart = ("logits", "working", "reduce_buffers", "on_host")
+        held = sum(getattr(self, each.name) for each in fields(self) if each.name not in apart)
         return float(held + max(self.logits, self.working + self.reduce_buffers))
 
     @property
@@ -102,7 +104,8 @@ def held(
     )
     first = _partitioned(outline, zero, step, logits_at_once, small, ())
     budget = max(0.0, (room - first.memory.peak) / 2) if keep is None else keep
-    kept = tuple(_kept(outline, budget)) if step.ranks > 1 else ()
+    keeps = step.ranks > 1 and not zero.weights_on_host  # see `zero.gathered`
+    kept = tuple(_kept(outline, budget)) if keeps else ()
     return _partitioned(outline, zero, step, logits_at_once, small, kept) if kept else first
 
 
@@ -161,17 +164,28 @@ def _partitioned(
             beside += size * (numel - parts[position] if position in kept else numel)
     of_trained = sum(size * numel for position, numel in whole.items() if outline.weights[position].trains)
     played = gathering(outline, ranks, tuple(sorted({*persistent, *kept})), zero.windows, step.recompute)
+    single = float(_SINGLE * trained)
+    on_host = 0.0
+    if zero.weights_on_host:
+        on_host += size * (frozen + trained)
+        frozen = halves = 0
+    else:
+        halves = trained
+    if zero.optimizer_on_host:  # the gradient twice: summed over micro-batches, and as it is stepped with
+        on_host += 5 * single
+        single = 0.0
     memory = Memory(
         frozen_weights=size * frozen + beside,
-        trained_weights=float((size + _SINGLE) * trained + of_trained),
-        gradients=float(_SINGLE * trained),
-        optimizer=float(2 * _SINGLE * trained),
+        trained_weights=size * halves + single + of_trained,
+        gradients=single,
+        optimizer=2 * single,
         gather_buffers=played.peak,
         bucket=float(_SINGLE * zero.reduce_bucket_size),
         reduce_buffers=float(_SINGLE * _sent_at_once(outline, zero)),
         activations=activation_bytes(outline, step, zero),
         logits=logit_bytes(outline, step.rows, logits_at_once),
         working=outline.working * step.rows,
+        on_host=float(on_host),
     )
     kept_bytes = float(size * sum(outline.weights[position].numel for position in kept))
     return Held(memory, played, persistent, kept_bytes)

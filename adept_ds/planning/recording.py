@@ -14,8 +14,7 @@ import torch
 
 from adept_ds.config.deepspeed import UNSUPPORTED
 from adept_ds.models.directory import ModelDirectory, understood_by_transformers
-from adept_ds.models.families import Family
-from adept_ds.models.flops import StepFlops, step_flops
+from adept_ds.models.flops import count_step_flops, forward_flops
 from adept_ds.models.head_chunks import bytes_per_logit
 from adept_ds.models.hidden_states import final_hidden
 from adept_ds.models.loading import Trains
@@ -49,7 +48,7 @@ def outline_of(model: ModelDirectory, trains: Trains, precision: torch.dtype, se
     head: Any = built.get_output_embeddings()
     recorder.add_head(head, hidden)
     size = hidden.element_size()
-    flops, recomputed = _flops(built, family, layers, seq_len, lowest)
+    flops, recomputed = count_step_flops(built, family, seq_len), forward_flops(built, family, seq_len, lowest)
     config: Any = built.config
     divisor, cap = family.logit_transform(config)
     head_trains = bool(head.weight.requires_grad)
@@ -216,34 +215,3 @@ def _working_bytes(recorder: _Recorder, layers: Sequence[torch.nn.Module], lowes
 
 def _forget_gradient(weight: torch.Tensor) -> None:
     weight.grad = None
-
-
-def _flops(
-    model: Any, family: Family, layers: Sequence[torch.nn.Module], seq_len: int, lowest: int
-) -> tuple[StepFlops, float]:
-    """By token: of a step, and of what checkpointing computes again."""
-    config = model.config
-    passed = []
-    for layer in layers:
-        sizes = []
-        for weight in layer.parameters():
-            if family.experts_per_token_key and weight.dim() == 3:
-                share = getattr(config, family.experts_per_token_key) / weight.shape[0]
-            else:
-                share = 1.0
-            sizes.append((weight.requires_grad, share * weight.numel()))
-        passed.append((sum(size for _, size in sizes), sum(size for trains, size in sizes if trains)))
-    head = model.get_output_embeddings().weight
-    embedding_trains = model.get_input_embeddings().weight.requires_grad
-    width = _attention_width(config)
-    found = step_flops(
-        passed, width, float(head.numel()), seq_len, head_trains=head.requires_grad, embedding_trains=embedding_trains
-    )
-    again = sum(2.0 * weights + 2.0 * seq_len * width for weights, _ in passed[lowest:])
-    return found, again
-
-
-def _attention_width(config: Any) -> int:
-    """Of all heads together, which need not be the width of the residual stream."""
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return int(config.num_attention_heads * head_dim)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from adept_ds.base.errors import InputError
 from adept_ds.planning.candidates import Candidate, Task, best_by_stage, candidate, recommended
 from adept_ds.planning.cluster import HOP_BETWEEN_NODES, HOP_IN_NODE, Cluster
-from adept_ds.planning.memory import activation_bytes
+from adept_ds.planning.memory import Memory, activation_bytes
 from adept_ds.planning.quantities import in_gb, in_seconds
 
 _MOST_GPUS = 1 << 16
@@ -27,7 +27,7 @@ KINDS = {
     "logits": "logits",
     "working": "a layer's backward pass",
 }
-"""Of memory, in words."""
+"""Of a GPU's memory, in words."""
 
 
 @dataclass(frozen=True)
@@ -61,15 +61,22 @@ def too_small(task: Task, cluster: Cluster, by_stage: Mapping[int, Candidate]) -
     in_step = memory.activations + max(memory.logits, memory.working)
     if in_step > memory.peak / 3:
         remedies.append(f"lower data.seq_len, of which {in_gb(in_step)} depend")
-    on_host = memory.optimizer + memory.gradients
-    if on_host > memory.peak / 10:
-        remedies.append(f"use ds_configs/zero3_offload.json, which moves {in_gb(on_host)} to the host")
+    remedies += _offloading(least, memory)
     remedies.append(f"take GPUs of {in_gb(memory.peak / (1 - cluster.reserve))} or more")
     return (
         f"--gpu-memory: {in_gb(cluster.memory)}, of which {in_gb(cluster.usable)} are counted on, are too few for any "
         f"stage; stage {least.stage} with micro-batches of one sequence and checkpointing needs {in_gb(memory.peak)}; "
         f"{', or '.join(remedies)}"
     )
+
+
+def _offloading(least: Candidate, memory: Memory) -> Iterator[str]:
+    """What could lie on the host and is a tenth of all."""
+    states, weights = memory.gradients + 1.5 * memory.optimizer, memory.frozen_weights
+    if not least.zero.optimizer_on_host and states > memory.peak / 10:
+        yield f"use ds_configs/zero3_offload.json, which moves {in_gb(states)} to the host"
+    elif least.stage == 3 and not least.zero.weights_on_host and weights > memory.peak / 10:
+        yield f"use ds_configs/zero3_offload_params.json, which moves {in_gb(weights)} more to the host"
 
 
 def _gpus_that_fit(task: Task, cluster: Cluster) -> int | None:
@@ -150,6 +157,10 @@ def assumptions(plan: Plan) -> list[str]:
             f"{cluster.efficiency:.0%} of {cluster.flops / 1e12:g} TFLOP/s are reached; the optimizer's own step and "
             "the reading of data take no time"
         )
+        if any(each.found.memory.on_host for each in plan.by_stage.values()):
+            lines.append(
+                "what lies on the host takes no time to be copied, nor the CPU any to step it: it will be slower"
+            )
         if cluster.gpus > 1:
             lines.append(
                 "one ring over all GPUs, at full bandwidth: "

@@ -23,8 +23,8 @@ class ModelSize:
     """Parameters of each layer that one token passes: of experts those that it is sent to."""
     head_passed: int
     """The same of the output head."""
-    hidden_size: int = 0
-    """Of the residual stream."""
+    attention_width: int = 0
+    """Of all query heads together."""
 
     def trainable_share(self, layers: Sequence[int]) -> float:
         """Of the expanded model's parameters."""
@@ -37,10 +37,14 @@ class ModelSize:
 
 
 def model_size(model: ModelDirectory) -> ModelSize:
-    """From the headers of the weight files."""
+    """From config.json and the headers of the weight files."""
+    from transformers import AutoConfig
+
+    from adept_ds.models.flops import attention_width
+
     family = model.family
     parameters, passed = [0] * model.num_layers, [0.0] * model.num_layers
-    others, largest, hidden_size = 0, 0, 0
+    others, largest = 0, 0
     experts_per_token = model.config.get(family.experts_per_token_key or "")
     stored = stored_tensors(model.path)
     expert_of = {name: re.search(r"\.experts\.(\d+)\.", name) for name in stored}
@@ -49,13 +53,14 @@ def model_size(model: ModelDirectory) -> ModelSize:
         numel, place = math.prod(tensor.shape), family.split_name(name)
         if place is None:
             others += numel
-            if len(tensor.shape) == 2 and numel > largest:
-                largest, hidden_size = numel, tensor.shape[1]
+            if len(tensor.shape) == 2:
+                largest = max(largest, numel)
             continue
         share = 1.0
         if experts_per_token and (expert_of[name] or len(tensor.shape) == 3):
             share = min(1.0, experts_per_token / (num_experts if expert_of[name] else tensor.shape[0]))
         parameters[place[0]] += numel
         passed[place[0]] += share * numel
+    width = attention_width(AutoConfig.for_model(**model.config))
     # Embeddings and head have one size, and may be one tensor.
-    return ModelSize(tuple(parameters), others, tuple(passed), largest, hidden_size)
+    return ModelSize(tuple(parameters), others, tuple(passed), largest, width)

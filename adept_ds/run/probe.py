@@ -76,7 +76,7 @@ def _probe(run: Context) -> Probe:
     def cost(layers: Sequence[int]) -> float:
         size, copied = model_size(run.settings.model), method_of(config).makes_copies
         passed, head, seq_len = size.layer_passed, size.head_passed, config.data.seq_len
-        return planned_step_flops(passed, layers, size.hidden_size, head, seq_len, copied=copied).total
+        return planned_step_flops(passed, layers, size.attention_width, head, seq_len, copied=copied).total
 
     return Probe(run.engines, config.probe, config.expand, config.probe.seed, run.settings.model, sample, cost)
 

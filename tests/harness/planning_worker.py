@@ -1,7 +1,8 @@
 """What one rank measures in planning/test_measured.py: bytes by kind, and what is sent, of real training steps.
 
-Usage: python -m harness.planning_worker CONFIG MODEL LAYERS OUTPUT CELL... with cells such as 2/bf16 or
-3/fp32/recomputed. Rank 0 writes to OUTPUT (torch.save) what it found, and where ranks differ, the largest of all.
+Usage: python -m harness.planning_worker CONFIG MODEL LAYERS OUTPUT CELL... with cells such as 2/bf16,
+3/fp32/recomputed or 3/fp32/offloaded. Rank 0 writes to OUTPUT (torch.save) what it found, and where ranks differ, the
+largest of all.
 
 PyTorch's own fused attention is taken, and logits are not split into what fits a CPU's cache: as on an accelerator.
 """
@@ -38,13 +39,15 @@ from adept_ds.zero.layout import partition_layout
 STEPS, MICRO_BATCHES, ROWS = 2, 2, 2
 """In the second step, ZeRO-3 knows the order of modules."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+MOMENTS = ("exp_avg", "exp_avg_sq")
 KINDS = {"allgather": "all-gather", "reduce_scatter": "reduce-scatter", "allreduce": "all-reduce"}
 
 
-def bytes_of(tensors: Iterable[torch.Tensor]) -> int:
-    """Of what they lie in, once."""
+def bytes_of(tensors: Iterable[torch.Tensor], but: Iterable[torch.Tensor] = ()) -> int:
+    """Of what they lie in, once; not of what `but` lie in."""
+    left_out = {t.untyped_storage().data_ptr() for t in but}
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.numel()}
-    return sum(storages.values())
+    return sum(size for address, size in storages.items() if address not in left_out)
 
 
 def weights(engine: Engine, trained: bool) -> list[torch.Tensor]:
@@ -53,6 +56,19 @@ def weights(engine: Engine, trained: bool) -> list[torch.Tensor]:
         if parameter.requires_grad == trained:
             found += [parameter.data, getattr(parameter, "ds_tensor", parameter.data)]
     return found + ([partition.tensor.data for partition in partition_layout(engine)] if trained else [])
+
+
+def on_host(engine: Engine) -> Iterator[torch.Tensor]:
+    """What DeepSpeed (0.19.8) keeps there when weights and optimizer are offloaded."""
+    zero = engine.optimizer
+    assert zero.device == "cpu"
+    for parameter in engine.module.parameters():
+        yield parameter.ds_tensor  # type: ignore[attr-defined]
+    yield zero.grad_partitions_flat_buffer
+    for group in zero.fp32_partitioned_groups_flat:
+        yield from (group.data, group.grad)
+    for state in client_optimizer(engine).state.values():
+        yield from (state[name] for name in MOMENTS)
 
 
 def gradients(engine: Engine) -> list[torch.Tensor]:
@@ -134,9 +150,10 @@ def logits(engine: Engine, found: dict[str, int]) -> Iterator[None]:
 
 
 def measure(model: ModelDirectory, layers: list[int], config: Config, cell: str, ranks: Ranks) -> dict[str, Any]:
-    stage, precision, *recomputed = cell.split("/")
+    stage, precision, *how = cell.split("/")
+    offloaded = "offloaded" in how
     threshold = 100 if model.num_layers < 10 else 100_000  # so that a tiny model has weights of both kinds
-    zero = {
+    zero: dict[str, Any] = {
         "stage": int(stage),
         "overlap_comm": stage != "1",
         "reduce_bucket_size": 50_000,
@@ -147,6 +164,8 @@ def measure(model: ModelDirectory, layers: list[int], config: Config, cell: str,
     }
     if model.num_layers >= 10:
         zero["reduce_bucket_size"] = 5_000_000
+    if offloaded:
+        zero |= {key: {"device": "cpu", "pin_memory": False} for key in ("offload_optimizer", "offload_param")}
     settings = EngineSettings({"zero_optimization": zero}, DTYPES[precision], ranks)
     shape = StepShape(ROWS * MICRO_BATCHES * ranks.world_size, ROWS, MICRO_BATCHES, 1.0)
     engine = build_training_engine(
@@ -155,7 +174,7 @@ def measure(model: ModelDirectory, layers: list[int], config: Config, cell: str,
         layers_train(model.family, layers),
         lambda parameters: UnitAdamW(parameters, lr=1e-3),
         shape,
-        recompute_activations=bool(recomputed),
+        recompute_activations="recomputed" in how,
     )
     registry = build_registry(model.family, parameter_shapes(engine.module), layers, "matrix", engine.module.config)
     UnitLR(engine, registry, ranks=ranks)
@@ -174,7 +193,8 @@ def measure(model: ModelDirectory, layers: list[int], config: Config, cell: str,
                 engine.backward(losses.mean())
                 del losses
                 if last:
-                    found["gradients"] = max(found.get("gradients", 0), bytes_of(gradients(engine)))
+                    hosted = list(on_host(engine)) if offloaded else []
+                    found["gradients"] = max(found.get("gradients", 0), bytes_of(gradients(engine), hosted))
                 engine.step()
             if last:
                 found["gather_buffers"], found["peak"] = fetched.peak, live.peak
@@ -182,11 +202,13 @@ def measure(model: ModelDirectory, layers: list[int], config: Config, cell: str,
         kind = next((words for key, words in KINDS.items() if key in name), None)
         if kind is not None and size > 256:
             sent[kind] = sent.get(kind, 0) + size
+    hosted = list(on_host(engine)) if offloaded else []
     state = client_optimizer(engine).state.values()
     found |= {
-        "frozen_weights": bytes_of(weights(engine, trained=False)),
-        "trained_weights": bytes_of(weights(engine, trained=True)),
-        "optimizer": bytes_of(of[name] for of in state for name in ("exp_avg", "exp_avg_sq")),
+        "frozen_weights": bytes_of(weights(engine, trained=False), hosted),
+        "trained_weights": bytes_of(weights(engine, trained=True), hosted),
+        "optimizer": bytes_of((of[name] for of in state for name in MOMENTS), hosted),
+        "on_host": bytes_of(hosted),
     }
     largest = dict(zip(found, ranks.max(*(float(value) for value in found.values())), strict=True))
     release(engine)

@@ -43,6 +43,17 @@ def test_the_operation_count_is_that_of_a_hand_count(tmp_path: Path) -> None:
     assert around.backward_weights == layer
 
 
+def test_scores_are_counted_by_the_width_of_all_heads_and_not_of_the_stream(tmp_path: Path) -> None:
+    """As in Qwen3, whose heads are wider together than what passes between layers: 4 of 10 in a stream of 20."""
+    from transformers import AutoModelForCausalLM
+
+    source = save_tiny_model(tmp_path / "model", "qwen3", num_attention_heads=4, head_dim=10)
+    assert model_size(ModelDirectory.read(source)).attention_width == 40
+    model, layers = AutoModelForCausalLM.from_pretrained(source), 5
+    long, short = (count_step_flops(model, FAMILIES["qwen3"], length).forward for length in (32, 16))
+    assert long - short == layers * 4 * (32 - 16) * 40 / 2
+
+
 def test_operations_of_an_anchor_are_those_of_a_hand_count(tmp_path: Path) -> None:
     """Copies are layers 1 and 3 of five."""
     from transformers import AutoModelForCausalLM
@@ -126,7 +137,9 @@ def test_a_planned_step_costs_what_the_step_of_the_real_model_will(model_type: s
         layers = FAMILIES[model_type].layer_modules(model)
         for layer in trained:
             layers[layer].requires_grad_(True)
-        planned = planned_step_flops(size.layer_passed, [4, 2], size.hidden_size, size.head_passed, 16, copied=copied)
+        planned = planned_step_flops(
+            size.layer_passed, [4, 2], size.attention_width, size.head_passed, 16, copied=copied
+        )
         counted = count_step_flops(model, FAMILIES[model_type], 16)
         for part in ("forward", "backward_inputs", "backward_weights"):
             assert getattr(planned, part) == pytest.approx(getattr(counted, part), rel=1e-9), part

@@ -11,6 +11,9 @@ import yaml
 from harness.complaints import files_under, refused
 from harness.launching import ROOT, adept
 
+from adept_ds.base.errors import InputError
+from adept_ds.planning.zero_settings import ZeroSettings
+
 MODELS = ROOT / "tools" / "scaling" / "models"
 ON = ("--gpus", 8, "--gpu-memory", "80GB")
 RATES = ("--flops", "989TFLOP/s", "--bandwidth", "450GB/s")
@@ -72,6 +75,21 @@ def test_a_plan_of_one_method_differs_from_that_of_another(tmp_path: Path) -> No
     assert found["lora"]["lowest_trained_layer"] == 0
 
 
+@pytest.mark.parametrize(("file", "hosted"), [("zero3_offload", 20), ("zero3_offload_params", 22)])
+def test_what_lies_on_the_host_is_not_counted_on_a_gpu(file: str, hosted: int, config: Path) -> None:
+    """Of a trained parameter 20 bytes: its float32 weight, two moments, its gradient twice; and 2 of every weight."""
+    found = json.loads(planned(config, "--json", f"deepspeed={ROOT}/ds_configs/{file}.json").stdout)
+    plain = json.loads(planned(config, "--json", "train.keep_gathered_gib=0").stdout)
+    memory, before = found["stages"]["3"]["memory"], plain["stages"]["3"]["memory"]
+    parameters = found["parameters"]
+    frozen = parameters["total"] - parameters["trained"]
+    assert memory["gradients"] == memory["optimizer"] == 0 < before["optimizer"]
+    expected = (hosted * parameters["trained"] + (2 * frozen if hosted == 22 else 0)) / 8
+    assert memory["on_host"] == pytest.approx(expected, rel=1e-3)  # padding
+    assert before["on_host"] == 0
+    assert (memory["frozen_weights"] < 1e7) == (hosted == 22), "small ones are whole on every GPU"
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -86,6 +104,10 @@ def test_a_plan_of_one_method_differs_from_that_of_another(tmp_path: Path) -> No
         ((*ON, "--efficiency", 1.5), ("--efficiency", "1.5")),
         ((*ON, "--reserve", 1), ("--reserve", "1")),
         (("--gpus", 8, "--gpu-memory", "8GB"), ("--gpu-memory", "8.0 GB", "stage 3", "take")),
+        (
+            (*ON, f"deepspeed={ROOT}/ds_configs/zeropp.json"),
+            ("zeropp.json", "zero_hpz_partition_size: 8", "zero3.json"),
+        ),
         ((*ON, "model=nowhere"), ("model", "nowhere")),
         ((*ON, "expand.k=99"), ("expand.k", "99")),
     ],
@@ -94,3 +116,17 @@ def test_what_cannot_be_planned_is_refused_in_one_line(
     arguments: tuple[object, ...], words: tuple[str, ...], config: Path
 ) -> None:
     refused(["plan", config, *arguments], words)
+
+
+@pytest.mark.parametrize(
+    ("zero", "words"),
+    [
+        ({"stage": 3, "zero_quantized_weights": True}, ("zero_quantized_weights", "zero3.json")),
+        ({"stage": 2, "offload_optimizer": {"device": "cpu"}}, ("offload_optimizer at stage 2", "zero3_offload.json")),
+    ],
+)
+def test_what_a_plan_does_not_know_of_a_file_is_refused(zero: dict[str, object], words: tuple[str, ...]) -> None:
+    with pytest.raises(InputError) as refusal:
+        ZeroSettings.read({"zero_optimization": zero}, "own.json")
+    for word in ("own.json", *words):
+        assert word in str(refusal.value)

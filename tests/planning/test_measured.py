@@ -28,7 +28,7 @@ from adept_ds.planning.recording import outline_of
 from adept_ds.planning.traffic import collectives
 from adept_ds.planning.zero_settings import ZeroSettings
 
-CELLS = ["1/fp32", "2/fp32", "2/bf16", "3/fp32", "3/fp32/recomputed", "3/bf16", "3/bf16/recomputed"]
+CELLS = ["1/fp32", "2/fp32", "2/bf16", "3/fp32", "3/fp32/recomputed", "3/bf16", "3/bf16/recomputed", "3/fp32/offloaded"]
 """Stage 3 last: from it on, DeepSpeed's linear layers stay in the process."""
 EVERY_LOGIT = 1e12
 DEMO = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}
@@ -65,8 +65,9 @@ def compare(outline_by_precision: dict[str, Outline], found: dict[str, Any], ran
     """A line for every number: (cell, kind, predicted, measured)."""
     lines, wrong = [], []
     for cell, of in found.items():
-        stage, precision, *recomputed = cell.split("/")
-        plan = predicted(outline_by_precision[precision], of["zero"], precision, ranks, bool(recomputed))
+        stage, precision, *how = cell.split("/")
+        recomputed = "recomputed" in how
+        plan = predicted(outline_by_precision[precision], of["zero"], precision, ranks, recomputed)
         real = dict(of["memory"])
         real["activations"] = sum(of["kept"].values())
         if recomputed:  # of the layers, inputs alone are kept: the heaviest is measured where nothing is recomputed

@@ -168,7 +168,7 @@ def test_the_probe_plans_what_a_broken_tie_saves(workspace: Workspace, tmp_path:
     assert tie.lowest == plain.selected
     size = model_size(ModelDirectory.read(workspace.root / "llama"))
     for layers, planned in ((found.selected, tie.flops), (plain.selected, tie.flops_of_lowest)):
-        flops = planned_step_flops(size.layer_passed, layers, size.hidden_size, size.head_passed, 32)
+        flops = planned_step_flops(size.layer_passed, layers, size.attention_width, size.head_passed, 32)
         assert planned == flops.total
     assert tie.flops is not None and tie.flops_of_lowest is not None and tie.flops <= tie.flops_of_lowest
     assert min(found.selected) >= min(plain.selected)
