@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from adept_ds.base.errors import InputError
 from adept_ds.base.files import new_file, read_json, write_json
@@ -27,6 +26,7 @@ from adept_ds.models.weight_files import INDEX_NAME, weight_entries
 from adept_ds.weights.deepspeed_files import tag_of
 from adept_ds.weights.hf_directory import copy_companions
 from adept_ds.weights.made_tensors import MadeTensors
+from adept_ds.weights.reading import read_tensor
 from adept_ds.weights.saved_weights import read_saved_weights
 from adept_ds.weights.tensor_files import (
     MadeTensor,
@@ -197,7 +197,7 @@ class _InFiles:
 
         def make() -> Iterator[memoryview]:
             found = self._tensor(name, base)
-            if _bytes(found, _FORMATS[found.dtype]) != _bytes(_read(name, base), _FORMATS[found.dtype]):
+            if _bytes(found, _FORMATS[found.dtype]) != _bytes(read_tensor(name, base), _FORMATS[found.dtype]):
                 raise InputError(
                     f"'{self._checkpoint}' was trained with another '{name}' than '{base.file}' holds; "
                     "give its own base"
@@ -230,15 +230,6 @@ def _bytes(tensor: torch.Tensor, dtype: str) -> memoryview:
     """Converted, as they lie in a file."""
     plain = tensor.to(_TORCH_DTYPES[dtype]).contiguous().reshape(-1).view(torch.uint8)
     return plain.numpy().data
-
-
-def _read(name: str, stored: StoredTensor) -> torch.Tensor:
-    try:
-        with safe_open(stored.file, framework="pt") as file:
-            tensor: torch.Tensor = file.get_tensor(name)
-    except SafetensorError as error:
-        raise InputError(f"model: '{stored.file}' is damaged ({error}); complete the download") from None
-    return tensor
 
 
 def _write_index(start: Path, folder: Path, total: int | None) -> None:

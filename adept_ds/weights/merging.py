@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from adept_ds.base.errors import InputError
@@ -17,7 +16,7 @@ from adept_ds.models.adapter_spec import AdapterSpec, split_adapter_name
 from adept_ds.models.adapters import adapted, adapter_parameters
 from adept_ds.models.directory import ModelDirectory
 from adept_ds.weights.hf_directory import stored_tensors
-from adept_ds.weights.tensor_files import StoredTensor
+from adept_ds.weights.reading import read_tensor
 
 
 class MergedWeights(Mapping[str, torch.Tensor]):
@@ -81,7 +80,7 @@ class MergedWeights(Mapping[str, torch.Tensor]):
 
     def _base_weight(self, name: str) -> torch.Tensor:
         (parts,) = self._family.stored_parts(name, self._stored)
-        return torch.cat([_read(part, self._stored[part]) for part in parts])
+        return torch.cat([read_tensor(part, self._stored[part]).float() for part in parts])
 
 
 def _projection(weight: torch.Tensor, transposed: bool) -> nn.Module:
@@ -93,16 +92,6 @@ def _projection(weight: torch.Tensor, transposed: bool) -> nn.Module:
         layer = Conv1D(second, first) if transposed else nn.Linear(second, first, bias=False)
     layer.weight = nn.Parameter(weight, requires_grad=False)
     return layer
-
-
-def _read(name: str, stored: StoredTensor) -> torch.Tensor:
-    """fp32."""
-    try:
-        with safe_open(stored.file, framework="pt") as file:
-            tensor: torch.Tensor = file.get_tensor(name)
-    except SafetensorError as error:
-        raise InputError(f"model: '{stored.file}' is damaged ({error}); complete the download") from None
-    return tensor.float()
 
 
 def _shapes(adapter: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import signal
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,7 +15,7 @@ from cluster.hosts import NAMES, Hosts, shell
 from harness.faults import CHECKPOINT_EVERY, Run, assert_same
 from harness.launching import ROOT, adept
 from harness.system_packages import need
-from harness.waiting import until
+from harness.waiting import outcome, until
 from harness.workspace import Workspace
 
 pytestmark = pytest.mark.cluster
@@ -69,15 +68,6 @@ def run(workspace: Workspace, tmp_path: Path) -> Run:
 
 def multinode(hostfile: Path, *arguments: object) -> str:
     return shell("bash", ROOT / "launch" / "multinode.sh", hostfile, *arguments)
-
-
-def outcome(process: subprocess.Popen[bytes], out: Path) -> tuple[int, str]:
-    """Exit code, and all that was said."""
-    try:
-        code = process.wait(500)
-    finally:
-        process.kill()
-    return code, out.read_text()
 
 
 def without_hosts(said: str) -> list[str]:

@@ -16,7 +16,7 @@ import pytest
 from harness.faults import Run, assert_same
 from harness.launching import ROOT, adept
 from harness.system_packages import need
-from harness.waiting import until
+from harness.waiting import outcome, until
 from harness.workspace import Workspace
 
 pytestmark = pytest.mark.cluster
@@ -73,15 +73,6 @@ def begin(out: Path, *ranks: tuple[int, list[str]]) -> subprocess.Popen[bytes]:
             stdout=file,
             stderr=subprocess.STDOUT,
         )
-
-
-def outcome(process: subprocess.Popen[bytes], out: Path) -> tuple[int, str]:
-    """Exit code, and all that was said."""
-    try:
-        code = process.wait(500)
-    finally:
-        process.kill()
-    return code, out.read_text()
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
