@@ -17,8 +17,8 @@ from harness.launching import adept
 from harness.mutations import changed_json, changed_lines, changed_safetensors, spoiled
 from harness.packing import text_source, tokenisation, write_texts
 from harness.trained_run import TrainedRun
+from harness.undrawn import undrawn
 from harness.workspace import Workspace
-from matplotlib.figure import Figure
 
 from adept_ds.base.digests import FileDigests
 from adept_ds.base.files import write_json
@@ -122,17 +122,8 @@ def report(sandbox: Sandbox) -> None:
 
 
 def report_undrawn(sandbox: Sandbox) -> None:
-    """Without the second that it takes to turn figures into SVG."""
-    with mock.patch("adept_ds.report.drawing.FigureCanvasSVG", _Undrawn):
+    with undrawn():
         report(sandbox)
-
-
-class _Undrawn:
-    def __init__(self, figure: Figure) -> None:
-        pass
-
-    def print_figure(self, out: Any, **options: Any) -> None:
-        out.write("<svg viewBox='0 0 1 1'></svg>")
 
 
 def export(sandbox: Sandbox) -> None:

@@ -32,7 +32,8 @@ from adept_ds.base.errors import MOST_CHARACTERS, InputError
 SECONDS = 10
 """Of work, as the processor counts them: that others compute too is not the fault of the input. Of waiting, six times
 as many."""
-_MANY = 30
+_MANY, _FEWEST = 30, 10
+"""Inputs: from so many on it is a search, in which every kind has some."""
 MEMORY_BYTES = 1 << 30
 """Beyond what the process has had before."""
 
@@ -355,7 +356,7 @@ def fuzz(kind: Kind, sandbox: Sandbox, examples: int) -> Tally:
     tally = Tally(kind.name)
 
     @settings(
-        max_examples=max(10, round(examples * kind.weight)),
+        max_examples=max(_FEWEST if examples >= _MANY else 2, round(examples * kind.weight)),
         derandomize=True,
         database=None,
         deadline=None,

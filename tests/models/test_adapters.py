@@ -9,9 +9,10 @@ import pytest
 import torch
 from harness.adapter_worker import ADAMW, KINDS, RATIO, SEED, STAGES, batches
 from harness.expanding import load, random_tokens
+from harness.families import MOSTLY_SLOW_FAMILIES
 from harness.launching import launch
 from harness.marks import slow
-from harness.models import FAMILY_OPTIONS, save_tiny_model
+from harness.models import save_tiny_model
 
 from adept_ds.models.adapter_spec import AdapterSpec, LoraSpec, OftSpec
 from adept_ds.models.adapters import attach_adapters
@@ -123,7 +124,7 @@ def test_a_checkpoint_holds_adapters_alone_and_merged_they_compute_the_same(
     torch.testing.assert_close(logits[2], logits[1], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", sorted(FAMILY_OPTIONS))
+@pytest.mark.parametrize("family", MOSTLY_SLOW_FAMILIES)
 @pytest.mark.parametrize(
     "spec",
     [

@@ -203,6 +203,7 @@ def test_a_file_that_exists_is_never_replaced(plain: tuple[Path, dict[str, Any]]
     assert out.read_bytes() == b"old"
 
 
+@pytest.mark.slow
 @needs_lm_eval
 def test_what_it_writes_is_scored_by_lm_evals_command_line(plain: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     folder, _ = plain
