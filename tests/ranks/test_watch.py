@@ -65,12 +65,12 @@ CASES = {
 }
 """What happens -> how, to which rank, of how many."""
 
-MINUTES = "0.25"
+MINUTES = "0.15"
 
 PLACE = r"\(process \d+ on .+\)"
 AT = r"while training \(last at step 2/10\)"
 AGAIN = "run the same command again: it goes on from the last checkpoint"
-WAITED = r"0.25 minutes \(dist_timeout_minutes\)"
+WAITED = r"0.15 minutes \(dist_timeout_minutes\)"
 
 
 @dataclass(frozen=True)
