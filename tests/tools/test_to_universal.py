@@ -28,7 +28,7 @@ class Outcomes:
     """What those that saved had, and what those that loaded have, found when it is asked for."""
 
     def __init__(self, folder: Path) -> None:
-        self._folder, self._saved, self._loaded = folder, dict[str, Any](), dict[tuple[int, str], Any]()
+        self.folder, self._saved, self._loaded = folder, dict[str, Any](), dict[tuple[int, str], Any]()
 
     def saved(self, source: str) -> Any:
         return self._saved[source]
@@ -40,18 +40,18 @@ class Outcomes:
 
     def _find(self, loads: list[tuple[int, str]]) -> None:
         sources = sorted({cell.partition("=")[2] for _, cell in loads} - self._saved.keys())
-        result = launch(2, ["-m", "harness.plain_worker", str(self._folder), "train", *sources])
+        result = launch(2, ["-m", "harness.plain_worker", str(self.folder), "train", *sources])
         assert result.returncode == 0, result.stderr[-4000:]
-        self._saved |= torch.load(self._folder / "train_2.pt", weights_only=False)
+        self._saved |= torch.load(self.folder / "train_2.pt", weights_only=False)
         for source in sources:
-            result = run_tool("tools/to_universal.py", self._folder / source, self._folder / f"universal-{source}")
+            result = run_tool("tools/to_universal.py", self.folder / source, self.folder / f"universal-{source}")
             assert result.returncode == 0, result.stderr
         for ranks in {ranks for ranks, _ in loads}:
             cells = [cell for size, cell in loads if size == ranks]
             arguments = [cell.replace("=", "=universal-") for cell in cells]
-            result = launch(ranks, ["-m", "harness.plain_worker", str(self._folder), "load", *arguments])
+            result = launch(ranks, ["-m", "harness.plain_worker", str(self.folder), "load", *arguments])
             assert result.returncode == 0, result.stderr[-4000:]
-            of_ranks = torch.load(self._folder / f"load_{ranks}.pt", weights_only=False)
+            of_ranks = torch.load(self.folder / f"load_{ranks}.pt", weights_only=False)
             self._loaded |= {(ranks, cell): of_ranks[given] for cell, given in zip(cells, arguments, strict=True)}
 
 
@@ -60,6 +60,13 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
     folder = tmp_path_factory.mktemp("universal")
     save_tiny_model(folder / "model")
     return Outcomes(folder)
+
+
+@pytest.fixture
+def folder(outcomes: Outcomes) -> Path:
+    """With what was saved and converted for the cells of every commit."""
+    assert outcomes.loaded(*AT_EVERY_COMMIT[0])
+    return outcomes.folder
 
 
 @pytest.mark.parametrize(("ranks", "cell"), [*AT_EVERY_COMMIT, *(slow(*case) for case in SLOW)])
@@ -129,7 +136,7 @@ def test_without_moments_there_is_no_universal_checkpoint(folder: Path, tmp_path
     """Of an optimizer that is not Adam: DeepSpeed would not load it at stage 3."""
     import shutil
 
-    shutil.copytree(folder / "some-zero2", tmp_path / "sgd")
+    shutil.copytree(folder / "some-zero1", tmp_path / "sgd")
     for file in (tmp_path / "sgd" / "step_2").glob("*optim_states.pt"):
         saved = torch.load(file, weights_only=False)
         saved["optimizer_state_dict"]["base_optimizer_state"]["state"] = {}
