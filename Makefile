@@ -32,7 +32,7 @@ test: lint
 	$(OFFLINE) PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-fuzz: $(VENV)/.dev
-	$(OFFLINE) FUZZ_EXAMPLES=1000 PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest tests/fuzz -n 2 --dist loadfile
+	$(OFFLINE) FUZZ_EXAMPLES=1000 PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest tests/fuzz -m "slow or not slow" -n 2 --dist loadfile
 
 test-slow: $(VENV)/.dev
 	$(OFFLINE) PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -m slow --ignore tests/faults -n 2 --dist loadfile

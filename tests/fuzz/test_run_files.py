@@ -12,7 +12,7 @@ from typing import Any
 from unittest import mock
 
 import pytest
-from harness.fuzzing import Fuzzing, Kind, Sandbox, file_kind
+from harness.fuzzing import Fuzzing, Kind, Sandbox, file_kind, mostly_quick, name_of
 from harness.launching import adept
 from harness.mutations import changed_json, changed_lines, changed_safetensors, spoiled
 from harness.packing import text_source, tokenisation, write_texts
@@ -218,6 +218,6 @@ KINDS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+@pytest.mark.parametrize("kind", mostly_quick(KINDS, "report, drawn: training", "report, drawn: movement"), ids=name_of)
 def test_a_file_of_a_run_is_used_or_refused(kind: Kind, sandbox: Sandbox, fuzzing: Fuzzing) -> None:
     fuzzing(kind, sandbox)

@@ -24,6 +24,7 @@ from types import FrameType
 from typing import Any
 from unittest import mock
 
+from harness.marks import slow
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
@@ -303,6 +304,16 @@ class Kind:
     never_refused: bool = False
     messages: int = 3
     """Distinct refusals that a full run must meet, at least."""
+
+
+def name_of(kind: Kind) -> str:
+    return kind.name
+
+
+def mostly_quick(kinds: Sequence[Kind], *slow_ones: str) -> list[Any]:
+    """As parameters of a test: all but those of these names, of which an input takes a second, at every commit."""
+    assert {kind.name for kind in kinds} >= set(slow_ones)
+    return [slow(kind) if kind.name in slow_ones else kind for kind in kinds]
 
 
 def file_kind(
