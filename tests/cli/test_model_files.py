@@ -212,7 +212,7 @@ module.{function} = boom
 """
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [slow(1), 2])
 @pytest.mark.parametrize(
     ("form", "module", "function"), [(PROBE, "probe", "_passes"), (EVAL, "evaluate", "document_losses")]
 )
@@ -230,7 +230,7 @@ def test_nothing_but_logs_is_left_of_a_command_that_crashes(
 
 
 @BOTH
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [1, slow(2)])
 def test_nothing_is_left_of_a_command_that_meets_bad_input(
     form: Form, ranks: int, workspace: Workspace, place: Place, tmp_path: Path
 ) -> None:

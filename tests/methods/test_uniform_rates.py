@@ -63,7 +63,7 @@ CASES = [
         Case("freeze", 3, 2, lambda name: name.startswith(("model.layers.1.", "model.layers.3.")), {"layers": [1, 3]})
     ),
     slow(Case("freeze", 1, 1, lambda name: name.startswith("model.layers.4."), {"choose": "last", "k": 1})),
-    Case("llama_pro", 2, 2, lambda name: name.startswith(("model.layers.2.", "model.layers.6.")), {"k": 2}),
+    slow(Case("llama_pro", 2, 2, lambda name: name.startswith(("model.layers.2.", "model.layers.6.")), {"k": 2})),
 ]
 
 

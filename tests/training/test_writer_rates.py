@@ -37,7 +37,7 @@ class Case:
 
 
 CASES = [
-    Case("matrix", 1, 1, 4.0, {}),
+    slow(Case("matrix", 1, 1, 4.0, {})),
     Case("module", 2, 3, 4.0, {"importance": {"granularity": "module"}}),
     slow(Case("fine", 2, 2, 16.0, {"importance": {"granularity": "fine"}})),
     slow(Case("uniform", 1, 3, 0.25, {"method": "llama_pro"})),
