@@ -1,6 +1,6 @@
 # make demo   adapt a real model to mathematics on two ranks (at most 10 minutes on two cores, once installed)
-# make test   lint, types and tests
-# make test-slow    the rest of large tables: more ranks, more ZeRO stages, what is compiled first
+# make test   lint, types, and a case or two of every promise (at most a quarter of an hour on two cores)
+# make test-slow    the rest of the tables: all families, more ranks, more ZeRO stages, what is compiled first
 # make test-faults  kills, hangs, full disks and damaged files, everywhere in a run, and whether it recovers (half an hour)
 # make test-fuzz    40,000 mutated inputs of 118 kinds at readers and at the command line (a quarter of an hour)
 # make test-kernels  kernels for accelerators, ours and liger's, in Triton's interpreter (installs Triton: 1 GB)
@@ -32,7 +32,7 @@ test: lint
 	$(OFFLINE) PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-fuzz: $(VENV)/.dev
-	$(OFFLINE) FUZZ_EXAMPLES=1000 PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest tests/fuzz -n 2 --dist loadfile
+	$(OFFLINE) FUZZ_EXAMPLES=1000 PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest tests/fuzz -m "slow or not slow" -n 2 --dist loadfile
 
 test-slow: $(VENV)/.dev
 	$(OFFLINE) PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -m slow --ignore tests/faults -n 2 --dist loadfile

@@ -166,7 +166,7 @@ def _passed_weights(parameter: torch.Tensor, config: Any, family: Family) -> flo
     return size
 
 
-def measure_matmul_rate(device: torch.device | str, dtype: torch.dtype, seconds: float = 0.3) -> float:
+def measure_matmul_rate(device: torch.device | str, dtype: torch.dtype, seconds: float = 0.1) -> float:
     """Operations per second of a large matrix product on this device: the ceiling that MFU is measured against."""
     size = 768 if torch.device(device).type == "cpu" else 8192
     left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))

@@ -12,6 +12,7 @@ from harness.complaints import assert_one_line, files_under, refused
 from harness.fresh_process import run_fresh
 from harness.incomplete import holding, with_tensors, without
 from harness.launching import adept
+from harness.marks import slow
 from harness.models import save_tiny_model
 from harness.spoiling import changed_json
 from harness.workspace import Workspace
@@ -146,7 +147,7 @@ def test_what_no_neighbour_shows_is_refused_before_texts_are_read(command: str, 
 RUN = ("run", "{ws}/config.yaml", "model={model}", "run_dir={out}", "expand.k=null", "expand.layers=[1]")
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("value", [float("nan"), slow(float("inf"))])
 @pytest.mark.parametrize(
     "given",
     [

@@ -17,6 +17,7 @@ from harness.complaints import assert_one_line, files_under
 from harness.fresh_process import run_fresh
 from harness.launching import adept, free_port, rank_environment
 from harness.made_up_run import write_importance
+from harness.marks import slow
 from harness.rank_processes import RankProcess
 from harness.workspace import Workspace, write_corpus
 
@@ -168,7 +169,7 @@ def test_methods_are_compared_on_a_model_too(workspace: Workspace, place: Place)
     assert place.left() == set()
 
 
-@BOTH
+@pytest.mark.parametrize("form", [PROBE, slow(EVAL)], ids=lambda form: form.command)
 def test_two_at_the_same_time_do_not_disturb_each_other(form: Form, workspace: Workspace, place: Place) -> None:
     """On different texts, of the same length: what one packed would fit the other."""
     texts = [workspace.root / f"{name}.jsonl" for name in ("general", "domain")]
@@ -211,7 +212,7 @@ module.{function} = boom
 """
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [slow(1), 2])
 @pytest.mark.parametrize(
     ("form", "module", "function"), [(PROBE, "probe", "_passes"), (EVAL, "evaluate", "document_losses")]
 )
@@ -229,7 +230,7 @@ def test_nothing_but_logs_is_left_of_a_command_that_crashes(
 
 
 @BOTH
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [1, slow(2)])
 def test_nothing_is_left_of_a_command_that_meets_bad_input(
     form: Form, ranks: int, workspace: Workspace, place: Place, tmp_path: Path
 ) -> None:
@@ -255,10 +256,10 @@ def wait_for(something: Callable[[], object], processes: list[RankProcess]) -> N
     ("form", "ranks", "options", "where"),
     [
         (PROBE, 2, [], "tmp"),
-        (PROBE, 1, ["--out", "results/layers.json"], "cwd/results"),
+        slow(PROBE, 1, ["--out", "results/layers.json"], "cwd/results"),
         (PROBE, 1, ["--out", "results/layers.json", "--work-dir", "work"], "cwd/work"),
-        (EVAL, 2, ["--work-dir", "work"], "cwd/work"),
-        (EVAL, 1, [], "tmp"),
+        slow(EVAL, 2, ["--work-dir", "work"], "cwd/work"),
+        slow(EVAL, 1, [], "tmp"),
     ],
 )
 def test_nothing_is_left_of_a_command_that_is_stopped(
@@ -313,7 +314,7 @@ def test_on_several_hosts_without_a_place_that_all_see_it_is_refused_at_once(for
 
 @pytest.mark.parametrize(
     ("form", "options"),
-    [(PROBE, ["--work-dir", "w"]), (PROBE, ["--out", "w/layers.json"]), (EVAL, ["--work-dir", "w"])],
+    [slow(PROBE, ["--work-dir", "w"]), (PROBE, ["--out", "w/layers.json"]), slow(EVAL, ["--work-dir", "w"])],
 )
 def test_on_several_hosts_with_such_a_place_it_does_what_it_does_on_one(
     form: Form, options: list[str], workspace: Workspace, place: Place

@@ -10,7 +10,8 @@ from xml.etree import ElementTree
 import pytest
 from harness.made_up_run import words
 from harness.made_up_study import METHODS, description, make_study, write_small
-from harness.page_structure import HOSTILE, Structure
+from harness.marks import slow
+from harness.page_structure import HOSTILE, Structure, mostly_slow
 
 from adept_ds.comparison.page import write_comparison
 from adept_ds.comparison.record import Comparison
@@ -93,7 +94,7 @@ def harmless(tmp_path_factory: pytest.TempPathFactory) -> Structure:
     return page_with(tmp_path_factory.mktemp("harmless"), "harmless")
 
 
-@pytest.mark.parametrize("kind", [kind for kind in HOSTILE if kind != "half a character"])
+@pytest.mark.parametrize("kind", mostly_slow(kind for kind in HOSTILE if kind != "half a character"))
 def test_strings_are_text_and_nothing_else(tmp_path: Path, harmless: Structure, kind: str) -> None:
     """The page has the very elements and attributes that it has with harmless strings in the same places."""
     found = page_with(tmp_path, HOSTILE[kind])
@@ -101,7 +102,7 @@ def test_strings_are_text_and_nothing_else(tmp_path: Path, harmless: Structure, 
     assert found.in_figures == harmless.in_figures
 
 
-@pytest.mark.parametrize("kind", ["quotes", "comment", "entity", "template", "mathematics"])
+@pytest.mark.parametrize("kind", ["quotes", slow("comment"), slow("entity"), slow("template"), "mathematics"])
 def test_a_string_is_shown_as_it_stands(tmp_path: Path, harmless: Structure, kind: str) -> None:
     shown = "".join(page_with(tmp_path, HOSTILE[kind]).text)
     assert shown.count(HOSTILE[kind]) == "".join(harmless.text).count("harmless") > 40

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from harness.complaints import refused
+from harness.marks import slow
 from harness.workspace import Workspace
 
 from adept_ds.base.errors import InputError
@@ -133,7 +134,9 @@ EXPLOSIVE = {
 }
 
 
-@pytest.mark.parametrize("template", EXPLOSIVE, ids=lambda template: template[:40])
+@pytest.mark.parametrize(
+    "template", [slow(each) if each == _LOOPS else each for each in EXPLOSIVE], ids=lambda template: template[:40]
+)
 def test_a_template_that_explodes_is_refused_with_the_configuration(template: str) -> None:
     with pytest.raises(InputError) as refusal:
         _configured("{{ question }}" + template)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from harness.marks import slow
 from harness.packing import byte_ids, stream, text_source, tokenisation, write_texts
 
 from adept_ds.base.errors import InputError
@@ -83,7 +84,7 @@ def test_streamed_blocks_are_those_of_the_endless_text_shuffled_within_windows(
 
 
 @pytest.mark.parametrize("documents", [False, True], ids=["concat", "documents"])
-@pytest.mark.parametrize("weights", [(1.0,), (2.0, 1.0)], ids=["one source", "two sources"])
+@pytest.mark.parametrize("weights", [slow((1.0,)), (2.0, 1.0)], ids=["one source", "two sources"])
 @pytest.mark.parametrize("lost", ["nothing", "windows", "everything"])
 def test_a_run_that_goes_on_sees_what_it_would_have_seen(
     tmp_path: Path,

@@ -19,6 +19,7 @@ import pytest
 import torch
 from harness.domains import Domains, adapt, all_tensors, content, layer_of, load, logits, make, run_dir, save_base
 from harness.launching import ROOT
+from harness.marks import slow
 from harness.models import save_tiny_model
 from harness.spoiling import assert_refused, bit_in_a_tensor, changed_json, put
 from safetensors.torch import load_file
@@ -49,7 +50,7 @@ MATH_LAW = [
 
 @pytest.fixture(
     scope="module",
-    params=[("llama", "20KB"), ("qwen2", None), ("mixtral", "100KB"), ("gpt2", None)],
+    params=[slow(("llama", "20KB")), slow(("qwen2", None)), ("mixtral", "100KB"), ("gpt2", None)],
     ids=["llama-tied-sharded", "qwen2", "mixtral-sharded", "gpt2-tied"],
 )
 def domains(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Domains:

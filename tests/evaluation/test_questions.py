@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from harness.launching import adept
+from harness.marks import slow
 from harness.models import save_tiny_model
 from harness.packing import write_records
 from harness.plain_evaluation import chosen
@@ -40,7 +41,7 @@ def shares(answers: list[tuple[int, int]], first: int, last: int) -> dict[str, A
     return result
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [slow(1), 2])
 def test_questions_in_held_out_text_and_in_tasks_are_answered_by_likelihood(
     model: Path, answers: list[tuple[int, int]], tmp_path: Path, ranks: int
 ) -> None:

@@ -84,6 +84,7 @@ LOGS = {
 """What cannot be made again, and training does not need: that lines are lost is said."""
 
 
+@pytest.mark.slow
 def test_no_kind_of_file_is_left_out(on_one_rank: Undisturbed) -> None:
     root = cut(on_one_rank.run, on_one_rank.run.root.with_name("cut")).root
     shutil.rmtree(root / "checkpoints" / "step_2")  # holds what step_4 does
@@ -92,7 +93,7 @@ def test_no_kind_of_file_is_left_out(on_one_rank: Undisturbed) -> None:
     assert files_of(root) == set().union(*known.values())
 
 
-@pytest.mark.parametrize("case", mostly_slow([(file, damage) for file in FILES for damage in DAMAGES], 4), ids=" ".join)
+@pytest.mark.parametrize("case", mostly_slow([(file, damage) for file in FILES for damage in DAMAGES], 0), ids=" ".join)
 def test_a_damaged_file_is_made_again_or_named(
     case: tuple[str, str], tmp_path: Path, on_one_rank: Undisturbed, fault: Fault
 ) -> None:

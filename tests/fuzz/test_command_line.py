@@ -15,7 +15,7 @@ import pytest
 import typer
 import yaml
 from harness.domains import adapt
-from harness.fuzzing import FaultError, Fuzzing, Kind, Sandbox, check_line, judged, unchanged
+from harness.fuzzing import FaultError, Fuzzing, Kind, Sandbox, check_line, judged, mostly_quick, name_of, unchanged
 from harness.inprocess import Ended, run_here
 from harness.launching import free_port, rank_environment
 from harness.made_up_run import make_run
@@ -224,6 +224,8 @@ def real_kind(name: str) -> Kind:
 KINDS = [*map(arguments_kind, COMMANDS), *map(files_kind, READERS), *map(real_kind, REAL)]
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+@pytest.mark.parametrize(
+    "kind", mostly_quick(KINDS, "adept report, on files", "adept probe MODEL, a process"), ids=name_of
+)
 def test_a_command_does_its_work_or_refuses_it_in_one_line(kind: Kind, sandbox: Sandbox, fuzzing: Fuzzing) -> None:
     fuzzing(kind, sandbox)

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 import pytest
-from harness.fuzzing import Fuzzing, Kind, Sandbox, file_kind
+from harness.fuzzing import Fuzzing, Kind, Sandbox, file_kind, mostly_quick, name_of
 from harness.launching import adept
 from harness.mutations import changed_json, changed_lines, changed_safetensors, spoiled
 from harness.trained_run import TrainedRun
@@ -158,6 +158,6 @@ KINDS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+@pytest.mark.parametrize("kind", mostly_quick(KINDS, "dial.json, reported"), ids=name_of)
 def test_what_a_run_keeps_is_used_or_refused(kind: Kind, sandbox: Sandbox, fuzzing: Fuzzing) -> None:
     fuzzing(kind, sandbox)

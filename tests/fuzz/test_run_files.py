@@ -12,13 +12,13 @@ from typing import Any
 from unittest import mock
 
 import pytest
-from harness.fuzzing import Fuzzing, Kind, Sandbox, file_kind
+from harness.fuzzing import Fuzzing, Kind, Sandbox, file_kind, mostly_quick, name_of
 from harness.launching import adept
 from harness.mutations import changed_json, changed_lines, changed_safetensors, spoiled
 from harness.packing import text_source, tokenisation, write_texts
 from harness.trained_run import TrainedRun
+from harness.undrawn import undrawn
 from harness.workspace import Workspace
-from matplotlib.figure import Figure
 
 from adept_ds.base.digests import FileDigests
 from adept_ds.base.files import write_json
@@ -122,17 +122,8 @@ def report(sandbox: Sandbox) -> None:
 
 
 def report_undrawn(sandbox: Sandbox) -> None:
-    """Without the second that it takes to turn figures into SVG."""
-    with mock.patch("adept_ds.report.drawing.FigureCanvasSVG", _Undrawn):
+    with undrawn():
         report(sandbox)
-
-
-class _Undrawn:
-    def __init__(self, figure: Figure) -> None:
-        pass
-
-    def print_figure(self, out: Any, **options: Any) -> None:
-        out.write("<svg viewBox='0 0 1 1'></svg>")
 
 
 def export(sandbox: Sandbox) -> None:
@@ -227,6 +218,6 @@ KINDS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+@pytest.mark.parametrize("kind", mostly_quick(KINDS, "report, drawn: training", "report, drawn: movement"), ids=name_of)
 def test_a_file_of_a_run_is_used_or_refused(kind: Kind, sandbox: Sandbox, fuzzing: Fuzzing) -> None:
     fuzzing(kind, sandbox)

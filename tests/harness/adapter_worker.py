@@ -1,6 +1,6 @@
 """What one rank does in test_adapters.py: a few steps with every kind of adapter at every ZeRO stage.
 
-Usage: python -m harness.adapter_worker MODEL OUTPUT. Rank 0 writes {kind: {stage: what it found}} to OUTPUT
+Usage: python -m harness.adapter_worker MODEL OUTPUT STAGE.... Rank 0 writes {kind: {stage: what it found}} to OUTPUT
 (torch.save), and leaves a checkpoint of each training in `KIND/stage_N` beside it.
 """
 
@@ -27,7 +27,6 @@ from adept_ds.units.unit_lr import UnitLR
 from adept_ds.zero.build import EngineSettings, StepShape, build_training_engine
 from adept_ds.zero.engine import parameter_shapes, release
 
-STAGES = (1, 2, 3)
 STEPS, ROWS, TOKENS, SEED = 4, 4, 16, 5
 ADAMW: dict[str, Any] = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 RATIO = 4.0
@@ -81,7 +80,8 @@ def train(kind: str, stage: int, model: ModelDirectory, ranks: Ranks, checkpoint
 def main() -> None:
     model, output = ModelDirectory.read(Path(sys.argv[1])), Path(sys.argv[2])
     ranks = join(rank_from_environment(os.environ))
-    found = {kind: {stage: train(kind, stage, model, ranks, output.parent) for stage in STAGES} for kind in KINDS}
+    stages = [int(stage) for stage in sys.argv[3:]]
+    found = {kind: {stage: train(kind, stage, model, ranks, output.parent) for stage in stages} for kind in KINDS}
     if ranks.is_main:
         torch.save(found, output)
 

@@ -1,6 +1,7 @@
 """What one rank does in zero/test_anchored.py: trainings with an anchor that differ in how they are done only.
 
-Usage: python -m harness.anchor_worker WORKSPACE OUTPUT. Rank 0 writes what it found to OUTPUT (torch.save).
+Usage: python -m harness.anchor_worker WORKSPACE OUTPUT PART... with kinds of anchors, compared in fp32, and other
+precisions. Rank 0 writes what it found to OUTPUT (torch.save).
 """
 
 from __future__ import annotations
@@ -96,6 +97,8 @@ def main() -> None:
         )
 
     for kind in ("kl", "neutral"):
+        if kind not in sys.argv[3:]:
+            continue
         results[f"{kind} kept"] = train(lab, config(kind))
         recomputed = config(kind, activation_checkpointing=True)
         results[f"{kind} kept in part"] = train(lab, recomputed, capacity=2, keep_bytes=40_000)
@@ -104,7 +107,7 @@ def main() -> None:
     # DeepSpeed takes fp16 on a CPU for unsupported where it would be slow.
     with mock.patch.object(CPU_Accelerator, "is_fp16_supported", lambda _: True):
         for precision, kind, file in (("bf16", "neutral", zero2), ("fp16", "kl", strict)):
-            for weight in (1e-3, 1e3):
+            for weight in (1e-3, 1e3) if precision in sys.argv[3:] else ():
                 found = train(lab, config(kind, file, precision, weight))
                 results[f"{precision} {kind} {weight:g}"] = found
     if lab.ranks.is_main:

@@ -1,7 +1,7 @@
 """What one rank does in test_families.py: probing, importances, a step and an export for a model of every family.
 
-Usage: python -m harness.family_worker FOLDER OUTPUT. FOLDER holds a directory for each family, with `source/` and
-`expanded/`. Rank 0 writes what it found to OUTPUT (torch.save), and exports to `export/` of each family.
+Usage: python -m harness.family_worker FOLDER OUTPUT FAMILY ... where FOLDER holds a directory for each family, with
+`source/` and `expanded/`. Rank 0 writes what it found to OUTPUT (torch.save), and exports to `export/` of each family.
 """
 
 from __future__ import annotations
@@ -96,12 +96,12 @@ def gathered(parameter: Any) -> torch.Tensor:
 
 
 def main() -> None:
-    root, output = Path(sys.argv[1]), Path(sys.argv[2])
+    root, output, families = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]
     ranks = join(rank_from_environment(os.environ))
     strict = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
     settings = EngineSettings(strict, torch.float32, ranks)
     results: dict[str, Any] = {}
-    for folder in sorted(path for path in root.iterdir() if path.is_dir()):
+    for folder in (root / family for family in families):
         source = ModelDirectory.read(folder / "source")
         results[folder.name] = {"sweep": sweep(settings, source), **train(settings, folder)}
     if ranks.is_main:

@@ -24,6 +24,7 @@ from types import FrameType
 from typing import Any
 from unittest import mock
 
+from harness.marks import slow
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
@@ -32,7 +33,8 @@ from adept_ds.base.errors import MOST_CHARACTERS, InputError
 SECONDS = 10
 """Of work, as the processor counts them: that others compute too is not the fault of the input. Of waiting, six times
 as many."""
-_MANY = 30
+_MANY, _FEWEST = 30, 10
+"""Inputs: from so many on it is a search, in which every kind has some."""
 MEMORY_BYTES = 1 << 30
 """Beyond what the process has had before."""
 
@@ -304,6 +306,16 @@ class Kind:
     """Distinct refusals that a full run must meet, at least."""
 
 
+def name_of(kind: Kind) -> str:
+    return kind.name
+
+
+def mostly_quick(kinds: Sequence[Kind], *slow_ones: str) -> list[Any]:
+    """As parameters of a test: all but those of these names, of which an input takes a second, at every commit."""
+    assert {kind.name for kind in kinds} >= set(slow_ones)
+    return [slow(kind) if kind.name in slow_ones else kind for kind in kinds]
+
+
 def file_kind(
     file: str, change: Callable[[bytes], st.SearchStrategy[bytes]], read: Callable[[Sandbox], object], **more: Any
 ) -> Kind:
@@ -355,7 +367,7 @@ def fuzz(kind: Kind, sandbox: Sandbox, examples: int) -> Tally:
     tally = Tally(kind.name)
 
     @settings(
-        max_examples=max(10, round(examples * kind.weight)),
+        max_examples=max(_FEWEST if examples >= _MANY else 2, round(examples * kind.weight)),
         derandomize=True,
         database=None,
         deadline=None,

@@ -1,6 +1,6 @@
 """What one rank does in the tests of training beside DeepSpeed: several small trainings in one process group.
 
-Usage: python -m harness.lab_worker WORKSPACE OUTPUT PART, where PART is a function here. Rank 0 writes what it found to
+Usage: python -m harness.lab_worker WORKSPACE OUTPUT PART, where PART is one of `PARTS`. Rank 0 writes what it found to
 OUTPUT (torch.save).
 """
 
@@ -10,6 +10,7 @@ import dataclasses
 import itertools
 import os
 import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -20,6 +21,7 @@ from harness.lab import Lab, Outcome
 from harness.launching import ROOT
 from harness.workspace import Workspace
 
+from adept_ds.config.schema import Config
 from adept_ds.ranks.groups import join
 from adept_ds.ranks.launchers import rank_from_environment
 
@@ -38,47 +40,92 @@ def beside(lab: Lab) -> dict[str, Any]:
         "plain": lab.train(plain),
         "probed": lab.train(plain, estimate_after=(0, 1, 3)),
         "recomputed": lab.train(recompute),
-        "recomputed_probed": lab.train(recompute, estimate_after=(0, 1, 3)),
         "cached": lab.train(strict, estimate_after=(0, 1, 3), cached_batches=100),
+        "bf16 online zero3": lab.train(_online(lab, "zero3"), estimate_after=(1, 3)),
+    }
+    return results | _within(lab, "zero3") | _online_within(lab, "zero2") | _overflow(lab, "zero2")
+
+
+def beside_rest(lab: Lab) -> dict[str, Any]:
+    """The same of other stages, and with activations that are recomputed."""
+    recompute = lab.config(train={"activation_checkpointing": True})
+    results: dict[str, Any] = {
+        "recomputed_probed": lab.train(recompute, estimate_after=(0, 1, 3)),
         "cached_in_part": lab.train(recompute, estimate_after=(0, 1, 3), cached_batches=2),
         "recomputed_within": lab.train(recompute, estimate_within=(0, 1, 4)),
     }
-    for name in STAGES:
-        config = lab.config(deepspeed=shipped(name))
-        results[name] = lab.train(config, estimate_after=(0, 2), refresh=True)
-        results[f"{name} within"] = lab.train(config, estimate_after=(0, 2), refresh=True, estimate_within=(0, 1, 4))
+    for name in ("zero1", "zero2", "zero3_offload"):
+        results |= _within(lab, name)
+    return results | _online_within(lab, "zero3") | _overflow(lab, "zero3")
+
+
+def _within(lab: Lab, name: str) -> dict[str, Any]:
+    config = lab.config(deepspeed=shipped(name))
+    return {
+        name: lab.train(config, estimate_after=(0, 2), refresh=True),
+        f"{name} within": lab.train(config, estimate_after=(0, 2), refresh=True, estimate_within=(0, 1, 4)),
+    }
+
+
+def _online(lab: Lab, name: str) -> Config:
     replayed = {"replay": [str(lab.workspace.root / "general.jsonl")], "replay_share": 1 / 3}
-    for name in ("zero2", "zero3"):
-        config = lab.config(
-            deepspeed=shipped(name), data=replayed, importance={"source": "online"}, train={"precision": "bf16"}
-        )
-        results[f"bf16 online {name}"] = lab.train(config, estimate_after=(1, 3))
-        results[f"bf16 online {name} within"] = lab.train(config, estimate_after=(1, 3), estimate_within=(0, 2))
-    for name in ("zero2", "zero3"):
-        results[f"overflow {name}"] = lab.overflowing(lab.config(deepspeed=shipped(name), train={"precision": "fp16"}))
-    return results | {"source importance": lab.source_importance(plain)}
+    return lab.config(
+        deepspeed=shipped(name), data=replayed, importance={"source": "online"}, train={"precision": "bf16"}
+    )
+
+
+def _online_within(lab: Lab, name: str) -> dict[str, Any]:
+    config = _online(lab, name)
+    return {
+        f"bf16 online {name}": lab.train(config, estimate_after=(1, 3)),
+        f"bf16 online {name} within": lab.train(config, estimate_after=(1, 3), estimate_within=(0, 2)),
+    }
+
+
+def _overflow(lab: Lab, name: str) -> dict[str, Any]:
+    overflowing = lab.overflowing(lab.config(deepspeed=shipped(name), train={"precision": "fp16"}))
+    return {f"overflow {name}": overflowing, "source importance": lab.source_importance(lab.config())}
 
 
 def gathered(lab: Lab) -> dict[str, Any]:
-    """Trainings in which frozen weights stay gathered, all of them or some."""
-    plain, recompute = lab.config(), lab.config(train={"activation_checkpointing": True})
-    strict, strict_recompute = (c.model_copy(update={"deepspeed": lab.strict_zero3()}) for c in (plain, recompute))
+    """Trainings in which frozen weights stay gathered."""
+    plain = lab.config()
+    strict = plain.model_copy(update={"deepspeed": lab.strict_zero3()})
     return {
         "plain": lab.train(plain),
         "probed": lab.train(plain, estimate_after=(0, 1, 3)),
         "kept": lab.train(strict, estimate_after=(0, 1, 3), keep_bytes=1 << 30),
-        "kept_in_part": lab.train(strict_recompute, estimate_after=(0, 1, 3), keep_bytes=40_000),
     }
+
+
+def gathered_rest(lab: Lab) -> dict[str, Any]:
+    """The same where some of them do, and where activations are recomputed."""
+    recompute = lab.config(train={"activation_checkpointing": True})
+    strict = recompute.model_copy(update={"deepspeed": lab.strict_zero3()})
+    return {"kept_in_part": lab.train(strict, estimate_after=(0, 1, 3), keep_bytes=40_000)}
 
 
 def layout(lab: Lab) -> dict[str, Any]:
     """Where multipliers act, in half precision; and where this rank's fragments begin."""
+    return _misplaced(lab, [("zero2", "bf16"), ("zero3", "fp16")]) | _cut_rows(lab, ["zero2", "zero3"])
+
+
+def layout_rest(lab: Lab) -> dict[str, Any]:
+    """The same at all stages and in both precisions."""
+    return _misplaced(lab, itertools.product(STAGES, ("bf16", "fp16"))) | _cut_rows(lab, STAGES)
+
+
+def _misplaced(lab: Lab, cells: Iterable[tuple[str, str]]) -> dict[str, Any]:
     results: dict[str, Any] = {}
-    for name, precision in itertools.product(STAGES, ("bf16", "fp16")):
+    for name, precision in cells:
         config = lab.config(deepspeed=shipped(name), importance={"granularity": "fine"}, train={"precision": precision})
         results[f"{precision} {name}"] = lab.misplaced_share(config)
-    cut_rows = {name: lab.train(lab.config(deepspeed=shipped(name))).cut_rows for name in STAGES}
-    return results | {"cut_rows": lab.ranks.gather(cut_rows)}
+    return results
+
+
+def _cut_rows(lab: Lab, stages: Iterable[str]) -> dict[str, Any]:
+    cut_rows = {name: lab.train(lab.config(deepspeed=shipped(name))).cut_rows for name in stages}
+    return {f"cut rows {name}": lab.ranks.gather(rows) for name, rows in cut_rows.items()}
 
 
 def units(lab: Lab) -> dict[str, Any]:
@@ -91,12 +138,23 @@ def units(lab: Lab) -> dict[str, Any]:
     }
 
 
+PARTS: dict[str, Callable[[Lab], dict[str, Any]]] = {
+    "beside": beside,
+    "beside_rest": beside_rest,
+    "gathered": gathered,
+    "gathered_rest": gathered_rest,
+    "layout": layout,
+    "layout_rest": layout_rest,
+    "units": units,
+}
+
+
 def main() -> None:
     workspace, output, part = Workspace(Path(sys.argv[1])), Path(sys.argv[2]), sys.argv[3]
     lab = Lab(workspace, output.parent, join(rank_from_environment(os.environ)))
     # DeepSpeed takes fp16 on a CPU for unsupported where it would be slow.
     with mock.patch.object(CPU_Accelerator, "is_fp16_supported", lambda _: True):
-        found = {"beside": beside, "gathered": gathered, "layout": layout, "units": units}[part](lab)
+        found = PARTS[part](lab)
     if lab.ranks.is_main:
         results = {k: dataclasses.asdict(v) if isinstance(v, Outcome) else v for k, v in found.items()}
         torch.save(results | {"expanded": str(lab.expanded.path)}, output)

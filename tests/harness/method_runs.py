@@ -27,7 +27,7 @@ STEPS = 4
 MIDDLE = 2
 """The step of the first checkpoint."""
 
-GRID = [slow((1, 2)), (2, 2), slow((3, 1)), (3, 2)]
+GRID = [slow((1, 2)), slow((2, 2)), slow((3, 1)), (3, 2)]
 """ZeRO stages and numbers of ranks."""
 
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from html.parser import HTMLParser
+from typing import Any
+
+from harness.marks import slow
 
 HOSTILE = {
     "markup": "</script><img src=x onerror=alert(1)>",
@@ -16,6 +20,11 @@ HOSTILE = {
     "half a character": "\ud83d<b>\udc00",
     "control characters": "\x00\x1b[31m<b>\r\n\x85\u2028",
 }
+
+
+def mostly_slow(kinds: Iterable[str]) -> list[Any]:
+    """As parameters of a test: three of them at every commit."""
+    return [kind if kind in ("markup", "template", "mathematics") else slow(kind) for kind in kinds]
 
 
 class Structure(HTMLParser):

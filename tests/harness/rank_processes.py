@@ -2,7 +2,8 @@
 
 Importing torch, DeepSpeed and transformers takes 8 s of CPU, and the tests start many ranks. A forked process has
 nothing else in common with its siblings: environment, arguments, output and exit code are its own. What a command
-imports by itself is seen where tests start one with `subprocess` or a launcher.
+imports by itself is seen where tests start one with `subprocess` or a launcher. Figures of reports are left blank, but
+where `harness.undrawn.DRAWN` is set.
 """
 
 from __future__ import annotations
@@ -16,7 +17,10 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
+
+from harness.undrawn import DRAWN, undrawn
 
 _IMPORTED = [
     "deepspeed",
@@ -101,11 +105,12 @@ def _run(arguments: list[str], environment: dict[str, str], directory: str, file
         os.dup2(os.open(file, os.O_WRONLY | os.O_APPEND), descriptor)
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     kind, *rest = arguments
-    if kind == "-m":
-        sys.argv = rest
-        runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
-    elif kind == "-c":
-        sys.argv = ["-c", *rest[1:]]
-        exec(compile(rest[0], "<string>", "exec"), {"__name__": "__main__"})
-    else:
-        raise ValueError(f"ranks start with -m or -c, not {kind!r}")
+    with nullcontext() if DRAWN in environment else undrawn():
+        if kind == "-m":
+            sys.argv = rest
+            runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
+        elif kind == "-c":
+            sys.argv = ["-c", *rest[1:]]
+            exec(compile(rest[0], "<string>", "exec"), {"__name__": "__main__"})
+        else:
+            raise ValueError(f"ranks start with -m or -c, not {kind!r}")

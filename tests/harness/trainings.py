@@ -14,10 +14,27 @@ from safetensors.torch import load_file
 
 def trained(workspace: Workspace, folder: Path, part: str, world_size: int = 2) -> dict[str, Any]:
     """What a part of `harness.lab_worker` found."""
+    folder.mkdir(exist_ok=True)
     output = folder / "outcomes.pt"
     result = launch(world_size, ["-m", "harness.lab_worker", str(workspace.root), str(output), part])
     assert result.returncode == 0, result.stderr
     return dict(torch.load(output))
+
+
+class Trainings(dict[str, Any]):
+    """What a part found, and the rest of it, which is trained when something of it is asked for."""
+
+    def __init__(self, workspace: Workspace, folder: Path, part: str, world_size: int = 2) -> None:
+        super().__init__()
+        self._parts = iter((part, f"{part}_rest"))
+        self._train = lambda part: trained(workspace, folder / part, part, world_size)
+
+    def __missing__(self, name: str) -> Any:
+        part = next(self._parts, None)
+        if part is None:
+            raise KeyError(name)
+        self.update(self._train(part))
+        return self[name]
 
 
 def assert_bit_equal(first: dict[str, Any], second: dict[str, Any]) -> None:

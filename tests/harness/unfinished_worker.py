@@ -1,6 +1,6 @@
 """What one rank does in run/test_unfinished.py: each stage that takes long once to its end, and once in two parts.
 
-Usage: python -m harness.unfinished_worker WORKSPACE ROOT. A stage has the run directories ROOT/STAGE/whole and
+Usage: python -m harness.unfinished_worker WORKSPACE ROOT STAGE.... A stage has the run directories ROOT/STAGE/whole and
 ROOT/STAGE/parts; rank 0 writes how often progress was reported to ROOT/reports.json.
 """
 
@@ -99,7 +99,8 @@ def main() -> None:
     ranks.on_main(lambda: write_json(strict, {"zero_optimization": zero}))
     reports = {}
 
-    for name, stage in STAGES.items():
+    for name in sys.argv[3:]:
+        stage = STAGES[name]
         unfinished.EVERY = unfinished._PAYS = 0.0 if stage.killed else 1e9
 
         def run(part: str, at: int | None = None, name: str = name, stage: Stage = stage) -> int:

@@ -27,7 +27,7 @@ from adept_ds.config.loading import load_config
 
 LORA_PLUS = {"name": "lora", "rank": 3, "alpha": 6.0, "lr_ratio": 4.0}
 OFT = {"name": "oft", "block_size": 5, "targets": ["self_attn.q_proj", "mlp.up_proj"]}
-CASES = [pytest.param(LORA_PLUS, 3, 2, id="lora"), pytest.param(OFT, 2, 1, id="oft")]
+CASES = [pytest.param(LORA_PLUS, 3, 2, id="lora"), pytest.param(OFT, 2, 1, id="oft", marks=pytest.mark.slow)]
 
 
 def configured(workspace: Workspace, folder: Path, method: Any, stage: int = 3) -> Path:

@@ -64,7 +64,7 @@ class Run:
         return result.stdout
 
 
-@pytest.fixture(scope="module", params=[slow((1, 2)), (2, 1), (3, 2)], ids=lambda cell: f"zero{cell[0]}-{cell[1]}")
+@pytest.fixture(scope="module", params=[slow((1, 2)), slow((2, 1)), (3, 2)], ids="zero{0[0]}-{0[1]}".format)
 def run(request: pytest.FixtureRequest, workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Run:
     stage, world_size = request.param
     folder = tmp_path_factory.mktemp("ratio")

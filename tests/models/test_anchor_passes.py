@@ -10,7 +10,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from harness.expanding import COPIES, SELECTED, layers_of, load
-from harness.models import FAMILY_OPTIONS, VOCABULARY, save_tiny_model
+from harness.families import MOSTLY_SLOW_FAMILIES
+from harness.marks import slow
+from harness.models import VOCABULARY, save_tiny_model
 from safetensors.torch import load_file, save_file
 
 from adept_ds.models.anchor_passes import AnchorPasses, Kind
@@ -24,7 +26,7 @@ PADDED = 17
 """Tokens of the second row."""
 
 
-@pytest.fixture(scope="module", params=sorted(FAMILY_OPTIONS))
+@pytest.fixture(scope="module", params=MOSTLY_SLOW_FAMILIES)
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`source/`, and `expanded/` with copies that write."""
     root = tmp_path_factory.mktemp(request.param)
@@ -80,7 +82,7 @@ def gradients(model: Any) -> list[torch.Tensor]:
     return found
 
 
-@pytest.mark.parametrize("recompute", [False, True], ids=["", "recomputed"])
+@pytest.mark.parametrize("recompute", [False, slow(True)], ids=["", "recomputed"])
 @pytest.mark.parametrize("kind", get_args(Kind))
 def test_an_anchor_and_its_gradient_are_those_of_plain_models(folder: Path, kind: Kind, recompute: bool) -> None:
     """1e-4 relative in fp32: sums of some thousand terms in another order; a wrong layer or token shows at 1e-1."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from harness.families import MOSTLY_SLOW_FAMILIES
 from harness.incomplete import Change, holding, save_tensors, with_tensors, without
 from harness.launching import ROOT
 from harness.models import FAMILY_OPTIONS, VOCABULARY, save_tiny_model
@@ -59,6 +60,7 @@ def test_what_every_family_saves_is_complete(model: Path) -> None:
     assert {name for entries in found.values() for name in entries} == load_file(model / "model.safetensors").keys()
 
 
+@pytest.mark.parametrize("model", MOSTLY_SLOW_FAMILIES, indirect=True)
 def test_every_single_tensor_is_missed(model: Path, tmp_path: Path) -> None:
     copy = with_tensors(model, tmp_path / "model", lambda _: None)
     tensors, directory = load_file(model / "model.safetensors"), ModelDirectory.read(copy)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from harness.families import MOSTLY_SLOW_FAMILIES
 from harness.models import FAMILY_OPTIONS, VOCABULARY, save_tiny_model
 
 from adept_ds.models.directory import ModelDirectory
@@ -70,7 +71,7 @@ def test_losses_and_gradients_are_those_of_the_documents_alone(tmp_path: Path, f
 
 
 @pytest.mark.parametrize("rows", [1, 3])
-@pytest.mark.parametrize("family", FAMILY_OPTIONS)
+@pytest.mark.parametrize("family", MOSTLY_SLOW_FAMILIES)
 def test_the_sweep_keeps_documents_apart_too(tmp_path: Path, family: str, rows: int) -> None:
     """Its stack of variants, in chunks of one and of several, against a pass for each bypassed layer; 1e-5 as above."""
     directory = save_tiny_model(tmp_path, family)

@@ -16,6 +16,7 @@ import pytest
 import torch
 import yaml
 from harness.launching import launch
+from harness.marks import slow
 from harness.models import save_tiny_model
 from harness.planning_worker import DTYPES, MICRO_BATCHES, ROWS
 
@@ -110,7 +111,7 @@ def test_a_model_of_the_demos_size_holds_and_sends_what_was_predicted(ranks: int
     assert compare({"fp32": outline}, found, ranks) == []
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("ranks", [slow(1), 2, slow(4)])
 def test_a_tiny_model_holds_and_sends_what_was_predicted(ranks: int, tmp_path: Path) -> None:
     model = ModelDirectory.read(save_tiny_model(tmp_path / "model", hidden_size=64, intermediate_size=96, head_dim=16))
     trains = layers_train(model.family, TINY_LAYERS)

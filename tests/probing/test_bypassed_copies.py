@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from harness.expanding import COPIES, SELECTED, layers_of, load
+from harness.marks import slow
 from harness.models import save_tiny_model
 from harness.packing import pack
 from harness.workspace import write_corpus
@@ -68,7 +69,7 @@ def bypass(model: Any, layers: list[int]) -> None:
         layers_of(model)[layer].forward = lambda hidden, *_, **__: hidden
 
 
-@pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "gpt2", "qwen2_moe"])
+@pytest.mark.parametrize("model_type", [slow("llama"), "gemma3_text", slow("gpt2"), "qwen2_moe"])
 def test_losses_without_each_copy_and_without_any_are_those_of_plain_forward_passes(
     tmp_path: Path, model_type: str
 ) -> None:

@@ -20,7 +20,7 @@ from adept_ds.ranks import meeting
 from adept_ds.ranks.launchers import LaunchedRank
 from adept_ds.ranks.meeting import meet, of_this_start
 
-SOON = 0.05
+SOON = 0.02
 """Minutes."""
 
 
@@ -57,7 +57,7 @@ def test_whoever_waits_for_rank_0_in_vain_says_where_it_looked() -> None:
     with pytest.raises(UnreachedError) as failure:
         meet(rank(1, 2, port), SOON, said.append)
     assert str(failure.value).startswith(
-        f"MASTER_ADDR: rank 0 was not reached at 127.0.0.1:{port} within 0.05 minutes (nobody listens there); "
+        f"MASTER_ADDR: rank 0 was not reached at 127.0.0.1:{port} within 0.02 minutes (nobody listens there); "
     )
     assert "dist_timeout_minutes" in str(failure.value)
     assert 1 <= len(said) <= 4, "each time after twice as long"
@@ -74,7 +74,7 @@ def test_rank_0_names_those_who_did_not_come_and_all_others_learn_it(pool: Threa
     port, said = free_port(), list[str]()
     ranks = [pool.submit(meet, rank(number, 4, port), SOON, said.append) for number in (0, 2)]
     for met in ranks:
-        with pytest.raises(InputError, match=r"^ranks 1, 3 of 4 did not come within 0.05 minutes; start all ranks"):
+        with pytest.raises(InputError, match=r"^ranks 1, 3 of 4 did not come within 0.02 minutes; start all ranks"):
             met.result()
     assert any(line.startswith("waiting for ranks 1, 3 of 4, ") for line in said)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from harness.launching import start
+from harness.marks import slow
 from harness.rank_processes import RankProcess
 
 from adept_ds.ranks.watch import Answer, Roll, describe
@@ -64,12 +65,12 @@ CASES = {
 }
 """What happens -> how, to which rank, of how many."""
 
-MINUTES = "0.25"
+MINUTES = "0.15"
 
 PLACE = r"\(process \d+ on .+\)"
 AT = r"while training \(last at step 2/10\)"
 AGAIN = "run the same command again: it goes on from the last checkpoint"
-WAITED = r"0.25 minutes \(dist_timeout_minutes\)"
+WAITED = r"0.15 minutes \(dist_timeout_minutes\)"
 
 
 @dataclass(frozen=True)
@@ -81,13 +82,33 @@ class Ended:
     logs: list[str]
 
 
+AT_EVERY_COMMIT = [
+    "a rank is killed",
+    "a rank hangs",
+    "a rank is stopped",
+    "a rank has a bug",
+    "the disk of rank 0 is full",
+]
+
+
+class Ends(dict[str, Ended]):
+    """Found when they are asked for, several at once: most of the time they wait."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self._folder = folder
+
+    def __missing__(self, asked: str) -> Ended:
+        cases = [case for case in CASES if (case in AT_EVERY_COMMIT) == (asked in AT_EVERY_COMMIT)]
+        waiting = [case for case in cases if CASES[case][0] in ("hangs", "stopped")]
+        others = [case for case in cases if case not in waiting]
+        self.update(ends_of(others, self._folder, "30") | ends_of(waiting, self._folder, MINUTES))
+        return self[asked]
+
+
 @pytest.fixture(scope="module")
-def ended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ended]:
-    """Several at once: most of the time they wait."""
-    folder = tmp_path_factory.mktemp("watch")
-    waiting = [case for case, (how, *_) in CASES.items() if how in ("hangs", "stopped")]
-    others = [case for case in CASES if case not in waiting]
-    return ends_of(others, folder, "30") | ends_of(waiting, folder, MINUTES)
+def ended(tmp_path_factory: pytest.TempPathFactory) -> Ends:
+    return Ends(tmp_path_factory.mktemp("watch"))
 
 
 def ends_of(cases: list[str], folder: Path, minutes: str) -> dict[str, Ended]:
@@ -123,21 +144,21 @@ def only_line(of: Ended) -> str:
     ("case", "codes", "line"),
     [
         ("a rank is killed", [4, -9, 4], f"rank 1 {PLACE} died {AT}: killed, or out of memory; {AGAIN}"),
-        ("rank 0 is killed", [-9, 4], f"rank 0 died {AT}: killed, or out of memory; {AGAIN}"),
+        slow("rank 0 is killed", [-9, 4], f"rank 0 died {AT}: killed, or out of memory; {AGAIN}"),
         (
             "a rank hangs",
             [4, 4, 4],
             rf"rank 1 {PLACE} hangs {AT} \(.+:\d+\): the others have waited {WAITED}; the stacks .+ '.+'; {AGAIN}",
         ),
-        ("rank 0 hangs", [4, 4], f"rank 0 {PLACE} hangs {AT} .+"),
+        slow("rank 0 hangs", [4, 4], f"rank 0 {PLACE} hangs {AT} .+"),
         (
             "a rank is stopped",
             [4, None],
             f"rank 1 {PLACE} did not answer for {WAITED} {AT}: stopped, or out of reach; .+",
         ),
-        ("rank 0 is stopped", [None, 4], f"rank 0 did not answer for {WAITED} {AT}: stopped, or out of reach; .+"),
-        ("a rank has bad input", [2, 2], "a: b; c"),
-        ("a rank's disk is full", [4, 4], "no space left on 'd'"),
+        slow("rank 0 is stopped", [None, 4], f"rank 0 did not answer for {WAITED} {AT}: stopped, or out of reach; .+"),
+        slow("a rank has bad input", [2, 2], "a: b; c"),
+        slow("a rank's disk is full", [4, 4], "no space left on 'd'"),
         ("the disk of rank 0 is full", [4, 4, 4], "no space left on 'd'"),
     ],
 )
@@ -154,7 +175,7 @@ def test_a_bug_of_one_rank_is_shown_once_and_the_others_keep_silent(ended: dict[
     assert found.said[1].startswith("adept[rank 1]: unexpected KeyError\nTraceback")
 
 
-@pytest.mark.parametrize(("case", "faulty"), [("a rank hangs", 1), ("rank 0 hangs", 0)])
+@pytest.mark.parametrize(("case", "faulty"), [("a rank hangs", 1), slow("rank 0 hangs", 0)])
 def test_the_stacks_of_a_rank_that_hangs_are_in_its_log(ended: dict[str, Ended], case: str, faulty: int) -> None:
     log = ended[case].logs[faulty]
     assert f"rank {faulty}: the ranks hang; what its threads are at:" in log

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from harness.made_up_run import SELECTED, figures, make_run, page_of, words, write_importance
+from harness.marks import slow
 
 from adept_ds.config.layer_sections import ExpandSection
 from adept_ds.probing.places import PlaceBenefits, PlaceScores, TextRecord, choose_places
@@ -55,6 +56,7 @@ def test_the_page_says_how_many_layers_were_chosen_why_and_how_sure_that_is(tmp_
     assert "(in effect)" not in words(page_of(run_dir)), "k was given"
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_the_page_gives_no_reason_that_does_not_hold_for_the_choice(tmp_path: Path) -> None:
     because = "a layer that matters little costs least"
     write_importance(tmp_path)
@@ -86,8 +88,10 @@ def test_a_probe_without_choice_or_methods_has_no_such_sections(page: str) -> No
 
 
 @pytest.mark.parametrize(
-    "selection", [{}, {"rules": None}, {"within_noise": None}, {"rules": {"elbow": 3}}, {"reason": None}]
+    "selection",
+    [{}, slow({"rules": None}), slow({"within_noise": None}), slow({"rules": {"elbow": 3}}), {"reason": None}],
 )
+@pytest.mark.usefixtures("no_figures")
 def test_a_choice_that_lacks_something_costs_only_that(tmp_path: Path, selection: dict[str, Any]) -> None:
     run_dir = make_run(tmp_path / "run")
     record = json.loads((run_dir / "layer_importance.json").read_text()) | {"stability": {"against": "moon"}}
@@ -97,7 +101,8 @@ def test_a_choice_that_lacks_something_costs_only_that(tmp_path: Path, selection
     assert figures(page_of(run_dir))["layers"]
 
 
-@pytest.mark.parametrize(("method", "unit"), [("mask", True), ("taylor", True), ("gradient", False)])
+@pytest.mark.parametrize(("method", "unit"), [slow("mask", True), ("taylor", True), ("gradient", False)])
+@pytest.mark.usefixtures("no_figures")
 def test_scores_that_are_no_nats_have_no_loss_beside_them(tmp_path: Path, method: str, unit: bool) -> None:
     run_dir = make_run(tmp_path / "run")
     path = run_dir / "layer_importance.json"
@@ -143,6 +148,7 @@ def test_numbers_that_no_gradient_can_be_cost_no_page(tmp_path: Path) -> None:
     assert '<section id="places"' in page_of(tmp_path / "run")
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_before_anything_is_copied_the_configuration_says_whose_choice_counts(tmp_path: Path) -> None:
     write_importance(tmp_path)
     write_places(tmp_path, [5, 6])
@@ -151,6 +157,7 @@ def test_before_anything_is_copied_the_configuration_says_whose_choice_counts(tm
     assert "Layers 5, 6 are chosen." in words(page_of(tmp_path))
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_the_page_says_what_a_broken_tie_costs_and_saves(tmp_path: Path) -> None:
     run_dir = make_run(tmp_path / "run")
     tie = {"lowest": [3, 12, 17, 20], "tied": [3, 12, 17, 20, 21], "rise": 0.001, "standard_error": 0.002}

@@ -60,12 +60,14 @@ def test_what_to_change_stands_at_the_top_as_it_is_typed(page: str) -> None:
     assert "data.replay: [&#34;GENERAL.jsonl&#34;]" in text
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_a_run_in_which_nothing_went_wrong_is_not_blamed(tmp_path: Path) -> None:
     text = words(page_of(make_run(tmp_path / "run"), diagnosis()))
     assert "No known failure shows." in text
     assert "What to change" not in text and "to blame" not in text
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_methods_without_copies_have_a_page_too(tmp_path: Path) -> None:
     bare: dict[str, Any] = dict.fromkeys(("effects", "layers", "writes", "gradients", "overlaps"), ())
     found = diagnosis(**(WRONG | bare), setting=setting(copied=(), method="full"))

@@ -72,6 +72,7 @@ def test_the_page_says_what_was_chosen_and_why_beside_the_front(run_dir: Path) -
         assert part in text, text
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_without_a_dial_the_page_has_no_word_of_it(tmp_path: Path) -> None:
     assert '<section id="dial"' not in page_of(make_run(tmp_path / "run"))
 

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import yaml
 from harness.made_up_run import FIGURES, SELECTED, figures, make_run, page_of
-from harness.page_structure import HOSTILE, Structure
+from harness.marks import slow
+from harness.page_structure import HOSTILE, Structure, mostly_slow
 
 HARMLESS = "harmless"
 _KEYS_OF_TABLES = {"methods", "spearman", "rules", "eval", "base", "adapted"}
@@ -66,7 +67,7 @@ def harmless(tmp_path_factory: pytest.TempPathFactory) -> Structure:
     return Structure(page)
 
 
-@pytest.mark.parametrize("kind", HOSTILE)
+@pytest.mark.parametrize("kind", mostly_slow(HOSTILE))
 def test_strings_of_any_field_are_text_and_nothing_else(tmp_path: Path, harmless: Structure, kind: str) -> None:
     """The page has the very elements and attributes that it has with harmless strings in the same places."""
     page = page_with(tmp_path / "run", HOSTILE[kind])
@@ -77,7 +78,7 @@ def test_strings_of_any_field_are_text_and_nothing_else(tmp_path: Path, harmless
     assert not any(name.startswith("on") for _, name in found.in_figures)
 
 
-@pytest.mark.parametrize("kind", ["quotes", "comment", "entity", "template", "mathematics"])
+@pytest.mark.parametrize("kind", ["quotes", slow("comment"), slow("entity"), slow("template"), "mathematics"])
 def test_a_string_is_shown_as_it_stands(tmp_path: Path, harmless: Structure, kind: str) -> None:
     """As often as the harmless one, but for the model's name, of which the title has what follows the last slash."""
     shown = "".join(Structure(page_with(tmp_path / "run", HOSTILE[kind])).text)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, cast
 
+import pytest
 from harness.made_up_run import make_run, page_of, words, write_lines
 from matplotlib.figure import Figure
 
@@ -44,6 +45,7 @@ def test_gain_and_rises_are_drawn_with_the_limit_and_what_was_forgotten(tmp_path
     assert len(general.collections) == 2, "a band for each source"
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_the_page_has_it_where_there_was_a_guard_and_only_there(tmp_path: Path) -> None:
     assert "What the guard saw" in words(page_of(guarded(tmp_path / "run")))
     assert "What the guard saw" not in page_of(make_run(tmp_path / "other"))

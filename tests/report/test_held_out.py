@@ -59,6 +59,7 @@ def test_answers_to_questions_have_rows(run: RunFiles) -> None:
     ]
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_the_page_shows_all_of_them(run: RunFiles, tmp_path: Path) -> None:
     page = write_report(tmp_path).read_text(encoding="utf-8")
     words = re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", page[page.index("<body") :]))
@@ -71,6 +72,7 @@ def test_the_page_shows_all_of_them(run: RunFiles, tmp_path: Path) -> None:
     assert re.search(r"0\.75\s+1\.6250", words)
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_without_any_of_it_the_page_is_as_it_was(tmp_path: Path) -> None:
     """Runs that were evaluated before there were sources."""
     write_evaluation(tmp_path, 2.21)

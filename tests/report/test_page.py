@@ -85,6 +85,7 @@ def test_every_section_and_number_appears(page: str) -> None:
         (2.20, 1.92, "No change on the domain; general text is practically unchanged."),
     ],
 )
+@pytest.mark.usefixtures("no_figures")
 def test_verdict_follows_the_numbers(tmp_path: Path, general: float, domain: float, headline: str) -> None:
     write_lines(tmp_path / "metrics.jsonl", [{"step": 1}])
     write_evaluation(tmp_path, general, domain)
@@ -121,6 +122,7 @@ def test_only_metrics(tmp_path: Path) -> None:
     assert "1 training step has a loss that is not a finite number" in words(page)
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_evaluations_during_training_stand_in_for_the_final_one(tmp_path: Path) -> None:
     write_lines(tmp_path / "metrics.jsonl", [eval_line(step) for step in (0, 50, 100)])
     text = words(page_of(tmp_path))
@@ -141,6 +143,7 @@ def test_long_runs_and_fine_units_stay_small(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("both", [True, False])
+@pytest.mark.usefixtures("no_figures")
 def test_importance_for_the_domain_stands_beside_the_other_where_it_is_known(tmp_path: Path, both: bool) -> None:
     unit = {"unit": "layers.3.mlp.up_proj", "kind": "matrix", "importance": 0.5, "multiplier": 1.25}
     unit |= {"domain_importance": 0.0625} if both else {}

@@ -20,6 +20,7 @@ from harness.made_up_run import (
     words,
     write_lines,
 )
+from harness.marks import slow
 from harness.spoiling import put
 
 from adept_ds.base.errors import InputError
@@ -124,11 +125,11 @@ def test_a_record_with_values_of_other_types_is_named(tmp_path: Path, name: str,
     ("name", "line"),
     [
         ("metrics.jsonl", {"step": 10**400, "loss": 1.0}),
-        ("metrics.jsonl", {"step": 101, "eval": {"general": 3}}),
+        slow("metrics.jsonl", {"step": 101, "eval": {"general": 3}}),
         ("unit_importance.jsonl", {"step": 101, "units": 3}),
-        ("unit_importance.jsonl", {"step": 101, "units": [{"unit": 0.5, "multiplier": 1.0}]}),
-        ("unit_importance.jsonl", {"step": 101, "units": [{"unit": "a", "multiplier": "1"}]}),
-        ("unit_movement.jsonl", {"step": 101, "since": 100, "units": "all"}),
+        slow("unit_importance.jsonl", {"step": 101, "units": [{"unit": 0.5, "multiplier": 1.0}]}),
+        slow("unit_importance.jsonl", {"step": 101, "units": [{"unit": "a", "multiplier": "1"}]}),
+        slow("unit_movement.jsonl", {"step": 101, "since": 100, "units": "all"}),
         ("unit_movement.jsonl", interval(100, 101, moved("a", 10**400, 1.0, 1.0))),
     ],
     ids=lambda part: str(part)[:50],

@@ -33,7 +33,7 @@ class Both:
     fp32: Finished
 
 
-@pytest.fixture(scope="module", params=[slow("zero2"), "zero3"])
+@pytest.fixture(scope="module", params=[slow("zero2"), slow("zero3")])
 def both(request: pytest.FixtureRequest, workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Both:
     folder, configs = tmp_path_factory.mktemp("bf16"), {}
     for precision in ("bf16", "fp32"):

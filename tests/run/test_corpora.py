@@ -10,6 +10,7 @@ import pytest
 import torch
 from harness.finished_run import Finished
 from harness.launching import adept
+from harness.marks import slow
 from harness.workspace import Workspace, write_corpus
 
 RANKS = (1, 2)
@@ -38,7 +39,7 @@ def two_sources(workspace: Workspace) -> Workspace:
     return workspace
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["cached", "streamed"])
+@pytest.fixture(scope="module", params=[slow(False), True], ids=["cached", "streamed"])
 def runs(
     request: pytest.FixtureRequest, two_sources: Workspace, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[int, Finished]:
@@ -59,7 +60,7 @@ def test_losses_do_not_depend_on_the_number_of_ranks(runs: dict[int, Finished]) 
     assert all(later - earlier < 6 * 32 for earlier, later in zip(tokens[0], tokens[0][1:], strict=False)), "no padding"
 
 
-@pytest.mark.parametrize("cache", ["kept", "lost"])
+@pytest.mark.parametrize("cache", [slow("kept"), "lost"])
 def test_a_resumed_run_ends_bit_for_bit_like_an_uninterrupted_one(
     two_sources: Workspace, runs: dict[int, Finished], tmp_path: Path, cache: str
 ) -> None:

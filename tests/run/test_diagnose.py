@@ -66,7 +66,7 @@ def copies(trained_run: TrainedRun) -> list[int]:
 
 
 @pytest.fixture(
-    scope="module", params=[slow((1, 3)), (2, 3), (2, 1)], ids=lambda value: "{} ranks, ZeRO-{}".format(*value)
+    scope="module", params=[slow((1, 3)), (2, 3), slow((2, 1))], ids=lambda value: "{} ranks, ZeRO-{}".format(*value)
 )
 def harmed(trained_run: TrainedRun, copies: list[int], request: Any, tmp_path_factory: Any) -> Diagnosed:
     """The upper copy was made to do harm."""

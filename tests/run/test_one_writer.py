@@ -15,6 +15,7 @@ from harness.fresh_process import run_fresh
 from harness.inprocess import run_here
 from harness.launching import ROOT
 from harness.made_up_run import make_run
+from harness.marks import slow
 from harness.waiting import until
 from harness.workspace import Workspace
 
@@ -30,7 +31,7 @@ def held(tmp_path: Path) -> Iterator[Path]:
         yield run_dir
 
 
-@pytest.mark.parametrize("command", ["run", "expand"])
+@pytest.mark.parametrize("command", ["run", slow("expand")])
 def test_a_second_writer_is_refused_before_anything_heavy(command: str, workspace: Workspace, held: Path) -> None:
     config = workspace.config(held, expand={"k": None, "layers": [1]})
     ended = run_fresh(command, config)

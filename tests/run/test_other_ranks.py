@@ -18,6 +18,7 @@ import pytest
 import torch
 from harness.finished_run import Finished
 from harness.launching import launch
+from harness.marks import slow
 from harness.workspace import Workspace
 
 from adept_ds.base.run_dir import RunDirectory, checkpoint_steps, checkpoint_tag
@@ -90,9 +91,10 @@ EXACT = ("step", "lr", "tokens", "bypassed")
 CLOSE = {"loss", "grad_norm", "replay_loss", "domain_loss", "anchor", "penalty"}
 
 CASES = WITH_STATE | WITHOUT
-each_case = pytest.mark.parametrize(
-    "name", [*WITH_STATE, *(pytest.param(name, marks=pytest.mark.slow) for name in WITHOUT)]
-)
+AT_EVERY_COMMIT = ("online", "ewc")
+GROUPS = (AT_EVERY_COMMIT, tuple(WITH_STATE.keys() - set(AT_EVERY_COMMIT)), tuple(WITHOUT))
+"""What is started together."""
+each_case = pytest.mark.parametrize("name", [name if name in AT_EVERY_COMMIT else slow(name) for name in CASES])
 
 
 def configured(workspace: Workspace, folder: Path, name: str, number: int) -> Path:
@@ -151,7 +153,7 @@ def runs(workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Call
             said.append(result.stdout)
         return {name: Runs([folder / f"{name}{number}" for number in range(len(RANKS))], said) for name in names}
 
-    return lambda name: of_group(tuple(WITH_STATE if name in WITH_STATE else WITHOUT))[name]
+    return lambda name: of_group(next(group for group in GROUPS if name in group))[name]
 
 
 @each_case
@@ -203,16 +205,17 @@ def test_what_was_estimated_on_the_base_is_carried_on_bit_for_bit(runs: Callable
 
 
 def test_one_line_says_that_it_goes_on_elsewhere(runs: Callable[[str], Runs]) -> None:
-    _, on_three, on_one = runs("adept").said
-    assert "resuming after step 7, written by 2 ranks under ZeRO-3, on 3 ranks under ZeRO-1\n" in on_three
-    assert "resuming after step 14, written by 3 ranks under ZeRO-1, on 1 rank under ZeRO-3\n" in on_one
+    _, on_three, on_one = runs("online").said
+    assert "resuming after step 2, written by 2 ranks under ZeRO-2, on 3 ranks under ZeRO-3\n" in on_three
+    assert "resuming after step 4, written by 3 ranks under ZeRO-3, on 1 rank under ZeRO-1\n" in on_one
 
 
-def test_what_is_cut_is_the_middle_of_something(runs: Callable[[str], Runs]) -> None:
+@pytest.mark.parametrize(("name", "refreshes"), [("online", 2), slow("adept", 9)])
+def test_what_is_cut_is_the_middle_of_something(runs: Callable[[str], Runs], name: str, refreshes: int) -> None:
     """Otherwise this would prove little: of an epoch, of the way to the next refresh, of what the method sums up."""
-    run = runs("adept")
+    run = runs(name)
     since = [record["since"] for record in run.finished[0].movement()]
-    assert not set(CASES["adept"].cuts) & set(since)
-    assert any(record["bypassed"] for record in run.finished[0].steps()[14:])
+    assert not set(CASES[name].cuts) & set(since)
+    assert any(record["bypassed"] for record in run.finished[0].steps()[14:]) == (name == "adept")
     multipliers = run.finished[0].units("multiplier")
-    assert len(multipliers) == 9 and multipliers[2] != multipliers[1]
+    assert len(multipliers) == refreshes and multipliers[-1] != multipliers[-2]

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from harness.inprocess import run_here
 from harness.launching import adept
+from harness.marks import slow
 from harness.places_worker import places_config, places_workspace
 from harness.probe_worker import open_run, probe_config
 from harness.workspace import Workspace, write_corpus
@@ -65,7 +66,7 @@ def test_another_choice_follows_without_weighing_again(
     assert weighed == [workspace.root / "llama"]
 
 
-@pytest.mark.parametrize("change", ["domain", "general", "sequences"])
+@pytest.mark.parametrize("change", ["domain", slow("general"), slow("sequences")])
 def test_what_gains_depend_on_makes_them_be_weighed_again(
     workspace: Workspace, tmp_path: Path, weighed: list[Path], change: str
 ) -> None:
@@ -85,8 +86,8 @@ def test_what_gains_depend_on_makes_them_be_weighed_again(
     ("change", "words"),
     [
         ({"gains": [1.0, 2.0], "harms": [1.0, 2.0]}, "2 gains of 5 layers"),
-        ({"gains": [1.0]}, "1 gains and 5 harms"),
-        ({"seconds": "long"}, "seconds"),
+        slow({"gains": [1.0]}, "1 gains and 5 harms"),
+        slow({"seconds": "long"}, "seconds"),
     ],
     ids=str,
 )

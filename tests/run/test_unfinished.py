@@ -2,27 +2,47 @@
 
 from __future__ import annotations
 
+import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from harness.launching import launch
+from harness.marks import slow
 from harness.unfinished_worker import STAGES
 from harness.workspace import Workspace
 from safetensors.torch import load_file
 
+AT_EVERY_COMMIT = ("mask", "evaluation", "ewc")
+"""One that is asked to stop, one that is killed, one whose method goes on."""
+
 
 @pytest.fixture(scope="module")
-def root(workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("unfinished")
-    result = launch(2, ["-m", "harness.unfinished_worker", str(workspace.root), str(root)], timeout=1800)
-    assert result.returncode == 0, result.stderr[-3000:]
-    return root
+def roots(workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Callable[[bool], Path]:
+    @functools.cache
+    def of_group(at_every_commit: bool) -> Path:
+        root = tmp_path_factory.mktemp("unfinished")
+        stages = [stage for stage in STAGES if (stage in AT_EVERY_COMMIT) == at_every_commit]
+        arguments = ["-m", "harness.unfinished_worker", str(workspace.root), str(root), *stages]
+        result = launch(2, arguments, timeout=1800)
+        assert result.returncode == 0, result.stderr[-3000:]
+        return root
+
+    return of_group
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.fixture
+def root(roots: Callable[[bool], Path], stage: str) -> Path:
+    return roots(stage in AT_EVERY_COMMIT)
+
+
+every_stage = pytest.mark.parametrize("stage", [stage if stage in AT_EVERY_COMMIT else slow(stage) for stage in STAGES])
+
+
+@every_stage
 def test_what_was_done_is_not_done_again(stage: str, root: Path) -> None:
     reports = json.loads((root / "reports.json").read_text())[stage]
     assert reports["whole"] >= 3
@@ -31,7 +51,7 @@ def test_what_was_done_is_not_done_again(stage: str, root: Path) -> None:
     assert not (root / stage / "parts" / "cache" / "unfinished" / stage).exists()
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@every_stage
 def test_what_comes_out_is_bit_for_bit_that_of_a_stage_that_nobody_disturbed(stage: str, root: Path) -> None:
     whole, parts = (results(root / stage / part) for part in ("whole", "parts"))
     assert whole

@@ -11,6 +11,7 @@ import pytest
 from harness.finished_run import Finished
 from harness.inprocess import run_here
 from harness.launching import ROOT, adept, start
+from harness.marks import slow
 from harness.trained_run import TrainedRun
 from harness.waiting import until
 from harness.workspace import Workspace
@@ -66,7 +67,7 @@ def test_a_finished_run_is_told_as_such_with_all_its_stages(trained_run: Trained
     assert found["held_out"].keys() == {"general", "domain"}
 
 
-@pytest.mark.parametrize("stops", [False, True])
+@pytest.mark.parametrize("stops", [slow(False), True])
 def test_a_tracked_run_computes_the_same_on_two_ranks_whatever_trackers_do(
     workspace: Workspace, tmp_path: Path, stops: bool
 ) -> None:

@@ -8,17 +8,21 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import signal
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import oracle
 import pytest
 import torch
 from harness.finished_run import Finished
 from harness.launching import adept, launch
+from harness.marks import slow
 from harness.packing import pack, rows, rows_of_step
 from harness.plain_evaluation import document_sums
+from harness.undrawn import DRAWN
 from harness.workspace import Workspace
 from safetensors.torch import load_file
 
@@ -27,18 +31,27 @@ from adept_ds.config.loading import load_config
 from adept_ds.data.order import block_order
 from adept_ds.weights.expansion import Expansion
 
-WORLD_SIZES = [1, 2, 3]
+WORLD_SIZES = [1, 2, slow(3)]
+
+
+class Runs(dict[int, Finished]):
+    """By number of ranks, started when they are asked for."""
+
+    def __init__(self, workspace: Workspace, root: Path) -> None:
+        super().__init__()
+        self._workspace, self._root = workspace, root
+
+    def __missing__(self, world_size: int) -> Finished:
+        place = self._root / f"run{world_size}"
+        with mock.patch.dict(os.environ, {DRAWN: "figures too"}):
+            result = adept(world_size, "run", self._workspace.config(place))
+        assert result.returncode == 0, result.stderr
+        return self.setdefault(world_size, Finished(place))
 
 
 @pytest.fixture(scope="module")
-def runs(workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Finished]:
-    root = tmp_path_factory.mktemp("ranks")
-    finished = {}
-    for world_size in WORLD_SIZES:
-        result = adept(world_size, "run", workspace.config(root / f"run{world_size}"))
-        assert result.returncode == 0, result.stderr
-        finished[world_size] = Finished(root / f"run{world_size}")
-    return finished
+def runs(workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return Runs(workspace, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.fixture(scope="module")
@@ -165,8 +178,9 @@ def test_evaluation_does_not_depend_on_the_number_of_ranks(runs: dict[int, Finis
             assert many[corpus]["loss"] == pytest.approx(single[corpus]["loss"], abs=1e-5)
 
 
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
 def test_exported_model_has_the_losses_that_training_measured_last(
-    workspace: Workspace, runs: dict[int, Finished], tmp_path: Path
+    workspace: Workspace, runs: dict[int, Finished], tmp_path: Path, world_size: int
 ) -> None:
     """In training, on packed blocks."""
     held_out = {
@@ -175,34 +189,37 @@ def test_exported_model_has_the_losses_that_training_measured_last(
         )
         for corpus in ("general", "domain")
     }
-    for run in runs.values():
-        for directory, found in (
-            (workspace.model, run.evaluations()[0]),
-            (run.directory / "export", run.evaluations()[-1]),
-        ):
-            model = oracle.load(directory)
-            for corpus, blocks in held_out.items():
-                with torch.no_grad():
-                    expected = float(oracle.mean_loss(model, [rows(blocks, range(7))]))
-                assert found[corpus]["loss"] == pytest.approx(expected, abs=1e-6)
+    run = runs[world_size]
+    for directory, found in (
+        (workspace.model, run.evaluations()[0]),
+        (run.directory / "export", run.evaluations()[-1]),
+    ):
+        model = oracle.load(directory)
+        for corpus, blocks in held_out.items():
+            with torch.no_grad():
+                expected = float(oracle.mean_loss(model, [rows(blocks, range(7))]))
+            assert found[corpus]["loss"] == pytest.approx(expected, abs=1e-6)
 
 
-def test_evaluation_is_of_documents_each_alone(workspace: Workspace, runs: dict[int, Finished]) -> None:
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_evaluation_is_of_documents_each_alone(
+    workspace: Workspace, runs: dict[int, Finished], world_size: int
+) -> None:
     """As many of the first as 7 sequences of 32 tokens hold; losses of about 6 to rounding of a forward pass."""
-    for run in runs.values():
-        results, directories = read_json(run.directory / "evaluation.json"), (workspace.model, run.directory / "export")
-        for corpus in ("general", "domain"):
-            lines = (workspace.root / f"{corpus}_heldout.jsonl").read_text().splitlines()
-            texts = [json.loads(line)["text"] for line in lines]
-            sizes = list(itertools.accumulate(len(text) + 1 for text in texts))
-            count = sum(size <= 7 * 32 for size in sizes)
-            tokens = sum(sizes[count - 1 : count]) - sum(-(-(len(text) + 1) // 32) for text in texts[:count])
-            for model, directory in zip(("base", "adapted"), directories, strict=True):
-                found = results[model][corpus]
-                sums = document_sums(directory, workspace.model, texts[:count], 32)
-                assert (found["documents"], found["tokens"]) == (count, tokens)
-                assert found["loss"] == pytest.approx(sum(sums) / tokens, abs=1e-6)
-        assert results["adapted"]["domain"]["loss"] < results["base"]["domain"]["loss"]
+    run = runs[world_size]
+    results, directories = read_json(run.directory / "evaluation.json"), (workspace.model, run.directory / "export")
+    for corpus in ("general", "domain"):
+        lines = (workspace.root / f"{corpus}_heldout.jsonl").read_text().splitlines()
+        texts = [json.loads(line)["text"] for line in lines]
+        sizes = list(itertools.accumulate(len(text) + 1 for text in texts))
+        count = sum(size <= 7 * 32 for size in sizes)
+        tokens = sum(sizes[count - 1 : count]) - sum(-(-(len(text) + 1) // 32) for text in texts[:count])
+        for model, directory in zip(("base", "adapted"), directories, strict=True):
+            found = results[model][corpus]
+            sums = document_sums(directory, workspace.model, texts[:count], 32)
+            assert (found["documents"], found["tokens"]) == (count, tokens)
+            assert found["loss"] == pytest.approx(sum(sums) / tokens, abs=1e-6)
+    assert results["adapted"]["domain"]["loss"] < results["base"]["domain"]["loss"]
 
 
 def test_finished_run_is_not_done_again(runs: dict[int, Finished]) -> None:
@@ -309,7 +326,9 @@ def test_heads_and_neurons_with_smoothed_online_importances_resume_bit_for_bit_t
 
 
 @pytest.mark.parametrize(
-    ("expand", "source"), [({"k": None, "layers": [2]}, 2), ({"k": 1, "choose": "uniform"}, 4)], ids=["list", "uniform"]
+    ("expand", "source"),
+    [({"k": None, "layers": [2]}, 2), slow({"k": 1, "choose": "uniform"}, 4)],
+    ids=["list", "uniform"],
 )
 def test_plain_training_of_given_layers_needs_no_general_corpus(
     workspace: Workspace, tmp_path: Path, expand: dict[str, Any], source: int

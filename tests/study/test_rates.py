@@ -34,7 +34,9 @@ def timed(tmp_path_factory: pytest.TempPathFactory, workspace: Workspace) -> Tin
     study = TinyStudy(tmp_path_factory.mktemp("timed"), workspace.model)
     study.write_texts()
     seeds = {"search": [0], "confirm": []}
-    study.write(budget={"seconds": 3.0}, learning_rates=[1e-3], seeds=seeds, keep="results")
+    base = study.tree()["base"]
+    base["train"]["checkpoint_every"] = 10_000  # 3 seconds are a hundred steps
+    study.write(base=base, budget={"seconds": 3.0}, learning_rates=[1e-3], seeds=seeds, keep="results")
     process = study.start()
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, out + err

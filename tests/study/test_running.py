@@ -106,6 +106,7 @@ def test_a_finished_study_runs_nothing_again(finished: TinyStudy) -> None:
     assert before == {path: path.stat().st_mtime_ns for path in finished.study_dir.rglob("metrics.jsonl")}
 
 
+@pytest.mark.slow
 def test_a_killed_study_goes_on_and_runs_nothing_twice(
     tmp_path: Path, workspace: Workspace, finished: TinyStudy
 ) -> None:

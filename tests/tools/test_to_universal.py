@@ -8,58 +8,71 @@ from typing import Any
 import pytest
 import torch
 from harness.launching import launch
+from harness.marks import slow
 from harness.models import save_tiny_model
 from harness.plain_worker import STEPS
 from harness.tool_runs import run_tool
 from harness.trained_run import train_two_steps
 from harness.workspace import Workspace
 
-SOURCES = ["some-zero1", "some-zero2", "some-zero3", "some-groups3", "all-zero3", "some-zero2-full"]
-"""Saved by two ranks."""
+AT_EVERY_COMMIT = [(3, "some-zero3=some-zero1"), (3, "some-zero2=some-zero3"), (3, "all-zero2=all-zero3")]
+SLOW = [
+    (3, "some-groups3=some-zero2"),
+    *((1, cell) for cell in ("some-zero1=some-groups3", "some-zero3=some-zero3", "some-zero2=some-zero1")),
+    *((1, cell) for cell in ("all-groups3=all-zero3", "some-zero3=some-zero2-full")),
+]
+"""Numbers of ranks, and the engine that loads = who saved, which were two ranks."""
 
-LOADED = {
-    3: ["some-zero3=some-zero1", "some-groups3=some-zero2", "some-zero2=some-zero3", "all-zero2=all-zero3"],
-    1: [
-        *("some-zero1=some-groups3", "some-zero3=some-zero3", "some-zero2=some-zero1", "all-groups3=all-zero3"),
-        "some-zero3=some-zero2-full",
-    ],
-}
-"""By number of ranks: the engine that loads = who saved."""
 
-EVERY = [(ranks, cell) for ranks, cells in LOADED.items() for cell in cells]
+class Outcomes:
+    """What those that saved had, and what those that loaded have, found when it is asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self._saved, self._loaded = folder, dict[str, Any](), dict[tuple[int, str], Any]()
+
+    def saved(self, source: str) -> Any:
+        return self._saved[source]
+
+    def loaded(self, ranks: int, cell: str) -> Any:
+        if (ranks, cell) not in self._loaded:
+            self._find(AT_EVERY_COMMIT if (ranks, cell) in AT_EVERY_COMMIT else SLOW)
+        return self._loaded[ranks, cell]
+
+    def _find(self, loads: list[tuple[int, str]]) -> None:
+        sources = sorted({cell.partition("=")[2] for _, cell in loads} - self._saved.keys())
+        result = launch(2, ["-m", "harness.plain_worker", str(self.folder), "train", *sources])
+        assert result.returncode == 0, result.stderr[-4000:]
+        self._saved |= torch.load(self.folder / "train_2.pt", weights_only=False)
+        for source in sources:
+            result = run_tool("tools/to_universal.py", self.folder / source, self.folder / f"universal-{source}")
+            assert result.returncode == 0, result.stderr
+        for ranks in {ranks for ranks, _ in loads}:
+            cells = [cell for size, cell in loads if size == ranks]
+            arguments = [cell.replace("=", "=universal-") for cell in cells]
+            result = launch(ranks, ["-m", "harness.plain_worker", str(self.folder), "load", *arguments])
+            assert result.returncode == 0, result.stderr[-4000:]
+            of_ranks = torch.load(self.folder / f"load_{ranks}.pt", weights_only=False)
+            self._loaded |= {(ranks, cell): of_ranks[given] for cell, given in zip(cells, arguments, strict=True)}
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
     folder = tmp_path_factory.mktemp("universal")
     save_tiny_model(folder / "model")
-    result = launch(2, ["-m", "harness.plain_worker", str(folder), "train", *SOURCES])
-    assert result.returncode == 0, result.stderr[-4000:]
-    for source in SOURCES:
-        result = run_tool("tools/to_universal.py", folder / source, folder / f"universal-{source}")
-        assert result.returncode == 0, result.stderr
-    return folder
+    return Outcomes(folder)
 
 
-@pytest.fixture(scope="module")
-def outcomes(folder: Path) -> tuple[dict[str, Any], dict[tuple[int, str], Any]]:
-    """What those that saved had, and what those that loaded have."""
-    found: dict[tuple[int, str], Any] = {}
-    for ranks, cells in LOADED.items():
-        arguments = [cell.replace("=", "=universal-") for cell in cells]
-        result = launch(ranks, ["-m", "harness.plain_worker", str(folder), "load", *arguments])
-        assert result.returncode == 0, result.stderr[-4000:]
-        of_ranks = torch.load(folder / f"load_{ranks}.pt", weights_only=False)
-        found |= {(ranks, cell): of_ranks[argument] for cell, argument in zip(cells, arguments, strict=True)}
-    return torch.load(folder / "train_2.pt", weights_only=False), found
+@pytest.fixture
+def folder(outcomes: Outcomes) -> Path:
+    """With what was saved and converted for the cells of every commit."""
+    assert outcomes.loaded(*AT_EVERY_COMMIT[0])
+    return outcomes.folder
 
 
-@pytest.mark.parametrize(("ranks", "cell"), EVERY)
-def test_plain_deepspeed_has_what_was_saved_to_the_last_bit(
-    outcomes: tuple[dict[str, Any], dict[tuple[int, str], Any]], ranks: int, cell: str
-) -> None:
+@pytest.mark.parametrize(("ranks", "cell"), [*AT_EVERY_COMMIT, *(slow(*case) for case in SLOW)])
+def test_plain_deepspeed_has_what_was_saved_to_the_last_bit(outcomes: Outcomes, ranks: int, cell: str) -> None:
     """Masters, moments, steps and settings; and the whole model as the next forward pass sees it."""
-    saved, found = outcomes[0][cell.partition("=")[2]], outcomes[1][ranks, cell]
+    found, saved = outcomes.loaded(ranks, cell), outcomes.saved(cell.partition("=")[2])
     for what in ("weights", "vectors"):
         assert found[what].keys() == saved[what].keys()
         for name, value in saved[what].items():
@@ -69,8 +82,9 @@ def test_plain_deepspeed_has_what_was_saved_to_the_last_bit(
     assert (found["counted"], found["mine"]) == (STEPS, 7)
 
 
-def test_what_is_compared_is_not_all_alike(outcomes: tuple[dict[str, Any], dict[tuple[int, str], Any]]) -> None:
-    vectors = outcomes[0]["some-zero3"]["vectors"]
+def test_what_is_compared_is_not_all_alike(outcomes: Outcomes) -> None:
+    assert outcomes.loaded(*AT_EVERY_COMMIT[0])
+    vectors = outcomes.saved("some-zero3")["vectors"]
     assert len(vectors) == 3 * 18
     assert all(bool(vector.any()) for vector in vectors.values())
     assert any(vector.numel() % 3 for vector in vectors.values())
@@ -122,7 +136,7 @@ def test_without_moments_there_is_no_universal_checkpoint(folder: Path, tmp_path
     """Of an optimizer that is not Adam: DeepSpeed would not load it at stage 3."""
     import shutil
 
-    shutil.copytree(folder / "some-zero2", tmp_path / "sgd")
+    shutil.copytree(folder / "some-zero1", tmp_path / "sgd")
     for file in (tmp_path / "sgd" / "step_2").glob("*optim_states.pt"):
         saved = torch.load(file, weights_only=False)
         saved["optimizer_state_dict"]["base_optimizer_state"]["state"] = {}

@@ -11,6 +11,7 @@ import oracle
 import pytest
 import torch
 from harness.launching import adept
+from harness.marks import slow
 from harness.method_runs import MethodRun
 from harness.packing import pack, rows, rows_of_step
 from harness.workspace import Workspace
@@ -49,11 +50,11 @@ class Case:
 
 
 CASES = [
-    Case("llama_pro", "kl", 1, 1),
-    Case("llama_pro", "neutral", 2, 2),
     Case("adept", "kl", 3, 2),
-    Case("adept", "neutral", 3, 2, train={"micro_batch_size": 1}),
-    Case("adept", "kl", 2, 2, anchor={"cache_mib": 0}, importance=ONLINE),
+    Case("llama_pro", "neutral", 2, 2),
+    slow(Case("llama_pro", "kl", 1, 1)),
+    slow(Case("adept", "neutral", 3, 2, train={"micro_batch_size": 1})),
+    slow(Case("adept", "kl", 2, 2, anchor={"cache_mib": 0}, importance=ONLINE)),
 ]
 
 
@@ -214,7 +215,7 @@ def test_what_it_takes_is_recorded_beside_the_domains_tokens(run: tuple[Case, Me
 
 
 def test_it_does_not_go_on_with_another_anchor_or_without(workspace: Workspace, tmp_path: Path) -> None:
-    training = configured(CASES[0], workspace, tmp_path)
+    training = configured(Case("llama_pro", "kl", 1, 1), workspace, tmp_path)
     assert adept(1, "run", training.file, "train.steps=1").returncode == 0
     for override, words in (("anchor.weight=2", "anchor.weight: "), ("anchor=null", "anchor.kind: ")):
         result = adept(1, "run", training.file, "train.steps=1", override)

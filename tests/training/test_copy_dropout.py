@@ -69,8 +69,8 @@ class Case:
 
 
 CASES = [
-    Case("zero1", 1, {"stage": 1}, {}),
-    Case("zero2", 2, {"stage": 2}, {"micro_batch_size": 6}),  # one micro-batch in a step
+    slow(Case("zero1", 1, {"stage": 1}, {})),
+    slow(Case("zero2", 2, {"stage": 2}, {"micro_batch_size": 6})),  # one micro-batch in a step
     Case("zero3", 2, {"stage": 3, "stage3_param_persistence_threshold": 0}, {}),
     slow(Case("zero3_recomputed", 1, {"stage": 3}, {"activation_checkpointing": True})),
     slow(Case("zero3_offload", 2, {"stage": 3, "offload_optimizer": {"device": "cpu"}}, {})),

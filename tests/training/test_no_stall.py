@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from harness.launching import ROOT, launch
+from harness.marks import slow
 from harness.workspace import Workspace
 
 from adept_ds.base.run_dir import RunDirectory
@@ -99,7 +100,7 @@ ALL_THAT_JOINS: dict[str, tuple[int, dict[str, Any]]] = {
 }
 
 
-@pytest.fixture(scope="module", params=ALL_THAT_JOINS)
+@pytest.fixture(scope="module", params=[slow("online"), "anchored", slow("bf16")])
 def run(request: pytest.FixtureRequest, workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Counted:
     """Five steps of six micro-batches at least; whole documents in blocks, and replayed ones, where `online`."""
     stage, sections = ALL_THAT_JOINS[request.param]

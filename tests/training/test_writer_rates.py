@@ -13,6 +13,7 @@ import torch
 from harness.complaints import assert_one_line
 from harness.finished_run import Finished
 from harness.launching import adept
+from harness.marks import slow
 from harness.packing import pack, rows_of_step
 from harness.workspace import Workspace
 
@@ -36,10 +37,10 @@ class Case:
 
 
 CASES = [
-    Case("matrix", 1, 1, 4.0, {}),
+    slow(Case("matrix", 1, 1, 4.0, {})),
     Case("module", 2, 3, 4.0, {"importance": {"granularity": "module"}}),
-    Case("fine", 2, 2, 16.0, {"importance": {"granularity": "fine"}}),
-    Case("uniform", 1, 3, 0.25, {"method": "llama_pro"}),
+    slow(Case("fine", 2, 2, 16.0, {"importance": {"granularity": "fine"}})),
+    slow(Case("uniform", 1, 3, 0.25, {"method": "llama_pro"})),
 ]
 
 

@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 from harness.expanding import COPIES, SELECTED, change_after_one_step, layers_of, load, random_tokens
+from harness.families import MOSTLY_SLOW_FAMILIES
+from harness.marks import slow
 from harness.models import FAMILY_OPTIONS, save_tiny_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -85,6 +87,7 @@ def test_logits_are_the_same_bit_for_bit(pair: tuple[Path, Path], dtype: torch.d
     assert torch.equal(logits(expanded, dtype), before)
 
 
+@pytest.mark.parametrize("pair", MOSTLY_SLOW_FAMILIES, indirect=True)
 def test_generation_with_a_cache_gives_the_same_tokens(pair: tuple[Path, Path]) -> None:
     prompt = random_tokens(2, PROMPT_TOKENS)
     generated = [
@@ -102,6 +105,7 @@ def test_generation_with_a_cache_gives_the_same_tokens(pair: tuple[Path, Path]) 
     assert torch.equal(*generated)
 
 
+@pytest.mark.parametrize("pair", MOSTLY_SLOW_FAMILIES, indirect=True)
 def test_cached_generation_is_generation_without_a_cache(pair: tuple[Path, Path]) -> None:
     """A wrong layer index mixes up caches; without a cache nothing can be mixed up."""
     prompt = random_tokens(1, PROMPT_TOKENS)
@@ -112,6 +116,7 @@ def test_cached_generation_is_generation_without_a_cache(pair: tuple[Path, Path]
     assert torch.equal(cached, plain)
 
 
+@pytest.mark.parametrize("pair", MOSTLY_SLOW_FAMILIES, indirect=True)
 def test_a_copy_does_something_once_its_zeros_are_filled(pair: tuple[Path, Path], tmp_path: Path) -> None:
     """Identity because of the zeros alone: the copies are really in the model's path."""
     for index in COPIES:
@@ -124,6 +129,7 @@ def test_a_copy_does_something_once_its_zeros_are_filled(pair: tuple[Path, Path]
         assert not torch.equal(before, after)
 
 
+@pytest.mark.parametrize("pair", MOSTLY_SLOW_FAMILIES, indirect=True)
 def test_training_starts_smoothly(pair: tuple[Path, Path]) -> None:
     assert 0 < change_after_one_step(pair[1]) < 0.05
 
@@ -205,7 +211,7 @@ def test_every_layer_is_built_like_its_source_and_knows_its_own_place(pair: tupl
 
 
 @pytest.mark.parametrize("model_type", [name for name, family in FAMILIES.items() if family.derived_config])
-@pytest.mark.parametrize("old_style", ["absent", "null"])
+@pytest.mark.parametrize("old_style", ["absent", slow("null")])
 def test_lists_that_old_files_lack_are_inherited_and_not_derived_again(
     tmp_path: Path, old_style: str, model_type: str
 ) -> None:

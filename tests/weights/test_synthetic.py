@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 from harness.domains import all_tensors
+from harness.families import MOSTLY_SLOW_FAMILIES
 from harness.models import FEW_EXPERTS
 
 from adept_ds.base.errors import InputError
 from adept_ds.base.files import read_json
-from adept_ds.models.family_table import FAMILIES
 from adept_ds.weights.expansion import expand_checkpoint
 from adept_ds.weights.synthetic import Synthetic, write_synthetic
 from adept_ds.weights.verification import verify_expansion
@@ -24,7 +24,7 @@ def written(folder: Path, family: str = "llama", parameters: int = 200_000, **op
     return folder
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("family", MOSTLY_SLOW_FAMILIES)
 def test_every_family_loads_generates_and_is_expanded(family: str, tmp_path: Path) -> None:
     """Of experts, matrices of so many bytes that torch's grouped product takes them."""
     from transformers import AutoModelForCausalLM, AutoTokenizer

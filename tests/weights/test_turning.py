@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from harness.domains import adapt, all_tensors, content, load, logits, save_base
-from harness.models import FAMILY_OPTIONS
+from harness.families import MOSTLY_SLOW_FAMILIES
 from safetensors.torch import save_file
 
 from adept_ds.base.errors import InputError
@@ -79,7 +79,7 @@ def test_weights_that_cannot_be_computed_with_are_refused(tmp_path: Path) -> Non
 # --- whole models ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("model", sorted(FAMILY_OPTIONS))
+@pytest.mark.parametrize("model", MOSTLY_SLOW_FAMILIES)
 def test_at_0_it_computes_the_base_bit_for_bit_and_at_1_what_was_trained(tmp_path: Path, model: str) -> None:
     """In every family: logits of models as transformers loads them."""
     base, trained = adapted(tmp_path, model)

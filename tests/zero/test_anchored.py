@@ -2,28 +2,47 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from harness.anchor_worker import STEPS
 from harness.launching import launch
+from harness.marks import slow
 from harness.workspace import Workspace
 
 DOMAIN_PASSES = STEPS * 2
 """Of a rank: four sequences a step, one at a time on two ranks."""
 
 
+GROUPS = (("kl", "bf16"), ("neutral", "fp16"))
+"""At every commit, and slow: what is trained together."""
+
+
+class Found(dict[str, Any]):
+    """On two ranks, when it is asked for; under ZeRO-3 nothing stays gathered unless it is said."""
+
+    def __init__(self, workspace: Workspace, folder: Path) -> None:
+        super().__init__()
+        self._workspace, self._folder = workspace, folder
+
+    def __missing__(self, name: str) -> Any:
+        parts = next(group for group in GROUPS if name.partition(" ")[0] in group)
+        output = self._folder / parts[0] / "found.pt"
+        output.parent.mkdir()
+        result = launch(2, ["-m", "harness.anchor_worker", str(self._workspace.root), str(output), *parts])
+        assert result.returncode == 0, result.stderr[-4000:]
+        self.update(torch.load(output))
+        return self[name]
+
+
 @pytest.fixture(scope="module")
-def found(workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """On two ranks; under ZeRO-3 nothing stays gathered unless it is said."""
-    output = tmp_path_factory.mktemp("anchors") / "found.pt"
-    result = launch(2, ["-m", "harness.anchor_worker", str(workspace.root), str(output)])
-    assert result.returncode == 0, result.stderr[-4000:]
-    return dict(torch.load(output))
+def found(workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Found:
+    return Found(workspace, tmp_path_factory.mktemp("anchors"))
 
 
-@pytest.mark.parametrize("kind", ["kl", "neutral"])
+@pytest.mark.parametrize("kind", ["kl", slow("neutral")])
 @pytest.mark.parametrize("how", ["kept in part", "not kept"])
 def test_how_passes_are_done_changes_no_bit(found: dict[str, Any], kind: str, how: str) -> None:
     """Activations that are recomputed, frozen weights that stay gathered, and importances estimated between."""
@@ -33,7 +52,7 @@ def test_how_passes_are_done_changes_no_bit(found: dict[str, Any], kind: str, ho
     assert all(torch.equal(weight, other["trained"][name]) for name, weight in usual["trained"].items())
 
 
-@pytest.mark.parametrize("kind", ["kl", "neutral"])
+@pytest.mark.parametrize("kind", ["kl", slow("neutral")])
 def test_what_the_base_computes_is_computed_once(found: dict[str, Any], kind: str) -> None:
     """Three sequences a step, one by one on two ranks, which see five of them, and nothing, once at first: six passes
     at most. An anchored pass begins above the lowest layer. Seven sequences are probed, in batches of five and two.
@@ -43,7 +62,7 @@ def test_what_the_base_computes_is_computed_once(found: dict[str, Any], kind: st
     assert found[f"{kind} not kept"]["runs"] == DOMAIN_PASSES + STEPS * 2 + 3 + 1
 
 
-@pytest.mark.parametrize("what", ["bf16 neutral", "fp16 kl"])
+@pytest.mark.parametrize("what", ["bf16 neutral", slow("fp16 kl")])
 def test_in_half_precision_a_strong_anchor_holds(found: dict[str, Any], what: str) -> None:
     """It begins at nothing, up to rounding, and leaves less than a weak one; in fp16 losses are scaled as ever."""
     weak, strong = (found[f"{what} {weight:g}"]["anchors"] for weight in (1e-3, 1e3))

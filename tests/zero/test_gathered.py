@@ -5,16 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from harness.trainings import assert_bit_equal, frozen_hashes, hash_before_training, trained
+from harness.marks import slow
+from harness.trainings import Trainings, assert_bit_equal, frozen_hashes, hash_before_training
 from harness.workspace import Workspace
 
 
 @pytest.fixture(scope="module")
-def outcomes(workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return trained(workspace, tmp_path_factory.mktemp("lab"), "gathered")
+def outcomes(workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Trainings:
+    return Trainings(workspace, tmp_path_factory.mktemp("lab"), "gathered")
 
 
-@pytest.mark.parametrize("kind", ["kept", "kept_in_part"])
+@pytest.mark.parametrize("kind", ["kept", slow("kept_in_part")])
 def test_frozen_weights_that_stay_gathered_change_no_number(outcomes: dict[str, Any], kind: str) -> None:
     """Kept after the first of five steps, with three refreshes later; none is gathered a second time."""
     kept, frozen = outcomes[kind]["kept"]
@@ -24,5 +25,7 @@ def test_frozen_weights_that_stay_gathered_change_no_number(outcomes: dict[str, 
     assert_bit_equal(outcomes["plain"], outcomes[kind])
 
 
-def test_frozen_weights_that_stay_gathered_keep_their_hash(outcomes: dict[str, Any]) -> None:
+@pytest.mark.parametrize("kind", ["kept", slow("kept_in_part")])
+def test_frozen_weights_that_stay_gathered_keep_their_hash(outcomes: dict[str, Any], kind: str) -> None:
+    assert outcomes[kind]["frozen_hash"] == hash_before_training(outcomes)
     assert frozen_hashes(outcomes) == {hash_before_training(outcomes)}

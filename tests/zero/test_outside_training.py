@@ -5,16 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from harness.trainings import assert_bit_equal, frozen_hashes, hash_before_training, trained
+from harness.marks import slow
+from harness.trainings import Trainings, assert_bit_equal, frozen_hashes, hash_before_training
 from harness.workspace import Workspace
 
 
 @pytest.fixture(scope="module")
-def outcomes(workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return trained(workspace, tmp_path_factory.mktemp("lab"), "beside")
+def outcomes(workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Trainings:
+    return Trainings(workspace, tmp_path_factory.mktemp("lab"), "beside")
 
 
-@pytest.mark.parametrize("kind", ["", "recomputed_"])
+@pytest.mark.parametrize("kind", ["", slow("recomputed_")])
 def test_a_refresh_leaves_no_trace_in_training(outcomes: dict[str, Any], kind: str) -> None:
     """Three estimates between steps, multipliers unchanged: losses and weights are the same to the last bit."""
     quiet, probed = outcomes[kind.rstrip("_") or "plain"], outcomes[f"{kind}probed"]
@@ -23,7 +24,7 @@ def test_a_refresh_leaves_no_trace_in_training(outcomes: dict[str, Any], kind: s
     assert_bit_equal(quiet, probed)
 
 
-@pytest.mark.parametrize("kind", ["zero1", "zero2", "zero3", "zero3_offload", "recomputed"])
+@pytest.mark.parametrize("kind", [slow("zero1"), slow("zero2"), "zero3", slow("zero3_offload"), slow("recomputed")])
 def test_a_refresh_between_micro_batches_leaves_no_trace_in_training(outcomes: dict[str, Any], kind: str) -> None:
     """Twice within each of three steps of three micro-batches, with what was accumulated set aside."""
     quiet, probed = outcomes[kind], outcomes[f"{kind} within" if kind != "recomputed" else "recomputed_within"]
@@ -33,7 +34,7 @@ def test_a_refresh_between_micro_batches_leaves_no_trace_in_training(outcomes: d
     assert_bit_equal(quiet, probed)
 
 
-@pytest.mark.parametrize("name", ["zero2", "zero3"])
+@pytest.mark.parametrize("name", ["zero2", slow("zero3")])
 def test_in_bf16_online_importance_and_a_refresh_between_micro_batches_leave_no_trace(
     outcomes: dict[str, Any], name: str
 ) -> None:
@@ -56,7 +57,7 @@ def test_activation_checkpointing_changes_no_number(outcomes: dict[str, Any]) ->
     assert_bit_equal(outcomes["plain"], outcomes["recomputed"])
 
 
-@pytest.mark.parametrize(("kind", "cached"), [("cached", 3), ("cached_in_part", 2)])
+@pytest.mark.parametrize(("kind", "cached"), [("cached", 3), slow("cached_in_part", 2)])
 def test_replaying_the_frozen_layers_below_changes_no_number(outcomes: dict[str, Any], kind: str, cached: int) -> None:
     """Seven probe blocks in global batches of five and two, in twos on two ranks: three micro-batches a rank.
 
@@ -67,7 +68,7 @@ def test_replaying_the_frozen_layers_below_changes_no_number(outcomes: dict[str,
     assert_bit_equal(outcomes["plain"], outcomes[kind])
 
 
-@pytest.mark.parametrize("name", ["zero2", "zero3"])
+@pytest.mark.parametrize("name", ["zero2", slow("zero3")])
 def test_loss_scaling_does_not_show_in_importances(outcomes: dict[str, Any], name: str) -> None:
     """Neither one that is right nor one at which gradients overflow; 2% for half precision, next to fp32."""
     right, overflowing = outcomes[f"overflow {name}"]["importances"]
@@ -75,11 +76,14 @@ def test_loss_scaling_does_not_show_in_importances(outcomes: dict[str, Any], nam
     assert overflowing == pytest.approx(right, rel=0.02)
 
 
-@pytest.mark.parametrize("name", ["zero2", "zero3"])
+@pytest.mark.parametrize("name", ["zero2", slow("zero3")])
 def test_training_keeps_its_loss_scale_and_skips_a_step_that_overflows(outcomes: dict[str, Any], name: str) -> None:
     assert outcomes[f"overflow {name}"]["scale_after"] == 2.0**40
     assert not outcomes[f"overflow {name}"]["moved"]
 
 
-def test_frozen_weights_keep_their_hash(outcomes: dict[str, Any]) -> None:
+@pytest.mark.parametrize("of", ["plain", slow("zero3_offload")])
+def test_frozen_weights_keep_their_hash(outcomes: dict[str, Any], of: str) -> None:
+    """Of all that were trained together with this."""
+    assert outcomes[of]["frozen_hash"] == hash_before_training(outcomes)
     assert frozen_hashes(outcomes) == {hash_before_training(outcomes)}
