@@ -22,7 +22,7 @@ from adept_ds.config.layer_sections import ExpandSection, ProbeSection
 from adept_ds.config.logging_section import LoggingSection
 from adept_ds.config.method import without_effect
 from adept_ds.config.paths import ModelName, UserPath
-from adept_ds.config.presets import known_preset, with_defaults
+from adept_ds.config.presets import PRESETS, SWITCHED, known_preset, with_defaults
 from adept_ds.config.rate_sections import ImportanceSection, LrPolicySection
 from adept_ds.config.section import Section
 from adept_ds.config.train_sections import ExportSection, TrainSection
@@ -45,8 +45,8 @@ class Config(Section):
     )
     preset: Annotated[str, AfterValidator(known_preset)] | None = Field(
         None,
-        description="defaults of the whole configuration, under your own keys: paper, ADEPT as it was published; see "
-        "docs/methods.md",
+        description="defaults of the whole configuration, under your own keys: recommended, or paper, ADEPT as it was "
+        "published; see docs/methods.md",
     )
     method: AnyMethod = Field(
         default_factory=lambda: known_methods()[DEFAULT_METHOD].model_validate({"name": DEFAULT_METHOD}),
@@ -97,7 +97,8 @@ class Config(Section):
             tree["probe"] = {key: value for key, value in tree["probe"].items() if key not in _KEYS_OF_DELTAS}
         if self.dial is not None and not self.method.makes_copies:
             tree["dial"] = {key: value for key, value in tree["dial"].items() if key not in _DIAL_OF_COPIES}
-        absent = {key for key in ("preset", "dial", "anchor", "guard") if getattr(self, key) is None}
+        said = PRESETS[self.preset] if self.preset else {}  # where a null says that it is not so
+        absent = {key for key in ("preset", *SWITCHED) if getattr(self, key) is None and key not in said}
         unused = without_effect(self.method) | absent
         return {key: value for key, value in tree.items() if key not in unused}
 
@@ -162,7 +163,7 @@ class Config(Section):
             if not getattr(self.data, key):
                 raise ValueError(
                     f"dial: chooses by losses on general and on domain text, but data.{key} is empty: list held-out "
-                    "files there, or remove the section dial"
+                    "files there, or write dial: null"
                 )
         if self.eval.dial:
             raise ValueError(
@@ -184,7 +185,7 @@ class Config(Section):
             if not getattr(self.data, key):
                 raise ValueError(
                     f"guard: measures losses on general and on domain text, but data.{key} is empty: list held-out "
-                    "files there, or remove the section guard"
+                    "files there, or write guard: null"
                 )
         if not self.train.eval_every:
             raise ValueError(

@@ -15,6 +15,8 @@ from adept_ds.config.presets import PRESETS
 
 BASE = {"model": "m", "run_dir": "r", "data": {"replay": ["g.jsonl"]}}
 PAPER = BASE | {"preset": "paper"}
+HELD_OUT = {"general_eval": ["h.jsonl"], "domain_eval": ["d.jsonl"]}
+RECOMMENDED = BASE | {"preset": "recommended", "data": HELD_OUT}
 
 
 def dumped(tree: dict[str, Any]) -> dict[str, Any]:
@@ -35,13 +37,32 @@ def test_the_paper_is_as_it_was_published() -> None:
     assert (policy.min_multiplier, policy.max_multiplier) == (0.0, None)
 
 
-def test_every_key_of_a_preset_stands_in_the_dump_which_names_it() -> None:
-    found = dumped(PAPER)
-    assert found["preset"] == "paper"
-    for section, values in PRESETS["paper"].items():
+def test_what_is_recommended_is_what_was_ahead() -> None:
+    """docs/evidence.md"""
+    config = parse_config(RECOMMENDED)
+    assert (config.method.name, config.lr_policy.map) == ("adept", "constant")
+    assert (config.expand.k, config.expand.choose, config.expand.spare_top) == (8, "uniform", 2)
+    assert config.anchor is not None and config.anchor.kind == "kl"
+    assert config.dial is not None and config.dial.max_general_rise == 0.0
+
+
+@pytest.mark.parametrize("tree", [PAPER, RECOMMENDED], ids=["paper", "recommended"])
+def test_every_key_of_a_preset_stands_in_the_dump_which_names_it(tree: dict[str, Any]) -> None:
+    found = dumped(tree)
+    assert found["preset"] == tree["preset"]
+    for section, values in PRESETS[tree["preset"]].items():
         if section != "method":
             assert values.items() <= found[section].items(), section
     assert "preset" not in dumped(BASE)
+
+
+@pytest.mark.parametrize("section", ["dial", "anchor"])
+def test_null_switches_off_what_a_preset_switches_on_and_stays_in_the_dump(section: str) -> None:
+    config = parse_config(RECOMMENDED | {section: None})
+    assert getattr(config, section) is None
+    assert yaml.safe_load(dump_config(config))[section] is None
+    assert parse_config(yaml.safe_load(dump_config(config))) == config
+    assert section not in dumped(BASE)
 
 
 @pytest.mark.parametrize(
@@ -85,17 +106,20 @@ def test_overrides_are_the_users_own(tmp_path: Path) -> None:
     assert (config.preset, config.expand.k, config.lr_policy.map, config.importance.every) == ("paper", 2, "rank", 500)
 
 
+@pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("method", known_methods())
 @pytest.mark.parametrize(
     "mine",
     [{}, {"expand": {"layers": [1]}}, {"lr_policy": {"map": "step", "low": 0.5}}, {"train": {"steps": 3}}],
     ids=lambda mine: next(iter(mine), "nothing"),
 )
-def test_a_dumped_configuration_is_read_back_the_same_whatever_the_method(method: str, mine: dict[str, Any]) -> None:
+def test_a_dumped_configuration_is_read_back_the_same_whatever_the_method(
+    preset: str, method: str, mine: dict[str, Any]
+) -> None:
     """Sections that a method does not look at have nothing of the preset, or they would be refused."""
-    data = {"replay": ["g.jsonl"]} if method in ("adept", "replay") else {}
+    data = HELD_OUT | ({"replay": ["g.jsonl"]} if method in ("adept", "replay") else {})
     sections = known_methods()[method].sections
-    tree = {"model": "m", "run_dir": "r", "preset": "paper", "method": method, "data": data}
+    tree = {"model": "m", "run_dir": "r", "preset": preset, "method": method, "data": data}
     tree |= {section: keys for section, keys in mine.items() if section == "train" or section in sections}
     config = parse_config(tree)
     again = parse_config(yaml.safe_load(dump_config(config)))
@@ -120,7 +144,8 @@ def test_another_preset_is_another_entry(monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize(
     ("tree", "words"),
     [
-        pytest.param({"preset": "recommended"}, ["preset: 'recommended' is no preset", "paper"], id="not there yet"),
+        pytest.param({"preset": "best"}, ["preset: 'best' is no preset", "paper or recommended"], id="no such word"),
+        pytest.param({"preset": "recommended"}, ["data.general_eval is empty", "dial: null"], id="nothing held out"),
         pytest.param({"preset": "official"}, ["preset: 'official' is no preset", "paper"], id="a word of lr_policy"),
         pytest.param({"preset": ["paper"]}, ["preset: ['paper']", "a text"], id="a list"),
         pytest.param({"preset": {"name": "paper"}}, ["preset: {'name': 'paper'}", "a text"], id="a section"),
