@@ -12,6 +12,7 @@ import os
 import re
 import time
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -26,7 +27,7 @@ Records = Sequence[Mapping[str, Any]]
 """Lines of metrics.jsonl."""
 
 
-class Tracker:
+class Tracker(ABC):
     """One of them.
 
     Args:
@@ -47,17 +48,17 @@ class Tracker:
         """By which it will know the run; empty where the tracker says it in `begin`."""
         return ""
 
+    @abstractmethod
     def begin(self, name: str) -> str:
         """Open the run of this name, or a new one; its name."""
-        raise NotImplementedError
 
+    @abstractmethod
     def send(self, records: Records) -> None:
         """Tell what is new, in its order."""
-        raise NotImplementedError
 
+    @abstractmethod
     def end(self, how: How) -> None:
         """Everything was told."""
-        raise NotImplementedError
 
 
 class Wandb(Tracker):
