@@ -76,7 +76,7 @@ def _offloading(least: Candidate, memory: Memory) -> Iterator[str]:
     if not least.zero.optimizer_on_host and states > memory.peak / 10:
         yield f"use ds_configs/zero3_offload.json, which moves {in_gb(states)} to the host"
     elif least.stage == 3 and not least.zero.weights_on_host and weights > memory.peak / 10:
-        yield f"use ds_configs/zero3_offload_params.json, which moves {in_gb(weights)} more to the host"
+        yield f"use ds_configs/zero3_offload_params.json, which moves {in_gb(weights)} to the host"
 
 
 def _gpus_that_fit(task: Task, cluster: Cluster) -> int | None:

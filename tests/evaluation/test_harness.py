@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 import time
-from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +14,7 @@ import yaml
 from harness.complaints import assert_one_line
 from harness.launching import adept
 from harness.models import save_tiny_model
+from harness.own_task import needs_lm_eval
 from harness.packing import write_records
 from harness.questions import made_up_questions
 
@@ -22,10 +22,7 @@ from adept_ds.base.errors import StopRequestedError
 from adept_ds.evaluation import harness
 from adept_ds.evaluation.harness import HarnessRequest, HarnessResult, run_harness
 
-pytestmark = pytest.mark.skipif(
-    any(find_spec(package) is None for package in ("lm_eval", "evaluate", "peft")),
-    reason="the extra is not installed: pip install -e '.[eval]'",
-)
+pytestmark = needs_lm_eval
 
 COUNT = 50
 
