@@ -43,11 +43,14 @@ class Place:
     tmp: Path
     started: list[RankProcess] = field(default_factory=list)
     ports: list[int] = field(default_factory=list)
+    before: set[str] = field(default_factory=set)
+    """In memory already when a port was taken: of whoever had the same port earlier and was killed."""
 
     def start(self, *arguments: object, ranks: int = 1, before: str = "", **env: str) -> list[RankProcess]:
         """`adept ARGUMENTS`; `before`: Python to run first."""
         words = ["-c", PROGRAM.format(before), *map(str, arguments)]
         port, env = free_port(), {"TMPDIR": str(self.tmp)} | env
+        self.before |= in_memory(port)
         self.ports.append(port)
         processes = [RankProcess(words, rank_environment(rank, ranks, port) | env, self.cwd) for rank in range(ranks)]
         self.started += processes
@@ -67,9 +70,14 @@ class Place:
 
         Torch makes a directory among temporary files, once for all processes of a user.
         """
-        shared = {str(path) for port in self.ports for path in Path("/dev/shm").glob(f"*_127.0.0.1_{port}_*")}
+        shared = set().union(*map(in_memory, self.ports)) - self.before
         found = {path for path in files_under(self.cwd, self.tmp) if not Path(path).name.startswith("torchinductor_")}
         return found | shared
+
+
+def in_memory(port: int) -> set[str]:
+    """Memory that DeepSpeed shares among the ranks that meet at a port of this host."""
+    return {str(path) for path in Path("/dev/shm").glob(f"*_127.0.0.1_{port}_*")}
 
 
 def ended(processes: list[RankProcess]) -> tuple[list[int | None], str, str]:
