@@ -173,7 +173,7 @@ class _Session:
         from adept_ds.study.running import StudyState
 
         data = plan.example(self._checked.variants[0]).data
-        overlaps = overlaps_of(plan.texts, data, plan.directory.data, plan.identity, self._terminal)
+        overlaps = overlaps_of(plan.texts, plan.other_texts, data, plan.directory.data, plan.identity, self._terminal)
         return StudyState(plan, self._scale, overlaps, self._only)
 
     def _use_known_rates(self, plan: Plan, *, required: bool = True) -> None:

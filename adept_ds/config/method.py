@@ -34,6 +34,8 @@ class MethodSection(Section):
     """Values that it gives to keys of other sections, by section; no others may be given there."""
     needs_general_text: ClassVar[bool] = False
     """Whether it reads `probe.corpus` for more than choosing layers."""
+    estimates_again: ClassVar[bool] = False
+    """Whether it estimates importances anew every `importance.every` steps, without `lr_policy`."""
     replays: ClassVar[bool] = False
     """Whether it cannot do without `data.replay`."""
 

@@ -47,6 +47,7 @@ class Parenting(WholeModel):
 
     sections = frozenset({"importance"})
     needs_general_text: ClassVar[bool] = True
+    estimates_again: ClassVar[bool] = True
 
     def check(self, config: Config) -> None:
         if config.importance.source != "corpus":

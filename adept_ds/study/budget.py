@@ -59,7 +59,8 @@ def tokens_per_step(config: Config) -> int:
 
 def refreshed_every(config: Config) -> int | None:
     """Steps between refreshes; None where there are none."""
-    return config.importance.every if config.refreshes and config.importance.source == "corpus" else None
+    refreshes = config.method.estimates_again or (config.refreshes and config.importance.source == "corpus")
+    return config.importance.every if refreshes else None
 
 
 def steps_of(budget: Budget, config: Config, origin: str, rate: Rate | None = None) -> int:
@@ -94,6 +95,6 @@ def steps_of(budget: Budget, config: Config, origin: str, rate: Rate | None = No
 def scaled(budget: Budget, factor: float) -> Budget:
     """Of a larger machine."""
     if budget.tokens is not None:
-        return Budget(tokens=max(1, round(budget.tokens * factor)))
+        return budget.model_copy(update={"tokens": max(1, round(budget.tokens * factor))})
     assert budget.seconds is not None
-    return Budget(seconds=budget.seconds * factor)
+    return budget.model_copy(update={"seconds": budget.seconds * factor})

@@ -18,15 +18,25 @@ from adept_ds.study.splitting import documents_of
 from adept_ds.study.texts import Texts
 
 
-def overlaps_of(texts: Texts, data: DataSection, folder: Path, identity: Identity, terminal: Terminal) -> list[str]:
+def overlaps_of(
+    texts: Texts,
+    others: Mapping[str, CorpusSource],
+    data: DataSection,
+    folder: Path,
+    identity: Identity,
+    terminal: Terminal,
+) -> list[str]:
     """A sentence for each pair of sources that have documents in common.
+
+    Args:
+        others: that single methods or settings read (see `roles.texts_of_variants`).
 
     All texts are read for this once; what was found is kept in `folder`.
     """
     held_out = {source.title: source for source in (*texts.domain_eval, *texts.general_eval)}
     trained = {f"{source.title} (trained on)": source for source in texts.train}
     general = {f"{source.title} (replayed, probed)": source for source in texts.general}
-    sources = trained | general | held_out
+    sources = trained | general | dict(others) | held_out
     made_of = {name: identity.corpus(name, [source]) for name, source in sources.items()}
     known = folder / f"overlaps_{json_digest([made_of, reading_settings(data)])[:12]}.json"
     if not known.is_file():

@@ -21,7 +21,7 @@ from adept_ds.run.progress import StageProgress
 from adept_ds.study.budget import Rate, scaled, steps_of
 from adept_ds.study.cells import Cell, make_cell
 from adept_ds.study.directory import CELL_RECORD, StudyDirectory
-from adept_ds.study.roles import check_roles, uses_of, uses_of_variants
+from adept_ds.study.roles import check_roles, texts_of_variants, uses_of, uses_of_variants
 from adept_ds.study.schema import Study
 from adept_ds.study.splitting import split_domain
 from adept_ds.study.texts import Texts, texts_of
@@ -107,11 +107,14 @@ class Plan:
         """Raises `InputError`: a text has two roles, or the domain cannot be split."""
         self.checked, self.study = checked, checked.study
         self._identity = Identity(FileDigests(self.directory.digests), StageProgress(terminal, stop, Ranks()))
-        own = uses_of_variants(self.study, [(variant, self.example(variant)) for variant in checked.variants])
+        examples = [(variant, self.example(variant)) for variant in checked.variants]
+        own = uses_of_variants(self.study, examples)
         check_roles([*uses_of(self.study), *own], self._identity.digests)
         first = self.example(checked.variants[0])
         split = split_domain(self.study.domain, first.data, self.directory.data, self._identity, terminal)
         self.texts: Texts = texts_of(self.study, split)
+        self.other_texts = texts_of_variants(self.study, examples)
+        """That one of them alone probes, replays or is anchored to."""
         self.rates: Mapping[str, Rate] = {}
         """Of variants by name; for equal time they are measured before cells are asked for."""
         self._cells = dict[tuple[str, float, int], Cell]()

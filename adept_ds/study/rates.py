@@ -121,6 +121,7 @@ def _timed_config(plan: Plan, variant: Variant) -> Config:
     tree["run_dir"] = str(plan.directory.rates / slug(variant.name))
     tree["data"] |= {"general_eval": [], "domain_eval": []}
     tree["eval"] = {}
+    tree["guard"] = None  # it looks at held-out text
     tree["train"] |= {"checkpoint_every": WARM_UP + MEASURED, "eval_every": WARM_UP + MEASURED}
     if (every := refreshed_every(config)) is not None:
         tree["importance"]["every"] = min(every, (WARM_UP + MEASURED) // 2)

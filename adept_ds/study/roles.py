@@ -9,7 +9,7 @@ from pathlib import Path
 
 from adept_ds.base.digests import FileDigests
 from adept_ds.base.errors import InputError
-from adept_ds.config.corpus_entries import CorpusFiles, corpus_sources
+from adept_ds.config.corpus_entries import CorpusFiles, CorpusSource, corpus_sources
 from adept_ds.config.corpus_files import find_files
 from adept_ds.config.layer_sections import Stability
 from adept_ds.config.schema import Config
@@ -56,6 +56,18 @@ def uses_of_variants(study: Study, examples: Sequence[tuple[Variant, Config]]) -
         for key, corpus in _general_texts(config).items()
         if corpus_sources(corpus) != shared
     ]
+
+
+def texts_of_variants(study: Study, examples: Sequence[tuple[Variant, Config]]) -> dict[str, CorpusSource]:
+    """Sources that methods and settings name beside those of the study, each once, by what they are and for whom."""
+    found, known = dict[str, CorpusSource](), list(texts_of(study).general)
+    for variant, config in examples:
+        for key, corpus in _general_texts(config).items():
+            for source in corpus_sources(corpus):
+                if source not in known:
+                    known.append(source)
+                    found[f"{source.title} ({key} of {variant.name})"] = source
+    return found
 
 
 def check_roles(uses: Sequence[Use], digests: FileDigests) -> None:

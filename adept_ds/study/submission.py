@@ -22,6 +22,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from adept_ds.base.errors import AdeptError, InputError
 from adept_ds.base.files import write_text
 from adept_ds.base.records import Record
+from adept_ds.ranks.start_scripts import sbatch_line
 from adept_ds.study.cells import Cell
 from adept_ds.study.running import StudyState, begin
 
@@ -182,8 +183,7 @@ def _write_script(state: StudyState) -> Path:
                       trim_blocks=True, keep_trailing_newline=True)  # fmt: skip
     text = env.get_template("study.sbatch.j2").render(
         script=script,
-        output=folder / "%x-%A_%a.out",
-        options=plan.study.slurm.options,
+        options=list(map(sbatch_line, [f"--output={folder / '%x-%A_%a.out'}", *plan.study.slurm.options])),
         python=shlex.quote(sys.executable),
         study=shlex.quote(str(folder / _STUDY)),
         arguments=list(map(shlex.quote, arguments)),

@@ -28,6 +28,7 @@ _DECIDED = {
     "train.lr": "learning_rates",
     "train.seed": "seeds",
     "train.steps": "budget",
+    "dial": "dial",
     "eval.dial": "dial",
     "eval.tasks": "evaluation.tasks",
     "eval.lm_eval": "evaluation.lm_eval",
@@ -75,6 +76,7 @@ class Variant:
             "train.lr": lr,
             "train.seed": seed,
             "train.steps": steps,
+            "dial": None,  # a preset's too: a cell would be turned by documents that the study reports
             "eval.dial": list(study.dial),
             "eval.tasks": list(map(str, study.evaluation.tasks)),
             "eval.lm_eval": list(study.evaluation.lm_eval),
@@ -89,6 +91,11 @@ class Variant:
         if (config.needs_probe or config.reads_general_text) and not config.probe.corpus:
             _put(tree, "probe.corpus", self._general(texts))
             config = parse_config(tree, self.origin)
+        if config.guard is not None and config.guard.action != "warn":
+            raise InputError(
+                f"{self.origin}: guard.action: {config.guard.action} would choose rates or checkpoints by documents "
+                "that the study reports; set it to warn, or remove guard"
+            )
         return config
 
     @property

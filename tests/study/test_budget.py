@@ -55,6 +55,14 @@ def test_a_method_that_prepares_gets_fewer_steps() -> None:
     assert steps_of(Budget(seconds=60.0), adept, "adept", costly) == 40  # 10 + 40 + one refresh of 5; 41 would be two
 
 
+def test_roles_of_parenting_are_found_again_and_take_time() -> None:
+    probe = {"corpus": ["general.jsonl"]}
+    data = {"seq_len": 256, "domain": ["domain.jsonl"]}
+    parenting = config(method="parenting", importance={"every": 20}, probe=probe, data=data)
+    assert refreshed_every(parenting) == 20
+    assert refreshed_every(config(method="full")) is None
+
+
 def test_time_that_is_gone_before_the_first_step_is_refused() -> None:
     rate = Rate(step_seconds=2.0, probe_seconds=59.0)
     with pytest.raises(InputError, match=r"budget.seconds: 60 leaves it without a step: 59.0 s go by"):
@@ -64,3 +72,4 @@ def test_time_that_is_gone_before_the_first_step_is_refused() -> None:
 def test_a_larger_machine_gets_more_of_the_same() -> None:
     assert scaled(Budget(tokens=61_440), 1000) == Budget(tokens=61_440_000)
     assert scaled(Budget(seconds=60.0), 0.5) == Budget(seconds=30.0)
+    assert scaled(Budget(tokens=10, measure_rates=True), 2) == Budget(tokens=20, measure_rates=True)

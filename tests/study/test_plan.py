@@ -204,10 +204,36 @@ def test_held_out_documents_that_are_elsewhere_are_told(study: TinyStudy) -> Non
     lines = (study.root / "general.jsonl").read_text().splitlines()[:3]
     test.write_text("\n".join([*test.read_text().splitlines(), *lines]) + "\n")
     plan = plan_of(study)
-    data = plan.example(plan.checked.variants[0]).data
     for _ in range(2):  # the second time from what was kept
-        found = overlaps_of(plan.texts, data, plan.directory.data, plan.identity, Terminal(None))
+        found = overlaps_in(plan)
         assert found == ["3 of 23 documents of test/general_test are in general (replayed, probed) too, word for word."]
+
+
+def overlaps_in(plan: Plan) -> list[str]:
+    data = plan.example(plan.checked.variants[0]).data
+    return overlaps_of(plan.texts, plan.other_texts, data, plan.directory.data, plan.identity, Terminal(None))
+
+
+def test_held_out_documents_that_one_setting_alone_reads_are_told(study: TinyStudy) -> None:
+    test, other = study.root / "general_test.jsonl", study.root / "other.jsonl"
+    other.write_text("\n".join(test.read_text().splitlines()[:2]) + "\n")
+    setting = {"label": "other", "set": {"probe.corpus": [str(other)]}, "methods": ["adept"]}
+    known = "documents of test/general_test are in other (probe.corpus of adept (other)) too, word for word."
+    assert overlaps_in(plan_of(study, settings=[setting])) == [f"2 of 20 {known}"]
+
+
+def test_nothing_but_the_study_turns_a_model_or_chooses_its_checkpoint(study: TinyStudy) -> None:
+    """Else documents that are reported would have chosen."""
+    with pytest.raises(InputError, match=r"base: dial is decided by the study; remove it, and say it in 'dial'"):
+        plan_of(study, base=study.tree()["base"] | {"dial": {"max_general_rise": 0.0}})
+    base = study.tree()["base"] | {"preset": "recommended", "expand": {"k": 1}}
+    plan = plan_of(study, base=base, methods=["adept"], reference="adept", dial=[])
+    assert all(cell.config.dial is None and cell.config.anchor is not None for cell in plan.search)
+    for guard in ({"action": "stop"}, {"action": "slow"}):
+        with pytest.raises(InputError, match=rf"guard.action: {guard['action']} would choose rates or checkpoints"):
+            plan_of(study, base=study.tree()["base"] | {"guard": guard})
+    plan = plan_of(study, base=study.tree()["base"] | {"guard": {"action": "warn"}})
+    assert plan.search[0].config.guard is not None
 
 
 def test_a_dry_run_tells_what_would_be_run(study: TinyStudy) -> None:
