@@ -16,6 +16,17 @@ die() {
   exit 2
 }
 
+# Sets `offered`: the numbers in CUDA_VISIBLE_DEVICES; none where it is not set, or nobody looks at it.
+read_offered() {
+  offered=()
+  [[ "${DS_ACCELERATOR:-}" != cpu && -n "${CUDA_VISIBLE_DEVICES+set}" ]] || return 0
+  [[ -n "$CUDA_VISIBLE_DEVICES" ]] \
+    || die "CUDA_VISIBLE_DEVICES='' hides all devices; unset it, or set DS_ACCELERATOR=cpu"
+  [[ "$CUDA_VISIBLE_DEVICES" =~ ^[0-9]+(,[0-9]+)*$ ]] \
+    || die "CUDA_VISIBLE_DEVICES='$CUDA_VISIBLE_DEVICES' is not a list of numbers such as 0,1, which deepspeed needs"
+  IFS=, read -ra offered <<<"$CUDA_VISIBLE_DEVICES"
+}
+
 # Sets `python`: the active environment's, else this checkout's .venv, else what PATH has.
 find_python() {
   local environment="${VIRTUAL_ENV:-${CONDA_PREFIX:-$repo/.venv}}"

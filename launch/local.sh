@@ -33,12 +33,10 @@ has_accelerator() {
 
 # deepspeed ignores CUDA_VISIBLE_DEVICES beside --num_gpus and would take devices that the user did not offer.
 choose_devices() {
-  local offered
+  local offered=()
   devices=(--num_gpus "$num_ranks")
-  if [[ "${DS_ACCELERATOR:-}" != cpu && -n "${CUDA_VISIBLE_DEVICES:-}" ]]; then
-    [[ "$CUDA_VISIBLE_DEVICES" =~ ^[0-9]+(,[0-9]+)*$ ]] \
-      || die "CUDA_VISIBLE_DEVICES='$CUDA_VISIBLE_DEVICES' is not a list of numbers such as 0,1, which deepspeed needs"
-    IFS=, read -ra offered <<<"$CUDA_VISIBLE_DEVICES"
+  read_offered
+  if ((${#offered[@]})); then
     ((num_ranks <= ${#offered[@]})) \
       || die "NUM_RANKS=$num_ranks is more than CUDA_VISIBLE_DEVICES='$CUDA_VISIBLE_DEVICES' offers"
     devices=(--include "localhost:$(IFS=,; printf '%s' "${offered[*]:0:num_ranks}")")

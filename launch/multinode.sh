@@ -15,6 +15,7 @@
 #   ADEPT_PYTHON            the Python to use, on every host (default: the active environment's, else .venv in this
 #                           checkout)
 #   ADEPT_EXPORT            more names of variables that the ranks need, separated by spaces
+#   CUDA_VISIBLE_DEVICES    the devices to use on every host, as numbers; the first N of them
 #   DS_ENV_FILE             file of NAME=value lines for the ranks (default .deepspeed_env, here and in the home
 #                           directory)
 #   MASTER_ADDR             address of the first host (default: at which ssh reaches it from here)
@@ -30,7 +31,8 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 # Sets `hosts`, and `world`, which deepspeed's launcher takes: {"host": [0, 1], ...}.
 read_hostfile() {
-  local line host slots number=0
+  local line host slots number=0 offered=() devices
+  read_offered
   [[ -r "$1" ]] || die "hostfile '$1' does not exist; write one line 'host slots=N' for each host"
   while IFS= read -r line || [[ -n "$line" ]]; do
     number=$((number + 1))
@@ -40,7 +42,13 @@ read_hostfile() {
     host="${BASH_REMATCH[1]}" slots="${BASH_REMATCH[2]}"
     [[ " ${hosts[*]} " != *" $host "* ]] || die "$1:$number: host '$host' is there twice; give it one line"
     hosts+=("$host")
-    world+="${world:+, }\"$host\": [$(seq -s, 0 $((slots - 1)))]"
+    devices="$(seq -s, 0 $((slots - 1)))"
+    if ((${#offered[@]})); then
+      ((slots <= ${#offered[@]})) \
+        || die "$1:$number: slots=$slots is more than CUDA_VISIBLE_DEVICES='$CUDA_VISIBLE_DEVICES' offers"
+      devices="$(IFS=,; printf '%s' "${offered[*]:0:slots}")"
+    fi
+    world+="${world:+, }\"$host\": [$devices]"
   done <"$1"
   ((${#hosts[@]})) || die "hostfile '$1' names no host; write one line 'host slots=N' for each host"
   world="{$world}"

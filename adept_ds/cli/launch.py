@@ -17,6 +17,17 @@ from adept_ds.config.loading import load_config
 from adept_ds.config.resolved import resolve
 from adept_ds.ranks.start_scripts import Scheduler, Start, script_of
 
+_SAID_ELSEWHERE = {
+    "nodes": "say it by --nodes",
+    "ntasks": "say it by --nodes and --gpus-per-node, or --ranks-per-node",
+    "ntasks-per-node": "say it by --gpus-per-node, or --ranks-per-node without GPUs",
+    "gpus": "say it by --nodes and --gpus-per-node",
+    "gpus-per-node": "say it by --gpus-per-node",
+    "gpus-per-task": "a rank has one; say how many by --gpus-per-node",
+    "chdir": "run adept launch in that directory",
+}
+"""Options of sbatch that decide how many ranks there are, or what relative paths mean."""
+
 
 def launch(
     config: ConfigArg,
@@ -42,6 +53,11 @@ def launch(
         if not option.startswith("--") or "\n" in option:
             raise InputError(
                 f"--sbatch: '{option}' is no long option of sbatch; write it as in --sbatch=--time=08:00:00"
+            )
+        name = option.removeprefix("--").partition("=")[0]
+        if name in _SAID_ELSEWHERE:
+            raise InputError(
+                f"--sbatch: '{option}' would change what the configuration was checked for; {_SAID_ELSEWHERE[name]}"
             )
     if submit and scheduler is Scheduler.TORCHRUN and nodes > 1:
         raise InputError("--submit: torchrun has to be started on every host; print the script, and start it there")

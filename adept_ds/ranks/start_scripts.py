@@ -91,6 +91,7 @@ def script_of(scheduler: Scheduler, start: Start) -> str:
     return env.get_template(f"{scheduler.value}.sh.j2").render(
         size=start.size,
         nodes=start.nodes,
+        named=bool(start.hosts),
         per_node=start.per_node,
         hosts=list(map(shlex.quote, hosts)),
         slots=[shlex.quote(f"{host}:{start.per_node}") for host in hosts],
@@ -134,9 +135,21 @@ def _with_options(text: str, options: Mapping[str, str]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def sbatch_line(option: str) -> str:
+    """'#SBATCH --name=value'. sbatch ends a value at a space and a line at '#', unless they are quoted, and takes what
+    is behind a backslash as it is.
+
+    Args:
+        option: '--name=value', with any value, or '--name'.
+    """
+    name, equals, value = option.partition("=")
+    if re.search(r"[^\w@%+:,./=\[\]-]", value):
+        value = '"' + re.sub(r'(["\\])', r"\\\1", value) + '"'
+    return f"#SBATCH {name}{equals}{value}"
+
+
 def _option(name: str, value: str) -> str:
-    shown = f'"{value}"' if re.search(r"\s", value) else value
-    return f"#SBATCH --{name}={shown}" if value else f"#SBATCH --{name}"
+    return sbatch_line(f"--{name}={value}" if value else f"--{name}")
 
 
 def _exports(start: Start) -> list[str]:

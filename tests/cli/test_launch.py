@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -95,6 +96,23 @@ def test_a_slurm_script_has_its_arguments_inside(tmp_path: Path) -> None:
     assert shown == [str(tmp_path / "python"), str(tmp_path / "my config.yaml"), "data.domain=[a,$b]"]
 
 
+@pytest.mark.parametrize("name", ["plain", "a b", 'a "b"', "it's", "#7", "back\\slash", "[1]$x"])
+def test_whatever_a_directory_is_called_sbatch_reads_it(name: str, tmp_path: Path) -> None:
+    """It takes words as a shell does: quotes, backslashes, and the rest of a line behind '#' for a comment."""
+    script = script_of(Scheduler.SLURM, start(tmp_path, directory=tmp_path / name))
+    (line,) = (line for line in sbatch_lines(script) if "--chdir" in line)
+    assert shlex.split(line.removeprefix("#SBATCH"), comments=True) == [f"--chdir={tmp_path / name}"]
+
+
+def test_torchrun_starts_on_the_one_host_that_is_named(tmp_path: Path) -> None:
+    script = script_of(Scheduler.TORCHRUN, start(tmp_path, nodes=1, hosts=["node2"]))
+    words = started(script, tmp_path, "python", MASTER_PORT="29500")["arguments"]
+    assert isinstance(words, list)
+    assert words[2:6] == ["--nnodes", "1", "--node_rank", "0"]
+    with pytest.raises(AssertionError, match="is this host one of node7"):
+        started(script_of(Scheduler.TORCHRUN, start(tmp_path, nodes=1, hosts=["node7"])), tmp_path, "python")
+
+
 def test_mpi_starts_all_ranks_once(tmp_path: Path) -> None:
     script = script_of(Scheduler.MPI, start(tmp_path, gpus_per_node=0))
     found = started(script, tmp_path, "mpirun", NCCL_DEBUG="WARN")
@@ -125,6 +143,7 @@ def test_torchrun_knows_each_host_by_its_name(tmp_path: Path) -> None:
     ("nodes", "hosts", "expected"),
     [
         (1, (), ["local.sh", "4", "run"]),
+        (1, ("node1",), ["multinode.sh", "node1 slots=4\n", "run"]),
         (2, ("node1", "node2"), ["multinode.sh", "node1 slots=4\nnode2 slots=4\n", "run"]),
     ],
 )
@@ -160,6 +179,12 @@ def test_without_a_checkout_one_line_says_so(tmp_path: Path, monkeypatch: pytest
         (["--gpus-per-node", "4", "--ranks-per-node", "2"], "--ranks-per-node: 2 does not fit --gpus-per-node 4"),
         (["--scheduler", "mpi", "--sbatch=--time=1"], "--sbatch: '--time=1' goes with --scheduler slurm"),
         (["--sbatch=-p gpu"], "--sbatch: '-p gpu' is no long option"),
+        (
+            ["--sbatch=--nodes=4"],
+            "--sbatch: '--nodes=4' would change what the configuration was checked for; say it by",
+        ),
+        (["--sbatch=--ntasks-per-node=3"], "say it by --gpus-per-node, or --ranks-per-node without GPUs"),
+        (["--sbatch=--chdir=/"], "run adept launch in that directory"),
         (["--gpus-per-node", "5"], "train.global_batch_size"),
         (
             ["--scheduler", "torchrun", "--nodes", "2", "--hosts", "a,b", "--gpus-per-node", "1", "--submit"],

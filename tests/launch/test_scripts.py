@@ -159,6 +159,30 @@ def test_local_uses_the_devices_that_the_user_offers(tmp_path: Path) -> None:
     assert "CUDA_VISIBLE_DEVICES='2,5,7'" in done.stderr
 
 
+def test_devices_that_are_hidden_are_not_taken(tmp_path: Path) -> None:
+    hidden = {"DS_ACCELERATOR": "cuda", "CUDA_VISIBLE_DEVICES": ""}
+    done, record = launch_with_fake_deepspeed("local.sh", "2", "run", "c.yaml", tmp_path=tmp_path, **hidden)
+    assert (done.returncode, record) == (2, {})
+    assert done.stderr.splitlines() == [
+        "local.sh: CUDA_VISIBLE_DEVICES='' hides all devices; unset it, or set DS_ACCELERATOR=cpu"
+    ]
+    cpu = hidden | {"DS_ACCELERATOR": "cpu"}
+    done, record = launch_with_fake_deepspeed("local.sh", "2", "run", "c.yaml", tmp_path=tmp_path, **cpu)
+    assert done.returncode == 0
+    assert record["arguments"][2:4] == ["--num_gpus", "2"]
+
+
+def test_multinode_uses_the_devices_that_the_user_offers(tmp_path: Path) -> None:
+    env = multinode_environment(tmp_path, DS_ACCELERATOR="cuda", CUDA_VISIBLE_DEVICES="4,5,6")
+    done = run_script("multinode.sh", "hosts", "run", env=env, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    world = json.loads((tmp_path / "host0.json").read_text())["arguments"][3].removeprefix("--world_info=")
+    assert json.loads(base64.urlsafe_b64decode(world)) == {"node1": [4, 5], "node2": [4]}
+    few = run_script("multinode.sh", "hosts", "run", env=env | {"CUDA_VISIBLE_DEVICES": "4"}, cwd=tmp_path)
+    assert few.returncode == 2
+    assert few.stderr.splitlines() == ["multinode.sh: hosts:2: slots=2 is more than CUDA_VISIBLE_DEVICES='4' offers"]
+
+
 @pytest.mark.parametrize("code", [2, 3, 137])
 def test_local_passes_the_exit_code_on(code: int, tmp_path: Path) -> None:
     done, _ = launch_with_fake_deepspeed("local.sh", "2", "run", "c.yaml", tmp_path=tmp_path, FAKE_CODE=str(code))
