@@ -14,27 +14,21 @@ from pathlib import Path
 
 from conversions import parser_of, run
 
-from adept_ds.base.errors import InputError
 from adept_ds.base.terminal import Terminal
+from adept_ds.cli.model_files import parse_layers
 
 
 def convert(arguments: argparse.Namespace, terminal: Terminal) -> None:
     from adept_ds.run.conversion import expand_and_verify, find_model
 
-    model, layers = find_model(arguments.model, _parse(arguments.layers))
+    asked = None if arguments.layers is None else parse_layers(arguments.layers)
+    model, layers = find_model(arguments.model, asked)
     with terminal.progress("expanding and comparing") as bar:
         expansion, verified = expand_and_verify(model, arguments.out, layers, bar, overwrite=arguments.overwrite)
     terminal.say(
         f"{expansion.source_layers} + {len(expansion.copies)} layers in {arguments.out}; {verified.tensors} tensors "
         "are what they must be, bit for bit"
     )
-
-
-def _parse(text: str | None) -> list[int] | None:
-    try:
-        return None if text is None else sorted({int(part) for part in text.split(",")})
-    except ValueError:
-        raise InputError(f"--layers: '{text}' is no list of layers; write for example --layers 12,17") from None
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """Make a universal checkpoint, which DeepSpeed loads at any ZeRO stage and on any number of ranks.
 
-    python tools/to_universal.py runs/math OUT                     # a run: its newest checkpoint
+    python tools/to_universal.py runs/math OUT                     # a run: its newest checkpoint, or the guard's best
     python tools/to_universal.py some/output/global_step100 OUT    # what DeepSpeed wrote by itself, at stages 1 to 3
 
 Then, in a program of your own, with {"checkpoint": {"load_universal": true}} in its DeepSpeed configuration:
@@ -30,7 +30,7 @@ def convert(arguments: argparse.Namespace, terminal: Terminal) -> None:
         state = convert_to_universal(found.directory, arguments.out, bar, overwrite=arguments.overwrite)
     terminal.say(
         f"{len(state.parameters)} tensors with their moments, written by {state.world_size} ranks under "
-        f"ZeRO-{state.zero_stage}; universal checkpoint in {arguments.out}"
+        f"ZeRO-{state.zero_stage}, in {found.directory}; universal checkpoint in {arguments.out}"
     )
 
 
@@ -38,7 +38,11 @@ def main() -> None:
     parser = parser_of(__doc__)
     parser.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="a run, or a DeepSpeed checkpoint")
     parser.add_argument("out", metavar="OUT", type=Path, help="the new directory")
-    parser.add_argument("--step", type=int, help="of a run's checkpoint; by default the newest")
+    parser.add_argument(
+        "--step",
+        type=int,
+        help="of a run's checkpoint; by default the newest, or the best where the guard has ended training",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace the directory of an earlier conversion")
     run(parser, convert)
 

@@ -1,6 +1,6 @@
 """Make a Hugging Face directory of a training checkpoint, of any ZeRO stage and any number of ranks, by streaming.
 
-    python tools/zero_to_hf.py runs/math OUT                                  # a run: its newest checkpoint, its base
+    python tools/zero_to_hf.py runs/math OUT                                  # a run: what it exports itself, its base
     python tools/zero_to_hf.py runs/math OUT --step 100
     python tools/zero_to_hf.py some/output/global_step100 OUT --base MODEL    # what DeepSpeed wrote by itself
     python tools/zero_to_hf.py some/output trained.safetensors --tensors-only
@@ -54,7 +54,11 @@ def main() -> None:
         "out", metavar="OUT", type=Path, help="the new directory; with --tensors-only a new .safetensors file"
     )
     parser.add_argument("--base", type=Path, help="the model that training started from: expanded, or the base")
-    parser.add_argument("--step", type=int, help="of a run's checkpoint; by default the newest")
+    parser.add_argument(
+        "--step",
+        type=int,
+        help="of a run's checkpoint; by default the newest, or the best where the guard has ended training",
+    )
     parser.add_argument("--dtype", choices=["source", "float32", "bfloat16"], default="source")
     parser.add_argument("--tensors-only", action="store_true", help="what the checkpoint holds, as one file")
     parser.add_argument("--overwrite", action="store_true", help="replace the directory of an earlier export")

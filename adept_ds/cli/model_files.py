@@ -75,7 +75,7 @@ def expand(
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    selected = _parse_layers(layers)
+    selected = parse_layers(layers)
     check_layers(selected, ModelDirectory.resolve("MODEL", str(model)))
     with quiet_session(as_json) as terminal:
         from adept_ds.weights.expansion import describe_expansion, expand_checkpoint
@@ -210,7 +210,8 @@ def _parse_number(option: str, text: str) -> int:
         raise InputError(f"{option}: '{text}' is no whole number; write for example {option} 4 (see --help)") from None
 
 
-def _parse_layers(text: str | None) -> list[int]:
+def parse_layers(text: str | None) -> list[int]:
+    """'12,17', ascending, each once. Raises `InputError`: it is none."""
     try:
         return sorted({int(part) for part in (text or "").split(",")})
     except ValueError:

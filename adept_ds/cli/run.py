@@ -110,7 +110,12 @@ def evaluate(
 
 def export(
     config: Config,
-    step: Annotated[int | None, typer.Option(help="which checkpoint (with CONFIG; the newest)")] = None,
+    step: Annotated[
+        int | None,
+        typer.Option(
+            help="which checkpoint (with CONFIG; by default the newest, or the best where the guard has ended training)"
+        ),
+    ] = None,
     alpha: AlphaOption = None,
 ) -> None:
     """Turn a training checkpoint into a Hugging Face directory; or an adapted model down, towards its base."""

@@ -35,7 +35,15 @@ from adept_ds.deltas.package import (
 )
 from adept_ds.models.directory import ModelDirectory
 from adept_ds.weights.base_files import BASE_FILES_NAME
-from adept_ds.weights.expansion import AppliedPackage, Expansion, LayerCopy, plan_copies, plan_expansion, write_plan
+from adept_ds.weights.expansion import (
+    AppliedPackage,
+    Expansion,
+    LayerCopy,
+    is_turned,
+    plan_copies,
+    plan_expansion,
+    write_plan,
+)
 from adept_ds.weights.fingerprints import config_digest, fingerprint_of, hash_tensors
 from adept_ds.weights.hf_directory import copy_companions, stored_tensors
 from adept_ds.weights.tensor_files import StoredTensor, in_library_order, write_tensors
@@ -214,8 +222,7 @@ def _model_in(source: Path) -> Path:
         raise InputError(f"'{source}' is neither a run directory nor a model; give one that `adept` trained")
     if not (run.export / "config.json").is_file():
         raise InputError(f"'{source}' has no exported model yet; run `adept export {run.config}` first")
-    turned = (run.export / EXPANSION_NAME).is_file() and Expansion.read(run.export).alphas is not None
-    return run.trained if turned and (run.trained / "config.json").is_file() else run.export
+    return run.trained if is_turned(run.export) and (run.trained / "config.json").is_file() else run.export
 
 
 def _metrics_of(source: Path) -> Metrics:
@@ -237,8 +244,7 @@ def _recommended(run: RunDirectory) -> list[float]:
     if not (run.dial.is_file() and (run.export / EXPANSION_NAME).is_file()):
         return []
     chosen = DialRecord.load(run.dial).chosen
-    is_turned = Expansion.read(run.export).alphas is not None
-    return list(chosen) if is_turned or set(chosen) == {1.0} else []
+    return list(chosen) if is_turned(run.export) or set(chosen) == {1.0} else []
 
 
 def _check_as_trained(model: AdaptedModel) -> None:

@@ -34,11 +34,12 @@ def _beside_common(record: DialRecord, keeping: list[DialPosition]) -> str:
 
 
 def promise_of(record: DialRecord) -> str:
-    """Of the chosen position, by test documents: of several sources, that with the highest limit."""
+    """Of the chosen position, by test documents: of several sources, that with the highest limit, or where the promise
+    is broken, that with the highest rise."""
     if set(record.chosen) == {0.0}:
         return "general text: the base's own function, since no position above 0 was chosen"
     test = record.position.test
-    worst, found = test.worst, test.general[test.worst]
+    worst = test.worst
     few = "no worse than the base" if record.max_general_rise == 0 else f"at most {_nats(record)} worse than the base"
     if test.keeps(record.max_general_rise):
         kept = few
@@ -46,6 +47,8 @@ def promise_of(record: DialRecord) -> str:
         kept = f"not shown to be {few} on test documents"
     else:
         kept = "worse than promised on test documents"
+        worst = max(test.general, key=lambda source: test.general[source].rise)
+    found = test.general[worst]
     figures = f"rise {found.rise:+.3f}, {_percent(record)} limit {found.limit:+.3f}"
     source = f" of {len(test.general)} sources, in '{worst}' most" if len(test.general) > 1 else ""
     return f"general text: {kept} ({figures}{source})"

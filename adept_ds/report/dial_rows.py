@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from adept_ds.base.dial_record import label_of
 from adept_ds.report.run_files import RunFiles, finite
 
 
@@ -37,7 +38,7 @@ def position_rows(run: RunFiles) -> list[PositionRow]:
             alphas = position["alphas"]
             rows.append(
                 PositionRow(
-                    label=_label(alphas),
+                    label=label_of(alphas),
                     keeps=bool(position.get("keeps")),
                     chosen=alphas == run.dial.get("chosen"),
                     together=len(set(alphas)) == 1,
@@ -55,8 +56,3 @@ def _cost(half: dict[str, Any]) -> Cost | None:
         return None
     worst = max(general, key=lambda of: of["limit"])
     return Cost(domain, worst["rise"], worst["limit"])
-
-
-def _label(alphas: list[float]) -> str:
-    labels = [f"{alpha:g}" for alpha in alphas]
-    return labels[0] if len(set(labels)) == 1 else ", ".join(labels)

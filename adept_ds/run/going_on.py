@@ -111,8 +111,11 @@ def first_step_of(run: Context, manifest_at: Callable[[int], CheckpointManifest]
 
 
 def _is_exported(run: Context) -> bool:
-    """Whether the adapted model is there, as it was written."""
-    model = trained_model(run.settings.config)
+    """Whether the adapted model is there, as it was written, where this configuration wants it."""
+    config = run.settings.config
+    model = trained_model(config)
+    if config.dial is None and model != run.run_dir.export:  # turned by hand: it is made of the checkpoint again
+        return False
     try:
         run.identity.check_as_written(model)
     except DamagedError:

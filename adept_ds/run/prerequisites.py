@@ -16,13 +16,14 @@ from adept_ds.config.schema import Config
 from adept_ds.data.documents import check_corpus
 from adept_ds.data.task_files import check_tasks
 from adept_ds.methods.shape import method_of
+from adept_ds.weights.expansion import is_turned
 
 
 def check_ready(config: Config, purpose: Purpose, step: int | None = None) -> None:
     """The files that a command begins with are there.
 
     Args:
-        step: of the checkpoint that is exported; None: the newest.
+        step: of the checkpoint that is exported; None: as `exported_step` chooses.
 
     Raises:
         InputError: they are not; the message names the command that makes them.
@@ -53,9 +54,9 @@ def check_diagnosable(config: Config) -> None:
 
 
 def trained_model(config: Config) -> Path:
-    """The adapted model as it was trained, whatever the dial makes of it."""
+    """The adapted model as it was trained, whatever the dial or `adept export --alpha` makes of it."""
     run = RunDirectory(config.run_dir)
-    return run.export if config.dial is None else run.trained
+    return run.export if config.dial is None and not is_turned(run.export) else run.trained
 
 
 def check_expands(config: Config) -> None:

@@ -53,7 +53,7 @@ class CheckpointManifest(Sealed):
     fingerprint: str
     """Of the model that training started from."""
     settings: dict[str, Any]
-    """Everything that determines the course of training (see `run.train.training_settings`)."""
+    """Everything that determines the course of training (see `run.going_on.training_settings`)."""
     id: str | None = None
     """Of this very checkpoint, wherever it is copied."""
     files: dict[InnerName, WrittenFile | NonNegativeInt] = Field(default_factory=dict)

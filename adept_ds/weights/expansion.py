@@ -107,6 +107,11 @@ class Expansion(Record):
         return [copy.source for copy in self.copies]
 
 
+def is_turned(directory: Path) -> bool:
+    """Whether a model with copies is there, and not as it was trained."""
+    return (directory / EXPANSION_NAME).is_file() and Expansion.read(directory).alphas is not None
+
+
 def layer_origins(source_layers: int, copied: Sequence[int]) -> list[int]:
     """For each layer of the expanded model, the source layer it is or copies: (3, [1]) -> [0, 1, 1, 2]."""
     return [layer for layer in range(source_layers) for _ in range(1 + copied.count(layer))]

@@ -247,5 +247,6 @@ def _write_index(start: Path, folder: Path, total: int | None) -> None:
 def _write_config(start: Path, folder: Path, dtype: str) -> None:
     config = dict(ModelDirectory.read(start).config)
     if dtype != "source":
-        config["dtype"] = dtype
+        spelled = [key for key in ("dtype", "torch_dtype") if key in config]  # the latter is the older one
+        config |= dict.fromkeys(spelled or ["dtype"], dtype)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -83,6 +83,16 @@ def test_the_promise_is_told_by_test_documents(max_rise: float, test: dict[str, 
     assert promise_of(record((0.5, 0.5), chosen, max_rise=max_rise)) == wanted
 
 
+def test_a_broken_promise_is_told_of_the_source_that_rose_most() -> None:
+    """Another may have a higher limit, and may not have risen at all."""
+    chosen = position((0.5, 0.5), 2.0, -0.1, test={"wiki": 0.05, "exams": 0.03})
+    wide = chosen.test.general["wiki"].model_copy(update={"rise": -0.001})
+    test = chosen.test.model_copy(update={"general": chosen.test.general | {"wiki": wide}})
+    found = promise_of(record((0.5, 0.5), chosen.model_copy(update={"test": test})))
+    assert found.startswith("general text: worse than promised on test documents (rise +0.010, 95% limit +0.030")
+    assert "in 'exams' most" in found
+
+
 def test_where_only_the_base_keeps_the_promise_both_sentences_say_so() -> None:
     found = record((0.0, 0.0), position((1.0, 1.0), 2.0, 0.1))
     assert reason_of(found).startswith("nothing but 0 keeps every general source within 0 nats of the base")

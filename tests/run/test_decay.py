@@ -34,7 +34,9 @@ def configured(workspace: Workspace, run_dir: Path, stage: int, **train: Any) ->
     zero = run_dir.with_suffix(".json")
     write_json(zero, {"zero_optimization": {"stage": stage}})
     schedule = {"schedule": "wsd", "steps": TRUNK, "warmup_ratio": 0.25, "checkpoint_every": 2, "keep_checkpoints": 9}
-    tree = workspace.tree(run_dir, deepspeed=str(zero), train={"eval_every": 2} | schedule | train)
+    train = {"eval_every": 2} | schedule | train
+    anchor = {"kind": "neutral", "text": "sampled", "sequences": 4}
+    tree = workspace.tree(run_dir, deepspeed=str(zero), train=train, anchor=anchor)
     if "warmup_steps" in train:
         del tree["train"]["warmup_ratio"]
     write_json(run_dir.with_suffix(".yaml"), tree)  # which is YAML too
@@ -125,6 +127,7 @@ def test_what_it_takes_over_is_not_copied_and_needs_no_trunk(alone: Runs, tmp_pa
     names = [file.relative_to(theirs) for file in theirs.rglob("*") if file.is_file() and file != manifest_of(theirs)]
     assert len(names) >= 2
     assert all((ours / name).samefile(theirs / name) for name in names)
+    assert alone.branch.anchor_text.samefile(alone.trunk.anchor_text), "text that the base wrote"
     assert read_json(manifest_of(theirs))["settings"]["train.steps"] == TRUNK
     assert checkpoint_steps(alone.trunk.checkpoints) == [2, 4, 6, 8, 10, 12]
     copied = tmp_path / "copied"

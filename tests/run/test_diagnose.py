@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,10 @@ from harness.spoiling import marked_anew
 from harness.trained_run import TrainedRun
 from safetensors.torch import load_file, save_file
 
+from adept_ds.base.run_dir import EXPANSION_NAME
+from adept_ds.config.loading import load_config
 from adept_ds.report.diagnosis import Diagnosis
+from adept_ds.run.prerequisites import trained_model
 from adept_ds.weights.expansion import Expansion
 
 
@@ -155,6 +159,18 @@ def test_nothing_of_the_run_is_touched_and_nothing_is_done_twice(trained_run: Tr
     assert contents(run) == after
     fewer = diagnose(run, 1, "--sequences", "4")
     assert fewer["losses"]["general"]["tokens"] == 4 * 31
+
+
+def test_a_model_that_was_turned_down_by_hand_is_looked_into_as_it_was_trained(
+    trained_run: TrainedRun, tmp_path: Path
+) -> None:
+    run = trained_run.copied(tmp_path)
+    config = load_config(run.config())
+    assert trained_model(config) == run.files.export
+    shutil.copytree(run.files.export, run.files.trained)
+    record = Expansion.read(run.files.export)
+    record.turned((0.5,) * len(record.copies)).save(run.files.export / EXPANSION_NAME)
+    assert trained_model(config) == run.files.trained
 
 
 def test_a_learning_rate_that_is_too_small_is_recognised(trained_run: TrainedRun, tmp_path: Path) -> None:

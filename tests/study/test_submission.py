@@ -102,7 +102,7 @@ def test_the_script_is_sound_and_has_the_sites_options(study: TinyStudy) -> None
     script = study.study_dir / "slurm" / "study.sbatch"
     subprocess.run(["bash", "-n", str(script)], check=True)
     text = script.read_text()
-    assert "#SBATCH --partition=gpu\n#SBATCH --comment=\"two words\"\n" in text
+    assert '#SBATCH --partition=gpu\n#SBATCH --comment="two words"\n' in text
     assert "'seeds.search=[0, 3]' --scale=2)" in text
     assert text.index("#SBATCH --comment") < text.index("set -euo pipefail")
 

@@ -18,6 +18,7 @@ from harness.trained_run import train_two_steps
 from harness.workspace import Workspace
 from safetensors.torch import load_file, save_file
 
+from adept_ds.base.files import read_json, write_json
 from adept_ds.base.run_dir import RunDirectory, checkpoint_tag
 
 AT_EVERY_COMMIT = ("some-zero2", "some-zero3", "some-zero2-full", "some-zero3-full", "all-zero3")
@@ -180,10 +181,17 @@ def test_a_damaged_checkpoint_of_a_run_is_refused(trained: RunDirectory, tmp_pat
 
 
 def test_dtypes_are_converted_as_torch_converts(plain: Plain, tmp_path: Path) -> None:
-    arguments = (plain.saved("some-zero3"), tmp_path / "hf", "--base", plain.root / "model", "--dtype", "bfloat16")
+    """And config.json says so, under the name that the base has for it: here the older one."""
+    base = tmp_path / "base"
+    shutil.copytree(plain.root / "model", base)
+    config = read_json(base / "config.json")
+    config.pop("dtype", None)
+    write_json(base / "config.json", config | {"torch_dtype": "float32"})
+    arguments = (plain.saved("some-zero3"), tmp_path / "hf", "--base", base, "--dtype", "bfloat16")
     result = run_tool("tools/zero_to_hf.py", *arguments)
     assert result.returncode == 0, result.stderr
-    found = all_tensors(tmp_path / "hf")
+    found, config = all_tensors(tmp_path / "hf"), read_json(tmp_path / "hf" / "config.json")
+    assert {key: config[key] for key in ("dtype", "torch_dtype") if key in config} == {"torch_dtype": "bfloat16"}
     assert all(torch.equal(found[name], of.bfloat16()) for name, of in plain["some-zero3"]["weights"].items())
 
 
