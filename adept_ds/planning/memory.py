@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from adept_ds.planning.gathering import Gathering, gathering
@@ -138,7 +139,7 @@ def _whole_weights(outline: Outline, zero: ZeroSettings, step: Step, logits_at_o
         reduce_buffers=buffers - there + sent,
         activations=activation_bytes(outline, step, zero),
         logits=logit_bytes(outline, step.rows, logits_at_once),
-        working=outline.working * step.rows,
+        working=working_bytes(outline, step, zero),
     )
 
 
@@ -184,7 +185,7 @@ def _partitioned(
         reduce_buffers=float(_SINGLE * _sent_at_once(outline, zero)),
         activations=activation_bytes(outline, step, zero),
         logits=logit_bytes(outline, step.rows, logits_at_once),
-        working=outline.working * step.rows,
+        working=working_bytes(outline, step, zero),
         on_host=float(on_host),
     )
     kept_bytes = float(size * sum(outline.weights[position].numel for position in kept))
@@ -221,15 +222,29 @@ def _largest_share(weights: Sequence[Weight], part: int, ranks: int) -> int:
 
 def activation_bytes(outline: Outline, step: Step, zero: ZeroSettings) -> float:
     """With checkpointing, every layer from the lowest up keeps its input, and one at a time all that it needs."""
-    layers = [saved.of(step.rows) for saved in outline.layer_saved]
-    if zero.stage == 3 and zero.memory_efficient_linear:
-        inputs_too = [inputs.of(step.rows) for inputs in outline.layer_inputs]
-        layers = [saved + inputs for saved, inputs in zip(layers, inputs_too, strict=True)]
+    layers = _kept_by_layers(outline, step, zero)
     if not step.recompute:
         return sum(layers) + outline.other_saved.of(step.rows)
     repeated = layers[outline.lowest :]
     inputs = outline.layer_input * step.rows * len(repeated)
     return sum(layers[: outline.lowest]) + inputs + max(repeated) + outline.other_saved.of(step.rows)
+
+
+def working_bytes(outline: Outline, step: Step, zero: ZeroSettings) -> float:
+    """What a layer's backward pass adds to the activations, where it adds most; what layers above it kept is gone."""
+    layers = _kept_by_layers(outline, step, zero)
+    kept = layers if step.recompute else list(accumulate(layers))  # while a layer has its turn
+    most = max(kept[outline.lowest :])
+    held = ((size, moment.of(step.rows)) for size, of in zip(kept, outline.layer_working, strict=True) for moment in of)
+    return max(size + beside - most for size, beside in held)
+
+
+def _kept_by_layers(outline: Outline, step: Step, zero: ZeroSettings) -> list[float]:
+    layers = [saved.of(step.rows) for saved in outline.layer_saved]
+    if zero.stage == 3 and zero.memory_efficient_linear:
+        inputs_too = [inputs.of(step.rows) for inputs in outline.layer_inputs]
+        layers = [saved + inputs for saved, inputs in zip(layers, inputs_too, strict=True)]
+    return layers
 
 
 def logit_bytes(outline: Outline, rows: int, logits_at_once: float) -> float:
