@@ -47,8 +47,13 @@ def planned(config: Config, gpus: int) -> Planned:
     precision = "bf16" if config.train.precision == "auto" else config.train.precision
     trains = method_of(config).trains(config, start)
     keep = config.train.keep_gathered_gib
-    task = Task(
+    outline = replace(
         outline_of(start.model, trains, _DTYPES[precision], config.data.seq_len),
+        kept_per_element=config.method.kept_per_element,
+        sets_gradients_aside=config.refreshes and config.importance.source == "online",
+    )
+    task = Task(
+        outline,
         config.train.global_batch_size,
         None if keep == "auto" else keep * 2.0**30,
         precision,

@@ -94,6 +94,11 @@ class Outline:
     """By token."""
     recomputed_flops: float
     """By token, of the forward passes that activation checkpointing repeats."""
+    kept_per_element: int = 0
+    """Bytes that the method keeps for each trained element, where the optimizer steps it."""
+    sets_gradients_aside: bool = False
+    """Whether at stages 1 and 2 the gradient of replayed text stands beside that of the rest (importance.source:
+    online)."""
 
     @cached_property
     def trainable(self) -> int:

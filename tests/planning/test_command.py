@@ -75,6 +75,34 @@ def test_a_plan_of_one_method_differs_from_that_of_another(tmp_path: Path) -> No
     assert found["lora"]["lowest_trained_layer"] == 0
 
 
+@pytest.mark.parametrize("hosted", [False, True])
+def test_what_a_method_keeps_beside_the_optimizer_is_counted_where_that_is(hosted: bool, config: Path) -> None:
+    """EWC: the start's weights and the Fisher matrix, 4 bytes each for every one of 8.19 billion, split over 8 GPUs."""
+    file = f"deepspeed={ROOT}/ds_configs/{'zero3_offload' if hosted else 'zero3'}.json"
+    ewc, full = (
+        json.loads(planned(config, "--json", file, f"method={method}", "train.keep_gathered_gib=0").stdout)["stages"][
+            "3"
+        ]
+        for method in ("ewc", "full")
+    )
+    more = {kind: size - full["memory"][kind] for kind, size in ewc["memory"].items()}
+    same = (each["micro_batch_size"] for each in (ewc, full))
+    assert len(set(same)) == 1
+    kind = "on_host" if hosted else "kept_beside"
+    assert more[kind] == pytest.approx(8_190_735_360, rel=1e-3)
+    assert (more["peak"] > 8e9) != hosted
+    assert [name for name, size in more.items() if size and name != "peak"] == [kind]
+
+
+def test_gradients_that_are_set_aside_are_counted_at_the_stages_that_do_so(config: Path) -> None:
+    """Four copies of Qwen3-8B's layers, 4 bytes each, split over 8 GPUs; at stage 3 they stay where they are."""
+    online = ("importance.source=online", "data.replay=[general.jsonl]", "train.keep_gathered_gib=0")
+    found = json.loads(planned(config, "--json", *online).stdout)
+    aside = {stage: each["memory"]["kept_beside"] for stage, each in found["stages"].items()}
+    assert aside["2"] == pytest.approx(4 * found["parameters"]["trained"] / 8, rel=1e-3)
+    assert aside["3"] == 0
+
+
 @pytest.mark.parametrize(("file", "hosted"), [("zero3_offload", 20), ("zero3_offload_params", 22)])
 def test_what_lies_on_the_host_is_not_counted_on_a_gpu(file: str, hosted: int, config: Path) -> None:
     """Of a trained parameter 20 bytes: its float32 weight, two moments, its gradient twice; and 2 of every weight."""
