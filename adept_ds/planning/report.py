@@ -64,9 +64,10 @@ def too_small(task: Task, cluster: Cluster, by_stage: Mapping[int, Candidate]) -
         remedies.append(f"lower data.seq_len, of which {in_gb(in_step)} depend")
     remedies += _offloading(least, memory)
     remedies.append(f"take GPUs of {in_gb(memory.peak / (1 - cluster.reserve))} or more")
+    rows = "one sequence" if least.step.rows == 1 else f"{least.step.rows} sequences"
     return (
         f"--gpu-memory: {in_gb(cluster.memory)}, of which {in_gb(cluster.usable)} are counted on, are too few for any "
-        f"stage; stage {least.stage} with micro-batches of one sequence and checkpointing needs {in_gb(memory.peak)}; "
+        f"stage; stage {least.stage} with micro-batches of {rows} and checkpointing needs {in_gb(memory.peak)}; "
         f"{', or '.join(remedies)}"
     )
 
