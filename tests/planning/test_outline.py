@@ -82,8 +82,9 @@ def test_what_is_kept_for_the_backward_pass_is_what_autograd_keeps(model_type: s
 @pytest.mark.parametrize("tokens", [24, 32])
 @pytest.mark.parametrize("rows", [1, 5])
 def test_what_is_there_once_is_told_from_what_every_sequence_has(rows: int, tokens: int, tmp_path: Path) -> None:
-    """DoRA keeps tensors of its weights' shapes beside those of the tokens; 32 tokens divide the former too."""
-    directory = ModelDirectory.read(save_tiny_model(tmp_path / "model"))
+    """DoRA keeps tensors of its weights' shapes beside those of the tokens; 32 divides the former too, 24 does not."""
+    sizes: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 160, "head_dim": 16}
+    directory = ModelDirectory.read(save_tiny_model(tmp_path / "model", **sizes))
     trains = adapters_train(directory.family, LoraSpec(rank=4, dora=True), 0)
     outline = outline_of(directory, trains, torch.float32, tokens)
     model = frozen_model(directory)
