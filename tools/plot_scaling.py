@@ -177,7 +177,7 @@ def plot_rates(growing: dict[str, list[Point]], fixed: dict[str, list[Point]]) -
 def plot_memory(growing: dict[str, list[Point]]) -> Figure:
     """By kind, at what is recommended; where nothing fits, at what needs least."""
     figure = Figure(figsize=(11, 3.9), layout="constrained")
-    kinds = [kind for kind in KINDS if kind not in ("working", "reduce_buffers")]
+    kinds = [kind for kind in KINDS if kind not in ("working", "reduce_buffers", "kept_beside")]
     for axes, (name, found) in zip(figure.subplots(1, len(growing), sharey=True), growing.items(), strict=True):
         bottoms = [0.0] * len(found)
         shown = [p.chosen or min(p.by_stage.values(), key=lambda c: c.found.memory.peak) for p in found]

@@ -129,6 +129,8 @@ def _table(made: Plan) -> Table:
     table.add_row("micro-batch x accumulation", *(f"{w.step.rows} x {w.step.micro_batches}" for w in ways))
     table.add_row("activation checkpointing", *("on" if w.step.recompute else "off" for w in ways), end_section=True)
     for kind, words in KINDS.items():
+        if kind == "kept_beside" and not any(w.found.memory.kept_beside for w in ways):
+            continue
         table.add_row(words, *(in_gb(getattr(w.found.memory, kind)) for w in ways))
         if kind == "activations":
             other = [activation_bytes(outline, replace(w.step, recompute=not w.step.recompute), w.zero) for w in ways]

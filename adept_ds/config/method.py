@@ -38,6 +38,8 @@ class MethodSection(Section):
     """Whether it estimates importances anew every `importance.every` steps, without `lr_policy`."""
     replays: ClassVar[bool] = False
     """Whether it cannot do without `data.replay`."""
+    kept_per_element: ClassVar[int] = 0
+    """Bytes that it keeps for each trained element, over all ranks, where the optimizer steps it; for a plan."""
 
     def check(self, config: Config) -> None:
         """Raises `ValueError`, in one line with the key, the value and the remedy: it cannot work with the rest."""

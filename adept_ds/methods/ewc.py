@@ -21,7 +21,7 @@ alone.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
@@ -36,6 +36,7 @@ class Ewc(WithGeneralText):
     """Everything trains, and what general text minds is held back."""
 
     name: Literal["ewc"] = "ewc"
+    kept_per_element: ClassVar[int] = 8  # w0 and F in float32
     strength: float = Field(100.0, gt=0, le=1e15, description="of the penalty: lambda")
 
     def rule(self, training: Training) -> TrainingRule:

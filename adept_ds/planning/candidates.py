@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -69,6 +69,8 @@ class Task:
     """'bf16', 'fp16' or 'fp32'."""
     settings: Mapping[int, ZeroSettings]
     """By stage."""
+    run_takes: Callable[[int, int, int, int], bool] = lambda *_: True
+    """Whether a run does, by its own checks: stage, sequences of a micro-batch and of a step, GPUs."""
 
 
 def candidate(task: Task, cluster: Cluster, stage: int, rows: int, recompute: bool) -> Candidate:
@@ -93,7 +95,8 @@ def best_by_stage(task: Task, cluster: Cluster) -> dict[int, Candidate]:
     found = {}
     for stage in sorted(task.settings):
         fitting = list(_fitting(task, cluster, stage))
-        found[stage] = best(fitting) or candidate(task, cluster, stage, 1, recompute=True)
+        smallest = min(_micro_batches(task, cluster, stage), default=1)
+        found[stage] = best(fitting) or candidate(task, cluster, stage, smallest, recompute=True)
     return found
 
 
@@ -116,8 +119,7 @@ def best(candidates: Sequence[Candidate]) -> Candidate | None:
 
 def _fitting(task: Task, cluster: Cluster, stage: int) -> Iterator[Candidate]:
     """Without and with checkpointing, the largest micro-batches that fit."""
-    share = task.global_batch_size // cluster.gpus
-    sizes = [rows for rows in range(share, 0, -1) if share % rows == 0]
+    sizes = _micro_batches(task, cluster, stage)
     for recompute in (False, True):
         seen = 0
         for rows in sizes:
@@ -127,6 +129,13 @@ def _fitting(task: Task, cluster: Cluster, stage: int) -> Iterator[Candidate]:
                 seen += 1
             if seen == _SIZES_TRIED:
                 break
+
+
+def _micro_batches(task: Task, cluster: Cluster, stage: int) -> list[int]:
+    """The largest first."""
+    share = task.global_batch_size // cluster.gpus
+    sizes = (rows for rows in range(share, 0, -1) if share % rows == 0)
+    return [rows for rows in sizes if task.run_takes(stage, rows, task.global_batch_size, cluster.gpus)]
 
 
 def _timing(

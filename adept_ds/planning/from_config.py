@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from adept_ds.base.errors import InputError
-from adept_ds.config.checks import accumulation_steps, check_num_copies
-from adept_ds.config.deepspeed import check_deepspeed_file
+from adept_ds.base.terminal import OutputCapture
+from adept_ds.config.checks import accumulation_steps, check_num_copies, check_replay
+from adept_ds.config.deepspeed_keys import AUTO
+from adept_ds.config.deepspeed_merge import check_precision, deepspeed_of_run
 from adept_ds.config.layer_sections import ExpandSection
 from adept_ds.config.schema import Config
 from adept_ds.methods.shape import Start, method_of
@@ -39,22 +43,85 @@ def planned(config: Config, gpus: int) -> Planned:
     model = model_config_only(config.model)
     if config.method.chooses_layers:
         check_num_copies(config, model)
+    precision = "bf16" if config.train.precision == "auto" else config.train.precision
     accumulation_steps(config.train.model_copy(update={"micro_batch_size": 1}), gpus)
-    file = config.deepspeed
-    settings = settings_by_stage(check_deepspeed_file(file), str(file)) if file else settings_by_stage(None)
+    merged = _first_taken(config, model, gpus, precision)
+    shipped = config.model_copy(update={"deepspeed": None})  # its files go with every run
+    own_stage = merged["zero_optimization"]["stage"] if config.deepspeed else None
+    settings = settings_by_stage(merged, str(config.deepspeed)) if config.deepspeed else settings_by_stage(None)
     layers, guessed = _layers(config, model)
     start = _start(config, model, layers)
-    precision = "bf16" if config.train.precision == "auto" else config.train.precision
     trains = method_of(config).trains(config, start)
+
+    def run_takes(stage: int, rows: int, batch: int, ranks: int) -> bool:
+        try:
+            _as_run(config if stage == own_stage else shipped, model, rows, batch, ranks)
+        except InputError:
+            return False
+        return True
+
     keep = config.train.keep_gathered_gib
-    task = Task(
+    outline = replace(
         outline_of(start.model, trains, _DTYPES[precision], config.data.seq_len),
+        kept_per_element=config.method.kept_per_element,
+        sets_gradients_aside=config.refreshes and config.importance.source == "online",
+    )
+    task = Task(
+        outline,
         config.train.global_batch_size,
         None if keep == "auto" else keep * 2.0**30,
         precision,
         settings,
+        run_takes,
     )
     return Planned(task, layers, guessed)
+
+
+def _first_taken(config: Config, model: ModelDirectory, gpus: int, precision: str) -> dict[str, Any]:
+    """DeepSpeed's file as a run has it that takes the smallest micro-batches of all that it takes.
+
+    Raises:
+        InputError: a run takes none; why not the smallest of all.
+    """
+    file, batch = config.deepspeed, config.train.global_batch_size
+    share, refusal = batch // gpus, None
+    for rows in (rows for rows in range(1, share + 1) if share % rows == 0):
+        try:
+            merged = _as_run(config, model, rows, batch, gpus)
+        except InputError as error:
+            refusal = refusal or error
+            continue
+        if file is not None:
+            _check_file(file, merged, config.train.precision, precision)
+        return merged
+    assert refusal is not None
+    raise refusal
+
+
+def _as_run(config: Config, model: ModelDirectory, rows: int, batch: int, ranks: int) -> dict[str, Any]:
+    """DeepSpeed's file merged with a configuration that has micro-batches of `rows` sequences.
+
+    Raises:
+        InputError: a run refuses one of both.
+    """
+    train = config.train.model_copy(update={"micro_batch_size": rows, "global_batch_size": batch})
+    stepped = config.model_copy(update={"train": train})
+    merged = deepspeed_of_run(stepped, model, ranks, accumulation_steps(train, ranks))
+    check_replay(stepped, ranks)
+    return merged
+
+
+def _check_file(file: Path, merged: dict[str, Any], said: str, precision: str) -> None:
+    """What a run checks on its device, which here is a GPU that trains in `precision`."""
+    if said == AUTO:
+        check_precision(file, merged, precision, f"auto, which is {precision} in a plan")
+    silence = OutputCapture(Path(os.devnull), is_main=False)  # DeepSpeed's import speaks to the terminal
+    try:
+        from adept_ds.zero.user_config import check_on_any_device
+
+        check_on_any_device(file, merged)
+    finally:
+        silence.restore()
 
 
 def model_config_only(model: str) -> ModelDirectory:

@@ -18,6 +18,8 @@ class LiveBytes(TorchDispatchMode):
         super().__init__()
         self.now = 0
         self.peak = 0
+        self.grown: list[int] = []
+        """`now`, each time that it had grown."""
         self._known: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -34,6 +36,7 @@ class LiveBytes(TorchDispatchMode):
         self._known.add(key)
         self.now += size
         self.peak = max(self.peak, self.now)
+        self.grown.append(self.now)
         weakref.finalize(storage, self._give_back, key, size).atexit = False
 
     def _give_back(self, key: int, size: int) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from adept_ds.planning.gathering import Gathering, gathering
@@ -46,6 +47,8 @@ class Memory:
     """A chunk of them, in all precisions in which they are held together."""
     working: float
     """Of the backward pass of a layer."""
+    kept_beside: float = 0.0
+    """What else is kept of trained elements: by the method, and where gradients are set aside."""
     on_host: float = 0.0
     """Of the host, for each GPU: what offload_optimizer and offload_param keep there. No part of the peak."""
 
@@ -117,12 +120,14 @@ def _whole_weights(outline: Outline, zero: ZeroSettings, step: Step, logits_at_o
     part = flat / step.ranks
     bucket, used = zero.reduce_bucket_size, _sent_at_once(outline, zero)
     whole = zero.stage == 1  # gradients are, until they are reduced in the last micro-batch
+    own = float(_SINGLE * _largest_share(outline.weights, flat // step.ranks, step.ranks))
     if whole:
         gradients, width = float(_SINGLE * trained), _SINGLE
     elif size == _SINGLE:  # those of parameters that a rank steps a part of
-        gradients, width = float(_SINGLE * _largest_share(outline.weights, flat // step.ranks, step.ranks)), size
+        gradients, width = own, size
     else:
         gradients, width = _SINGLE * part, size
+    aside = min(own, gradients) if outline.sets_gradients_aside else 0.0
     buffers = float(width * bucket * (2 if zero.overlap_comm else 1))
     there = buffers if whole and not zero.overlap_comm and step.micro_batches > 1 else 0.0
     sent = (width + (0 if width == _SINGLE else _SINGLE)) * used  # what of a bucket is flattened, and then in float32
@@ -138,7 +143,8 @@ def _whole_weights(outline: Outline, zero: ZeroSettings, step: Step, logits_at_o
         reduce_buffers=buffers - there + sent,
         activations=activation_bytes(outline, step, zero),
         logits=logit_bytes(outline, step.rows, logits_at_once),
-        working=outline.working * step.rows,
+        working=working_bytes(outline, step, zero),
+        kept_beside=outline.kept_per_element * part + aside,
     )
 
 
@@ -164,7 +170,7 @@ def _partitioned(
             beside += size * (numel - parts[position] if position in kept else numel)
     of_trained = sum(size * numel for position, numel in whole.items() if outline.weights[position].trains)
     played = gathering(outline, ranks, tuple(sorted({*persistent, *kept})), zero.windows, step.recompute)
-    single = float(_SINGLE * trained)
+    single, beside_optimizer = float(_SINGLE * trained), float(outline.kept_per_element * trained)
     on_host = 0.0
     if zero.weights_on_host:
         on_host += size * (frozen + trained)
@@ -172,8 +178,8 @@ def _partitioned(
     else:
         halves = trained
     if zero.optimizer_on_host:  # the gradient twice: summed over micro-batches, and as it is stepped with
-        on_host += 5 * single
-        single = 0.0
+        on_host += 5 * single + beside_optimizer
+        single = beside_optimizer = 0.0
     memory = Memory(
         frozen_weights=size * frozen + beside,
         trained_weights=size * halves + single + of_trained,
@@ -184,7 +190,8 @@ def _partitioned(
         reduce_buffers=float(_SINGLE * _sent_at_once(outline, zero)),
         activations=activation_bytes(outline, step, zero),
         logits=logit_bytes(outline, step.rows, logits_at_once),
-        working=outline.working * step.rows,
+        working=working_bytes(outline, step, zero),
+        kept_beside=beside_optimizer,
         on_host=float(on_host),
     )
     kept_bytes = float(size * sum(outline.weights[position].numel for position in kept))
@@ -221,15 +228,29 @@ def _largest_share(weights: Sequence[Weight], part: int, ranks: int) -> int:
 
 def activation_bytes(outline: Outline, step: Step, zero: ZeroSettings) -> float:
     """With checkpointing, every layer from the lowest up keeps its input, and one at a time all that it needs."""
-    layers = [saved.of(step.rows) for saved in outline.layer_saved]
-    if zero.stage == 3 and zero.memory_efficient_linear:
-        inputs_too = [inputs.of(step.rows) for inputs in outline.layer_inputs]
-        layers = [saved + inputs for saved, inputs in zip(layers, inputs_too, strict=True)]
+    layers = _kept_by_layers(outline, step, zero)
     if not step.recompute:
         return sum(layers) + outline.other_saved.of(step.rows)
     repeated = layers[outline.lowest :]
     inputs = outline.layer_input * step.rows * len(repeated)
     return sum(layers[: outline.lowest]) + inputs + max(repeated) + outline.other_saved.of(step.rows)
+
+
+def working_bytes(outline: Outline, step: Step, zero: ZeroSettings) -> float:
+    """What a layer's backward pass adds to the activations, where it adds most; what layers above it kept is gone."""
+    layers = _kept_by_layers(outline, step, zero)
+    kept = layers if step.recompute else list(accumulate(layers))  # while a layer has its turn
+    most = max(kept[outline.lowest :])
+    held = ((size, moment.of(step.rows)) for size, of in zip(kept, outline.layer_working, strict=True) for moment in of)
+    return max(size + beside - most for size, beside in held)
+
+
+def _kept_by_layers(outline: Outline, step: Step, zero: ZeroSettings) -> list[float]:
+    layers = [saved.of(step.rows) for saved in outline.layer_saved]
+    if zero.stage == 3 and zero.memory_efficient_linear:
+        inputs_too = [inputs.of(step.rows) for inputs in outline.layer_inputs]
+        layers = [saved + inputs for saved, inputs in zip(layers, inputs_too, strict=True)]
+    return layers
 
 
 def logit_bytes(outline: Outline, rows: int, logits_at_once: float) -> float:

@@ -47,7 +47,7 @@ class Event:
 
 @dataclass(frozen=True)
 class Saved:
-    """Bytes that are kept for the backward pass: fixed, and of each sequence."""
+    """Bytes that are held for the backward pass: fixed, and of each sequence."""
 
     fixed: float = 0.0
     per_row: float = 0.0
@@ -80,8 +80,10 @@ class Outline:
     """Around the layers, the gradient that leaves the head included."""
     layer_input: float
     """Bytes of the hidden states of a sequence."""
-    working: float
-    """Bytes of a sequence that the backward pass of the heaviest layer holds beside what was kept."""
+    layer_working: tuple[tuple[Saved, ...], ...]
+    """By decoder layer, what its backward pass holds beside what was kept, at moments of which each holds most for some
+    number of sequences: gradients of activations, or of weights, which do not grow with it, when part of what was kept
+    is gone. None below the lowest."""
     seq_len: int
     vocabulary: int
     planned_logit_bytes: int
@@ -92,6 +94,11 @@ class Outline:
     """By token."""
     recomputed_flops: float
     """By token, of the forward passes that activation checkpointing repeats."""
+    kept_per_element: int = 0
+    """Bytes that the method keeps for each trained element, where the optimizer steps it."""
+    sets_gradients_aside: bool = False
+    """Whether at stages 1 and 2 the gradient of replayed text stands beside that of the rest (importance.source:
+    online)."""
 
     @cached_property
     def trainable(self) -> int:

@@ -6,7 +6,7 @@ weights when, are those of the model's own code, whatever its family; nothing he
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,8 +22,9 @@ from adept_ds.planning.contentless import StandIns, contentless_model
 from adept_ds.planning.live_bytes import LiveBytes
 from adept_ds.planning.outline import Call, Event, Outline, Saved, Weight
 
-_ROWS = 2
-"""Sequences that are sent through: of one alone, some operations copy nothing that copy for more."""
+_ROWS = (2, 3)
+"""Sequences that are sent through, once so many and once one more: what the second pass adds is a sequence's, and the
+rest is there once. Of one alone, some operations copy nothing that copy for more."""
 
 
 def outline_of(model: ModelDirectory, trains: Trains, precision: torch.dtype, seq_len: int) -> Outline:
@@ -41,29 +42,32 @@ def outline_of(model: ModelDirectory, trains: Trains, precision: torch.dtype, se
     with torch.device("meta"):
         trains.prepare(built)
     layers = list(family.layer_modules(built))
-    recorder = _Recorder(built, layers, seq_len)
     lowest = trains.lowest_trainable_layer
-    with understood_by_transformers(model.path), StandIns(recorder.sees_linear), recorder.recording():
-        hidden = final_hidden(built, torch.zeros(_ROWS, seq_len, dtype=torch.int64, device="meta"), None)
+    recorders = fewer, more = _Recorder(built, layers), _Recorder(built, layers)
+    for rows, recorder in zip(_ROWS, recorders, strict=True):
+        with understood_by_transformers(model.path), StandIns(recorder.sees_linear), recorder.recording():
+            hidden = final_hidden(built, torch.zeros(rows, seq_len, dtype=torch.int64, device="meta"), None)
     head: Any = built.get_output_embeddings()
-    recorder.add_head(head, hidden)
+    fewer.add_head(head, hidden)
     size = hidden.element_size()
+    hidden_bytes = float(hidden[0].numel() * size)
     flops, recomputed = count_step_flops(built, family, seq_len), forward_flops(built, family, seq_len, lowest)
     config: Any = built.config
     divisor, cap = family.logit_transform(config)
     head_trains = bool(head.weight.requires_grad)
-    kept_of_head = Saved(4.0 * head.weight.numel() if head_trains else 0.0, hidden.numel() * size / _ROWS)
+    kept_of_head = Saved(4.0 * head.weight.numel() if head_trains else 0.0, hidden_bytes)
+    layer_saved = tuple(_of_both(fewer.saved_by(index), more.saved_by(index)) for index in range(len(layers)))
     return Outline(
-        weights=recorder.weights,
-        calls=tuple(recorder.calls),
-        forward=tuple(recorder.events),
+        weights=fewer.weights,
+        calls=tuple(fewer.calls),
+        forward=tuple(fewer.events),
         element_size=size,
         lowest=lowest,
-        layer_saved=tuple(recorder.saved_by(index) for index in range(len(layers))),
-        layer_inputs=tuple(recorder.inputs_of(index) for index in range(len(layers))),
-        other_saved=recorder.saved_by(None) + kept_of_head,
-        layer_input=hidden.numel() * size / _ROWS,
-        working=_working_bytes(recorder, layers, lowest),
+        layer_saved=layer_saved,
+        layer_inputs=tuple(_of_both(fewer.inputs_of(index), more.inputs_of(index)) for index in range(len(layers))),
+        other_saved=_of_both(fewer.saved_by(None), more.saved_by(None)) + kept_of_head,
+        layer_input=hidden_bytes,
+        layer_working=tuple(_working(recorders, layers, layer_saved, lowest)),
         seq_len=seq_len,
         vocabulary=head.weight.shape[0],
         planned_logit_bytes=bytes_per_logit(head.weight, divisor, cap),
@@ -76,8 +80,7 @@ def outline_of(model: ModelDirectory, trains: Trains, precision: torch.dtype, se
 class _Recorder:
     """Sees modules run, and what is kept for the backward pass."""
 
-    def __init__(self, model: Any, layers: Sequence[torch.nn.Module], seq_len: int) -> None:
-        self._seq_len = seq_len
+    def __init__(self, model: Any, layers: Sequence[torch.nn.Module]) -> None:
         named = dict(model.named_parameters())
         self.weights = tuple(Weight(name, p.numel(), p.requires_grad) for name, p in named.items())
         self._position = {id(parameter): index for index, parameter in enumerate(named.values())}
@@ -91,7 +94,6 @@ class _Recorder:
         self._open: list[tuple[torch.nn.Module, int]] = []
         self._kept: dict[int, tuple[torch.Tensor, int | None]] = {}
         self._inputs: dict[int, tuple[torch.Tensor, int | None]] = {}
-        self._shared: set[int] = set()
 
     @contextmanager
     def recording(self) -> Iterator[None]:
@@ -112,32 +114,21 @@ class _Recorder:
         self.calls.append(Call(weights, None, False, leaves, gradient))
         self.events += [Event(len(self.calls) - 1, True), Event(len(self.calls) - 1, False)]
 
-    def saved_by(self, layer: int | None) -> Saved:
-        """By a decoder layer, or by what is around them."""
-        return self._sum(self._kept, layer)
+    def saved_by(self, layer: int | None) -> int:
+        """Bytes, by a decoder layer, or by what is around them."""
+        return _bytes_of(self._kept, layer)
 
-    def inputs_of(self, layer: int) -> Saved:
-        """What else its linear layers are given."""
-        return self._sum({key: value for key, value in self._inputs.items() if key not in self._kept}, layer)
+    def inputs_of(self, layer: int) -> int:
+        """Bytes that its linear layers are given else."""
+        return _bytes_of({key: value for key, value in self._inputs.items() if key not in self._kept}, layer)
 
     def sees_linear(self, given: torch.Tensor) -> None:
         self._inputs.setdefault(given.untyped_storage()._cdata, (given.detach(), self._layer))
-
-    def _sum(self, found: Mapping[int, tuple[torch.Tensor, int | None]], layer: int | None) -> Saved:
-        total = Saved()
-        for key, (tensor, of) in found.items():
-            if of == layer:
-                size = tensor.untyped_storage().nbytes()
-                # What has no number for each token, such as a gain that a norm adds 1 to, is there once.
-                once = key in self._shared or size // tensor.element_size() % self._seq_len
-                total += Saved(fixed=float(size)) if once else Saved(per_row=size / _ROWS)
-        return total
 
     def _begin(self, module: torch.nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if id(module) in self._layer_of:
             self._layer = self._layer_of[id(module)]
             self.arguments[self._layer] = (inputs, kwargs)
-            self._shared |= {tensor.untyped_storage()._cdata for tensor in _tensors(kwargs)}
         recursive = _is_leaf(module)
         weights = [self._position[id(weight)] for weight in module.parameters(recurse=recursive)]
         given = any(tensor.requires_grad for tensor in (*_tensors(inputs), *_tensors(kwargs)))
@@ -186,12 +177,36 @@ def _tensors(tree: Any) -> list[torch.Tensor]:
     return [tensor for item in tree for tensor in _tensors(item)] if isinstance(tree, list | tuple) else []
 
 
-def _working_bytes(recorder: _Recorder, layers: Sequence[torch.nn.Module], lowest: int) -> float:
-    """The heaviest layer's backward pass, run once more by itself."""
-    saved = {index: recorder.saved_by(index).per_row for index in range(lowest, len(layers))}
-    heaviest = max(saved, key=lambda index: saved[index])
-    inputs, kwargs = recorder.arguments[heaviest]
-    layer, hooks = layers[heaviest], []
+def _bytes_of(found: Mapping[int, tuple[torch.Tensor, int | None]], layer: int | None) -> int:
+    return sum(tensor.untyped_storage().nbytes() for tensor, of in found.values() if of == layer)
+
+
+def _of_both(fewer: float, more: float) -> Saved:
+    """From the bytes of both passes to what there is once, and of each sequence."""
+    per_row = float(more - fewer)
+    return Saved(fewer - _ROWS[0] * per_row, per_row)
+
+
+def _working(
+    recorders: Sequence[_Recorder], layers: Sequence[torch.nn.Module], saved: Sequence[Saved], lowest: int
+) -> Iterator[tuple[Saved, ...]]:
+    """Of each layer; of those that are alike the backward pass of one is run once more, by itself."""
+    found: dict[Any, tuple[Saved, ...]] = {}
+    for index, layer in enumerate(layers):
+        if index < lowest:
+            yield ()
+            continue
+        kind = (saved[index], *((weight.shape, weight.requires_grad) for weight in layer.parameters()))
+        if kind not in found:
+            fewer, more = (_held_in_backward(layer, *recorder.arguments[index]) for recorder in recorders)
+            moments = {_of_both(*held) for held in zip(fewer, more, strict=True)}
+            found[kind] = tuple(_largest_somewhere(moments))
+        yield found[kind]
+
+
+def _held_in_backward(layer: torch.nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> list[int]:
+    """Bytes beside what the forward pass kept, whenever something was made."""
+    hooks = []
     for weight in layer.parameters():
         if weight.requires_grad:
             hooks.append(weight.register_post_accumulate_grad_hook(_forget_gradient))
@@ -205,12 +220,21 @@ def _working_bytes(recorder: _Recorder, layers: Sequence[torch.nn.Module], lowes
             output = layer(**(kwargs | {name: given}))
         (left,) = _tensors(output)[:1]
         gradient = torch.empty_like(left)
-        kept, live.peak = live.now, live.now
+        kept, before = live.now, len(live.grown)
         left.backward(gradient)
-        peak = live.peak
     for hook in hooks:
         hook.remove()
-    return (peak - kept) / _ROWS
+    return [0, *(now - kept for now in live.grown[before:])]
+
+
+def _largest_somewhere(moments: Collection[Saved]) -> Iterator[Saved]:
+    """Those that hold more than all others at some number of sequences, from one on."""
+    most = max(moments, key=lambda each: (each.of(1), each.per_row))
+    yield most
+    while steeper := [each for each in moments if each.per_row > most.per_row]:
+        held = most
+        most = min(steeper, key=lambda each: ((held.fixed - each.fixed) / (each.per_row - held.per_row), -each.per_row))
+        yield most
 
 
 def _forget_gradient(weight: torch.Tensor) -> None:

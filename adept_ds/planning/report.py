@@ -20,6 +20,7 @@ KINDS = {
     "trained_weights": "trained weights",
     "gradients": "gradients",
     "optimizer": "optimizer's moments",
+    "kept_beside": "kept beside the optimizer",
     "gather_buffers": "gathered weights",
     "bucket": "gradients' bucket",
     "reduce_buffers": "gradients on their way",
@@ -63,16 +64,18 @@ def too_small(task: Task, cluster: Cluster, by_stage: Mapping[int, Candidate]) -
         remedies.append(f"lower data.seq_len, of which {in_gb(in_step)} depend")
     remedies += _offloading(least, memory)
     remedies.append(f"take GPUs of {in_gb(memory.peak / (1 - cluster.reserve))} or more")
+    rows = "one sequence" if least.step.rows == 1 else f"{least.step.rows} sequences"
     return (
         f"--gpu-memory: {in_gb(cluster.memory)}, of which {in_gb(cluster.usable)} are counted on, are too few for any "
-        f"stage; stage {least.stage} with micro-batches of one sequence and checkpointing needs {in_gb(memory.peak)}; "
+        f"stage; stage {least.stage} with micro-batches of {rows} and checkpointing needs {in_gb(memory.peak)}; "
         f"{', or '.join(remedies)}"
     )
 
 
 def _offloading(least: Candidate, memory: Memory) -> Iterator[str]:
     """What could lie on the host and is a tenth of all."""
-    states, weights = memory.gradients + 1.5 * memory.optimizer, memory.frozen_weights
+    states = memory.gradients + 1.5 * memory.optimizer + memory.kept_beside
+    weights = memory.frozen_weights
     if not least.zero.optimizer_on_host and states > memory.peak / 10:
         yield f"use ds_configs/zero3_offload.json, which moves {in_gb(states)} to the host"
     elif least.stage == 3 and not least.zero.weights_on_host and weights > memory.peak / 10:

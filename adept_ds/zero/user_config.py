@@ -53,6 +53,12 @@ def check_user_config(path: Path, tree: Mapping[str, Any], precision: str = AUTO
     Raises:
         InputError: it does not; one line with the key, the value and what it should be.
     """
+    check_on_any_device(path, tree)
+    _check_device(path, tree, precision)
+
+
+def check_on_any_device(path: Path, tree: Mapping[str, Any]) -> None:
+    """As far as it does not depend on the device; raises as `check_user_config`."""
     name = f"deepspeed: '{path}'"
     for section, of_class in CLASSES.items():
         values: Any = tree
@@ -60,7 +66,6 @@ def check_user_config(path: Path, tree: Mapping[str, Any], precision: str = AUTO
             values = values.get(key, {})
         _check_by_class(name, section, values, of_class)
     _check_whole(name, tree)
-    _check_device(path, tree, precision)
 
 
 def _check_device(path: Path, tree: Mapping[str, Any], precision: str) -> None:

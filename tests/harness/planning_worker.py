@@ -1,8 +1,8 @@
 """What one rank measures in planning/test_measured.py: bytes by kind, and what is sent, of real training steps.
 
 Usage: python -m harness.planning_worker CONFIG MODEL LAYERS OUTPUT CELL... with cells such as 2/bf16,
-3/fp32/recomputed or 3/fp32/offloaded. Rank 0 writes to OUTPUT (torch.save) what it found, and where ranks differ, the
-largest of all.
+3/fp32/recomputed or 3/fp32/offloaded, or 2/fp32/1 with micro-batches of another size than ROWS. Rank 0 writes to OUTPUT
+(torch.save) what it found, and where ranks differ, the largest of all.
 
 PyTorch's own fused attention is taken, and logits are not split into what fits a CPU's cache: as on an accelerator.
 """
@@ -41,6 +41,11 @@ STEPS, MICRO_BATCHES, ROWS = 2, 2, 2
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MOMENTS = ("exp_avg", "exp_avg_sq")
 KINDS = {"allgather": "all-gather", "reduce_scatter": "reduce-scatter", "allreduce": "all-reduce"}
+
+
+def rows_of(how: Iterable[str]) -> int:
+    """Of what a cell says behind its precision."""
+    return next((int(each) for each in how if each.isdigit()), ROWS)
 
 
 def bytes_of(tensors: Iterable[torch.Tensor], but: Iterable[torch.Tensor] = ()) -> int:
@@ -167,7 +172,8 @@ def measure(model: ModelDirectory, layers: list[int], config: Config, cell: str,
     if offloaded:
         zero |= {key: {"device": "cpu", "pin_memory": False} for key in ("offload_optimizer", "offload_param")}
     settings = EngineSettings({"zero_optimization": zero}, DTYPES[precision], ranks)
-    shape = StepShape(ROWS * MICRO_BATCHES * ranks.world_size, ROWS, MICRO_BATCHES, 1.0)
+    rows = rows_of(how)
+    shape = StepShape(rows * MICRO_BATCHES * ranks.world_size, rows, MICRO_BATCHES, 1.0)
     engine = build_training_engine(
         settings,
         model,
@@ -186,7 +192,7 @@ def measure(model: ModelDirectory, layers: list[int], config: Config, cell: str,
         last = step == STEPS - 1
         with LiveBytes() as live, Collectives() as collectives, gathered(engine) as fetched:
             for _ in range(MICRO_BATCHES):
-                tokens = torch.randint(vocabulary, (ROWS, config.data.seq_len), generator=generator)
+                tokens = torch.randint(vocabulary, (rows, config.data.seq_len), generator=generator)
                 kept.by_layer = {}
                 with kept.counting(), logits(engine, found):
                     losses = engine(tokens, tokens)

@@ -30,8 +30,8 @@ def outline(saved_per_row: float = 1e9) -> Outline:
     events = [Event(i, begins) for i in range(LAYERS + 1) for begins in (True, False)]
     kept = tuple(Saved(0.0, saved_per_row if i == LAYERS - 1 else 0.0) for i in range(LAYERS))
     return Outline(
-        weights, tuple(calls), tuple(events), 2, top, kept, (Saved(),) * LAYERS, Saved(), 1e6, 0.0, 1024, 1000, 8,
-        8, StepFlops(8e9, 1e9, 1e9), 1e9,
+        weights, tuple(calls), tuple(events), 2, top, kept, (Saved(),) * LAYERS, Saved(), 1e6,
+        ((Saved(),),) * LAYERS, 1024, 1000, 8, 8, StepFlops(8e9, 1e9, 1e9), 1e9,
     )  # fmt: skip
 
 

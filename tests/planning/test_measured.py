@@ -18,7 +18,7 @@ import yaml
 from harness.launching import launch
 from harness.marks import slow
 from harness.models import save_tiny_model
-from harness.planning_worker import DTYPES, MICRO_BATCHES, ROWS
+from harness.planning_worker import DTYPES, MICRO_BATCHES, rows_of
 
 from adept_ds.models.directory import ModelDirectory
 from adept_ds.models.loading import layers_train
@@ -29,8 +29,9 @@ from adept_ds.planning.recording import outline_of
 from adept_ds.planning.traffic import collectives
 from adept_ds.planning.zero_settings import ZeroSettings
 
-CELLS = ["1/fp32", "2/fp32", "2/bf16", "3/fp32", "3/fp32/recomputed", "3/bf16", "3/bf16/recomputed", "3/fp32/offloaded"]
-"""Stage 3 last: from it on, DeepSpeed's linear layers stay in the process."""
+CELLS = ["1/fp32", "2/fp32/1", "2/bf16", "3/fp32", "3/fp32/recomputed", "3/bf16/3", "3/bf16/3/recomputed"]
+CELLS += ["3/fp32/offloaded"]
+"""Stage 3 last: from it on, DeepSpeed's linear layers stay in the process. Two sequences, one and three."""
 EVERY_LOGIT = 1e12
 DEMO = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}
 TINY_LAYERS, DEMO_LAYERS = (2, 4), (8, 17, 25, 33)
@@ -38,9 +39,9 @@ SMALLEST = 4096
 """Bytes below which a kind is not compared in shares: padding and counters of single elements show there."""
 
 
-def predicted(outline: Outline, zero: dict[str, Any], precision: str, ranks: int, recompute: bool) -> dict[str, Any]:
+def predicted(outline: Outline, zero: dict[str, Any], precision: str, ranks: int, how: list[str]) -> dict[str, Any]:
     settings = as_run(ZeroSettings.read({"zero_optimization": zero}, ""), precision)
-    step = Step(ranks, ROWS, MICRO_BATCHES, recompute)
+    step = Step(ranks, rows_of(how), MICRO_BATCHES, "recomputed" in how)
     found = held(outline, settings, step, EVERY_LOGIT, 0.0, 0.0)
     memory = {each.name: getattr(found.memory, each.name) for each in fields(Memory)}
     sent: dict[str, float] = {}
@@ -66,13 +67,12 @@ def compare(outline_by_precision: dict[str, Outline], found: dict[str, Any], ran
     """A line for every number: (cell, kind, predicted, measured)."""
     lines, wrong = [], []
     for cell, of in found.items():
-        stage, precision, *how = cell.split("/")
-        recomputed = "recomputed" in how
-        plan = predicted(outline_by_precision[precision], of["zero"], precision, ranks, recomputed)
+        _, precision, *how = cell.split("/")
+        plan = predicted(outline_by_precision[precision], of["zero"], precision, ranks, how)
         real = dict(of["memory"])
         real["activations"] = sum(of["kept"].values())
-        if recomputed:  # of the layers, inputs alone are kept: the heaviest is measured where nothing is recomputed
-            plain = found[f"{stage}/{precision}"]["kept"]
+        if "recomputed" in how:  # inputs of layers are kept, and all of one: that is measured where nothing is
+            plain = found[cell.removesuffix("/recomputed")]["kept"]
             real["activations"] += max(size for layer, size in plain.items() if layer is not None)
         pairs = {kind: (plan["memory"][kind], real[kind], 0.05) for kind in real if kind != "peak"}
         pairs |= {f"sent: {kind}": (plan["sent"].get(kind, 0.0), size, 0.05) for kind, size in of["sent"].items()}

@@ -10,16 +10,31 @@ import torch
 from harness.models import FAMILY_OPTIONS, save_tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 
+from adept_ds.models.adapter_spec import LoraSpec
+from adept_ds.models.adapters import adapters_train
 from adept_ds.models.directory import ModelDirectory
 from adept_ds.models.hidden_states import final_hidden
 from adept_ds.models.loading import layers_train
 from adept_ds.planning.live_bytes import LiveBytes
+from adept_ds.planning.memory import Step, working_bytes
 from adept_ds.planning.recording import outline_of
+from adept_ds.planning.zero_settings import SHIPPED
 
-TOKENS, ROWS, TRAINED = 24, 3, (2, 4)
+TOKENS, ROWS, TRAINED = 24, 5, (2, 4)
 
 
-def kept_by(model: Any, layers: list[torch.nn.Module], rows: int) -> dict[int | None, int]:
+def frozen_model(directory: ModelDirectory) -> Any:
+    """With real tensors, and the stand-in for attention that a plan has."""
+    from transformers import AutoModelForCausalLM
+
+    model: Any = AutoModelForCausalLM.from_pretrained(directory.path)
+    if model.config._attn_implementation == "sdpa":
+        model.set_attn_implementation("planned")
+    model.config.use_cache = False
+    return model.train().requires_grad_(False)
+
+
+def kept_by(model: Any, layers: list[torch.nn.Module], rows: int, tokens: int = TOKENS) -> dict[int | None, int]:
     """Bytes that autograd keeps, by layer; None: around them."""
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     seen: dict[int, torch.Tensor] = {}
@@ -37,26 +52,20 @@ def kept_by(model: Any, layers: list[torch.nn.Module], rows: int) -> dict[int | 
         layer.register_forward_pre_hook(lambda *_, index=index: current.__setitem__(0, index))
         layer.register_forward_hook(lambda *_: current.__setitem__(0, None))
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda kept: kept):
-        hidden = final_hidden(model, torch.zeros(rows, TOKENS, dtype=torch.int64), None)
+        hidden = final_hidden(model, torch.zeros(rows, tokens, dtype=torch.int64), None)
     del hidden
     return found
 
 
 @pytest.mark.parametrize("model_type", sorted(FAMILY_OPTIONS))
 def test_what_is_kept_for_the_backward_pass_is_what_autograd_keeps(model_type: str, tmp_path: Path) -> None:
-    """Real tensors of the same model, with the same stand-in for attention, for another number of sequences than one.
+    """Real tensors of the same model, with the same stand-in for attention, for other sequences than it sends.
 
     Exactly, but for experts: a CPU counts the tokens of each in floating point, a device in whole numbers.
     """
-    from transformers import AutoModelForCausalLM
-
     directory = ModelDirectory.read(save_tiny_model(tmp_path / "model", model_type))
     outline = outline_of(directory, layers_train(directory.family, TRAINED), torch.float32, TOKENS)
-    model: Any = AutoModelForCausalLM.from_pretrained(directory.path)
-    if model.config._attn_implementation == "sdpa":
-        model.set_attn_implementation("planned")
-    model.config.use_cache = False
-    model.train().requires_grad_(False)
+    model = frozen_model(directory)
     layers = list(directory.family.layer_modules(model))
     for layer in TRAINED:
         layers[layer].requires_grad_(True)
@@ -68,6 +77,50 @@ def test_what_is_kept_for_the_backward_pass_is_what_autograd_keeps(model_type: s
     assert outline.other_saved.of(ROWS) - head_gradient == pytest.approx(found.get(None, 0), rel=1e-3)
     assert [w.numel for w in outline.weights] == [p.numel() for p in model.parameters()]
     assert outline.trainable == sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("tokens", [24, 32])
+@pytest.mark.parametrize("rows", [1, 5])
+def test_what_is_there_once_is_told_from_what_every_sequence_has(rows: int, tokens: int, tmp_path: Path) -> None:
+    """DoRA keeps tensors of its weights' shapes beside those of the tokens; 32 divides the former too, 24 does not."""
+    sizes: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 160, "head_dim": 16}
+    directory = ModelDirectory.read(save_tiny_model(tmp_path / "model", **sizes))
+    trains = adapters_train(directory.family, LoraSpec(rank=4, dora=True), 0)
+    outline = outline_of(directory, trains, torch.float32, tokens)
+    model = frozen_model(directory)
+    trains.prepare(model)
+    found = kept_by(model, list(directory.family.layer_modules(model)), rows, tokens)
+    widths = [weight.numel for weight in outline.weights if weight.name.endswith("mlp.up_proj.base_layer.weight")]
+    for index, saved in enumerate(outline.layer_saved):
+        assert saved.fixed > 4 * widths[index], "as much as a matrix, at least"
+        assert saved.of(rows) == pytest.approx(found[index], rel=1e-3), index
+
+
+@pytest.mark.parametrize("rows", [1, 4, 40])
+def test_a_backward_pass_holds_gradients_of_weights_once_and_those_of_activations_by_sequence(
+    rows: int, tmp_path: Path
+) -> None:
+    """Real tensors of a trained layer, whose heaviest moment is another one with few sequences than with many."""
+    directory = ModelDirectory.read(save_tiny_model(tmp_path / "model"))
+    top = directory.num_layers - 1
+    outline = outline_of(directory, layers_train(directory.family, [top]), torch.float32, 8)
+    model, given = frozen_model(directory), dict[str, Any]()
+    layer = directory.family.layer_modules(model)[top].requires_grad_(True)
+    layer.register_forward_pre_hook(lambda _, *of: given.update(of=of), with_kwargs=True)
+    final_hidden(model, torch.zeros(rows, 8, dtype=torch.int64), None)
+    (hidden, *others), named = given["of"]
+    for weight in layer.parameters():
+        weight.register_post_accumulate_grad_hook(lambda weight: setattr(weight, "grad", None))
+    with LiveBytes() as live:
+        output = layer(hidden.detach().requires_grad_(True), *others, **named)
+        gradient = torch.ones_like(output)
+        kept, live.peak = live.now, live.now
+        output.backward(gradient)
+    for recompute in (False, True):
+        found = working_bytes(outline, Step(1, rows, 1, recompute), SHIPPED[2])
+        assert found == pytest.approx(live.peak - kept, rel=1e-3)
+    few, many = outline.layer_working[top][0], outline.layer_working[top][-1]
+    assert few.fixed > 0 >= many.fixed, "with gradients of weights, and without"
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gpt2", "qwen3", "phi3"])
