@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import SerializationInfo, SerializerFunctionWrapHandler, model_serializer
@@ -12,6 +12,7 @@ from adept_ds.config.section import Section
 if TYPE_CHECKING:
     from adept_ds.config.schema import Config
     from adept_ds.models.directory import ModelDirectory
+    from adept_ds.models.weight_files import Shapes
 
 EVERY_KEY = "every key"
 """Context of a dump that shall be a section even where a word would do."""
@@ -44,8 +45,12 @@ class MethodSection(Section):
     def check(self, config: Config) -> None:
         """Raises `ValueError`, in one line with the key, the value and the remedy: it cannot work with the rest."""
 
-    def check_model(self, model: ModelDirectory) -> None:
-        """Raises `InputError`: it cannot work with this model. Reads headers alone."""
+    def check_model(self, model: ModelDirectory, shapes: Callable[[], Shapes]) -> None:
+        """Raises `InputError`: it cannot work with this model.
+
+        Args:
+            shapes: those of its tensors, looked up if they are asked for.
+        """
 
     @property
     def makes_copies(self) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,6 +29,7 @@ from adept_ds.config.schema import Config
 from adept_ds.config.trackers import check_trackers
 from adept_ds.models.directory import ModelDirectory
 from adept_ds.models.tokenizer_files import check_tokenizer
+from adept_ds.models.weight_files import tensor_shapes
 
 Purpose = Literal["run", "probe", "expand", "train", "export", "eval", "dial"]
 """What a command does with a configuration, and so what of it has to be there."""
@@ -75,7 +77,7 @@ def resolve(config: Config, purpose: Purpose, num_ranks: int = 1) -> ResolvedCon
     model = ModelDirectory.resolve("model", config.model)
     if purpose not in ("eval", "export", "dial") and config.method.chooses_layers:
         check_num_copies(config, model)
-    config.method.check_model(model)
+    config.method.check_model(model, partial(tensor_shapes, model.path))
     trains, reference = purpose in ("run", "train"), None
     for key, corpus in corpora_read(config, purpose).items():
         check_files(key, corpus)

@@ -9,7 +9,7 @@ faster than A, here as a multiplier of its units, weight decay included. Merging
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from adept_ds.config.schema import Config
     from adept_ds.models.directory import ModelDirectory
     from adept_ds.models.loading import Trains
+    from adept_ds.models.weight_files import Shapes
     from adept_ds.training.rule import TrainingRule
     from adept_ds.units.registry import UnitRegistry
 
@@ -46,8 +47,8 @@ class Adapters(Method):
     def spec(self) -> AdapterSpec:
         """What is put beside which projections."""
 
-    def check_model(self, model: ModelDirectory) -> None:
-        check_adapters(self.spec, model)
+    def check_model(self, model: ModelDirectory, shapes: Callable[[], Shapes]) -> None:
+        check_adapters(self.spec, model, shapes())
 
     def trains(self, config: Config, start: Start) -> Trains:
         from adept_ds.models.adapters import adapters_train

@@ -15,7 +15,7 @@ from typing import Literal
 from adept_ds.base.errors import InputError
 from adept_ds.models.directory import ModelDirectory
 from adept_ds.models.families import Family
-from adept_ds.models.weight_files import weight_entries
+from adept_ds.models.weight_files import Shapes
 
 Targets = Literal["all"] | tuple[str, ...]
 """Projections by their path in a decoder layer ('self_attn.q_proj'); 'all': each that can have an adapter."""
@@ -90,14 +90,14 @@ def target_projections(targets: Targets, family: Family) -> list[str]:
     return [path for path in possible if path in targets]
 
 
-def check_adapters(spec: AdapterSpec, model: ModelDirectory) -> None:
-    """Reads headers alone.
+def check_adapters(spec: AdapterSpec, model: ModelDirectory, shapes: Shapes) -> None:
+    """What the model is told by its configuration, and by the shapes of its tensors.
 
     Raises:
         InputError: the model lacks a target that was named, or its shape does not fit the adapter.
     """
     paths = target_projections(spec.targets, model.family)
-    inputs = _inputs_by_path(model)
+    inputs = _inputs_by_path(model.family, shapes)
     absent = [path for path in paths if path not in inputs]
     if spec.targets != "all" and absent:
         raise InputError(
@@ -147,15 +147,14 @@ def _likeness(path: str, known: str) -> tuple[bool, float]:
     return same_last, difflib.SequenceMatcher(None, path, known).ratio()
 
 
-def _inputs_by_path(model: ModelDirectory) -> dict[str, int]:
+def _inputs_by_path(family: Family, shapes: Shapes) -> dict[str, int]:
     """Adaptable projections that some layer has -> the number of their inputs."""
-    possible, inputs = adaptable_projections(model.family), {}
-    for entries in weight_entries(model.path).values():
-        for name, entry in entries.items():
-            _, inner = model.family.split_name(name) or (0, "")
-            path, _, last = inner.rpartition(".")
-            if path in possible and last == "weight":
-                inputs[path] = entry.shape[0 if model.family.transposed else 1]
+    possible, inputs = adaptable_projections(family), {}
+    for name, shape in shapes.items():
+        _, inner = family.split_name(name) or (0, "")
+        path, _, last = inner.rpartition(".")
+        if path in possible and last == "weight":
+            inputs[path] = shape[0 if family.transposed else 1]
     return inputs
 
 

@@ -7,6 +7,7 @@ else lies there. A directory in which that could be another model than the one t
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any
 
@@ -34,6 +35,9 @@ def check_weight_name(name: str) -> str:
         raise ValueError(f"{name[:100]!r} is no name of a weight file")
     return name
 
+
+Shapes = Mapping[str, tuple[int, ...]]
+"""Name of a tensor -> its shape."""
 
 WeightName = Annotated[str, AfterValidator(check_weight_name)]
 
@@ -68,6 +72,11 @@ def weight_files(model_dir: Path) -> list[Path]:
     if missing:
         raise InputError(f"model: '{model_dir}' lacks weight file '{missing[0]}'; complete the download")
     return [model_dir / name for name in names]
+
+
+def tensor_shapes(model_dir: Path) -> Shapes:
+    """As `weight_entries`."""
+    return {name: entry.shape for entries in weight_entries(model_dir).values() for name, entry in entries.items()}
 
 
 def weight_entries(model_dir: Path) -> dict[Path, dict[str, TensorEntry]]:

@@ -13,8 +13,14 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from adept_ds.models.directory import ModelDirectory, understood_by_transformers
+from adept_ds.models.weight_files import Shapes
 
 _ATTENTION = "planned"
+
+
+def contentless_shapes(model: ModelDirectory) -> Shapes:
+    """As `contentless_model`, of its parameters."""
+    return {name: tuple(of.shape) for name, of in contentless_model(model, torch.float32).named_parameters()}
 
 
 def contentless_model(model: ModelDirectory, precision: torch.dtype) -> Any:

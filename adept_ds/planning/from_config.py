@@ -19,6 +19,7 @@ from adept_ds.config.schema import Config
 from adept_ds.methods.shape import Start, method_of
 from adept_ds.models.directory import ModelDirectory
 from adept_ds.planning.candidates import Task
+from adept_ds.planning.contentless import contentless_shapes
 from adept_ds.planning.recording import outline_of
 from adept_ds.planning.zero_settings import settings_by_stage
 from adept_ds.probing.selection import layers_without_probe
@@ -44,6 +45,7 @@ def planned(config: Config, gpus: int) -> Planned:
     if config.method.chooses_layers:
         check_num_copies(config, model)
     precision = "bf16" if config.train.precision == "auto" else config.train.precision
+    config.method.check_model(model, lambda: contentless_shapes(model))
     accumulation_steps(config.train.model_copy(update={"micro_batch_size": 1}), gpus)
     merged = _first_taken(config, model, gpus, precision)
     shipped = config.model_copy(update={"deepspeed": None})  # its files go with every run

@@ -23,6 +23,7 @@ from adept_ds.models.adapter_spec import (
 )
 from adept_ds.models.directory import ModelDirectory
 from adept_ds.models.family_table import FAMILIES
+from adept_ds.models.weight_files import tensor_shapes
 
 LLAMA = FAMILIES["llama"]
 
@@ -37,7 +38,8 @@ def test_all_means_every_linear_layer_of_every_decoder_layer(tmp_path: Path, fam
         for path, module in layer.named_modules():
             if isinstance(module, torch.nn.Linear | Conv1D) and module.weight.shape[0] > 1:
                 linear.add(path)
-    check_adapters(LoraSpec(), ModelDirectory.read(tmp_path / "model"))
+    model = ModelDirectory.read(tmp_path / "model")
+    check_adapters(LoraSpec(), model, tensor_shapes(model.path))
     possible = adaptable_projections(FAMILIES[family])
     assert linear <= set(possible) and (linear == set(possible) or "moe" in family or family == "mixtral")
     assert target_projections("all", FAMILIES[family]) == possible
@@ -86,7 +88,7 @@ def test_what_cannot_work_is_refused_in_one_line(
     options: dict[str, Any] = {"llama": {"intermediate_size": 36}, "qwen3_moe": {"decoder_sparse_step": 1}}
     model = ModelDirectory.read(save_tiny_model(tmp_path / "model", family, **options.get(family, {})))
     with pytest.raises(InputError) as refusal:
-        check_adapters(spec, model)
+        check_adapters(spec, model, tensor_shapes(model.path))
     assert "\n" not in str(refusal.value) and str(refusal.value).startswith("method.")
     for word in words:
         assert word in str(refusal.value)
@@ -95,7 +97,7 @@ def test_what_cannot_work_is_refused_in_one_line(
 def test_what_layers_lack_is_left_out_of_all(tmp_path: Path) -> None:
     """Every layer has experts; the table has both kinds."""
     model = ModelDirectory.read(save_tiny_model(tmp_path / "model", "qwen3_moe", decoder_sparse_step=1))
-    check_adapters(OftSpec(block_size=4), model)
+    check_adapters(OftSpec(block_size=4), model, tensor_shapes(model.path))
 
 
 @pytest.mark.parametrize(

@@ -242,6 +242,7 @@ def test_replay_that_no_micro_batches_divide_is_refused_at_once(config: Path) ->
         ),
         ((*ON, "model=nowhere"), ("model", "nowhere")),
         ((*ON, "expand.k=99"), ("expand.k", "99")),
+        ((*ON, "method={name: oft, block_size: 33}"), ("method.block_size", "33", "does not divide")),
     ],
 )
 def test_what_cannot_be_planned_is_refused_in_one_line(
