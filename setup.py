@@ -31,7 +31,7 @@ setup(
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.6",
-        "deepspeed>=0.19.3,<0.20",
+        "deepspeed>=0.19.8,<0.20",
         "transformers>=5.0,<6",
         "accelerate>=1.1",
         "datasets>=3.0",

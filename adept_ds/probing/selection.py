@@ -106,10 +106,11 @@ def select_layers(
         if section.num_copies is not None:
             k = section.num_copies
         chosen = _chosen(section, deltas, k, seed)
-    tie_break = None
+    tie_break, too_large = None, False
     if section.tie_break == "cost" and replicates is not None:
         lowest, (chosen, tied) = chosen, cheapest_layers(deltas, k, replicates)
-        if _over_budget(section, chosen, size):  # layers may differ in size
+        too_large = _over_budget(section, chosen, size)  # layers may differ in size
+        if too_large:
             chosen = lowest
         tie_break = _tie_break(lowest, chosen, tied, replicates, cost, deltas)
     return Selection(
@@ -117,7 +118,8 @@ def select_layers(
         k=k,
         choose="list" if section.layers is not None else section.choose,
         rule=section.rule if section.k == "auto" else None,
-        reason=_reason(section, rules, deltas, chosen, size) + (_says(tie_break, chosen) if tie_break else ""),
+        reason=_reason(section, rules, deltas, chosen, size)
+        + (_says(tie_break, chosen, too_large) if tie_break else ""),
         rules=rules,
         within_noise=_within_noise(section, k, replicates),
         tie_break=tie_break,
@@ -290,8 +292,10 @@ def _tie_break(
     )
 
 
-def _says(tie: TieBreak, chosen: Sequence[int]) -> str:
-    """The end of the reason."""
+def _says(tie: TieBreak, chosen: Sequence[int], too_large: bool) -> str:
+    """The end of the reason. Args: too_large: what trains fastest exceeds the limits of the budget."""
+    if too_large:
+        return "; tie_break: cost changes nothing: layers that train faster exceed the limits"
     if tuple(chosen) == tie.lowest:
         return "; tie_break: cost changes nothing: no choice that the probe cannot tell from this one trains faster"
     text = f"; of layers {', '.join(map(str, tie.tied))}, whose deltas the probe cannot tell apart, those that train "

@@ -113,6 +113,9 @@ class ConsolidationRule(TrainingRule):
         self._steps += 1
         return {}
 
+    def take_back(self) -> None:
+        self._last = None
+
     def _observe_last(self) -> None:
         """The gradient that was looked at last: after its step, for which the host has waited anyway."""
         if self._last is not None:

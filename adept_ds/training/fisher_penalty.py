@@ -72,8 +72,9 @@ class FisherPenalty(TrainingRule):
         terms: list[torch.Tensor] = []
 
         def gradient(name: str, weight: torch.Tensor, *_: int) -> torch.Tensor:
-            change = weight - self._start[name]
-            pull = self._strength * self._fisher[name] * change
+            # DeepSpeed hands out weights on the device, wherever the optimizer has them.
+            change = weight - self._start[name].to(weight.device)
+            pull = self._strength * self._fisher[name].to(weight.device) * change
             terms.append((pull * change).sum(dtype=torch.float64))
             return pull
 

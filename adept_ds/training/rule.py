@@ -56,6 +56,11 @@ class TrainingRule:
         """
         return {}
 
+    def take_back(self) -> None:
+        """The step that this gradient was for is skipped: nothing that was learned from it counts."""
+        if self.online:
+            self.online.take_back()
+
     def refreshes_after(self, step: int) -> bool:
         """Whether `refresh` is due after step `step`, which is not the last."""
         return False

@@ -235,8 +235,8 @@ class Trainer:
             self.engine, self.ranks, own, lambda told: self._skips.largest_norm(seen(told))
         )
         skipped = self._skips.decide(seen(told), grad_norm)
-        if skipped and self.rule.online:
-            self.rule.online.take_back()
+        if skipped:
+            self.rule.take_back()
         seconds = time.perf_counter() - start
         operations = self.flops_without(bypassed).total * batch.tokens
         operations += self.anchor.operations(step) if self.anchor else 0.0

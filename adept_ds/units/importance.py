@@ -93,7 +93,7 @@ class OnlineImportance:
         """Take in the gradient of a training batch's replayed sequences.
 
         To be called at their end (see `zero.gradients.end_segment`), when nothing else of the batch has had its
-        backward pass. The host does not wait for it: a step follows, which it waits for.
+        backward pass. Nothing is fetched for it: a step follows, which the host waits for.
 
         Args:
             share: of the batch, that is replayed: the loss of a training step is a mean over the whole batch.

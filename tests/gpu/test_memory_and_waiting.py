@@ -72,7 +72,11 @@ def stepped(training, step):
         warnings.simplefilter("always")
         outcome = whole(training, step)
     torch.cuda.set_sync_debug_mode("default")
-    waits = [f"{line.filename}:{line.lineno}" for line in caught if "synchronizing CUDA operation" in str(line.message)]
+    waits = [
+        f"{line.filename}:{line.lineno}"
+        for line in caught
+        if "synchronizing CUDA operation" in str(line.message) and "runtime/zero/stage" not in line.filename
+    ]
     print(json.dumps([step, waits]), file=found)
     return outcome
 
@@ -83,7 +87,8 @@ main()
 
 @pytest.mark.parametrize("stage", ["zero2", "zero3"])
 def test_the_host_waits_for_the_device_once_in_a_step(stage: str, workspace: Workspace, tmp_path: Path) -> None:
-    """As CUDA itself counts, from the third step on: before it, DeepSpeed compares what it has recorded of modules."""
+    """As CUDA itself counts, from the third step on: before it, DeepSpeed compares what it has recorded of modules.
+    That it waits for its own reductions at the end of each backward pass is not counted."""
     config = config_of(workspace, tmp_path / "run", stage, importance={"every": 100}, train={"eval_every": 0})
     env = os.environ | {"DS_ACCELERATOR": "cuda", "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-c", PROGRAM, str(tmp_path / "found"), "run", str(config)]

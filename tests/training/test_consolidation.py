@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import oracle
@@ -12,8 +14,15 @@ from harness.models import save_tiny_model
 
 from adept_ds.base.errors import InputError
 from adept_ds.models.directory import ModelDirectory
-from adept_ds.training.consolidation import CONSOLIDATION_NAME, Consolidation, UnitShare, consolidated
+from adept_ds.training.consolidation import (
+    CONSOLIDATION_NAME,
+    Consolidation,
+    ConsolidationRule,
+    UnitShare,
+    consolidated,
+)
 from adept_ds.units.registry import build_registry
+from adept_ds.units.smoothed import SmoothedImportance
 
 Trained = dict[str, torch.Tensor]
 
@@ -94,3 +103,22 @@ def test_a_record_of_another_model_is_refused(tmp_path: Path) -> None:
     fewer = {name: weight for name, weight in trained.items() if ".4." not in name}
     with pytest.raises(InputError, match=r"consolidation\.json' is of another model than .*; give its own base"):
         list(consolidated(fewer, other, tmp_path))
+
+
+def test_the_gradient_of_a_step_that_is_not_taken_is_no_observation() -> None:
+    """Of one that is skipped as a spike, say. A score is the first observation's, half way to the second one's."""
+    rule = ConsolidationRule.__new__(ConsolidationRule)  # no engine: sums are given
+    sums = iter([1.0, 1000.0, 2.0])
+    rule._unit_sums = SimpleNamespace(local_later=lambda: partial(torch.full, (2,), next(sums)))
+    rule._mean = lambda found: found.double()
+    rule._domain = SmoothedImportance(2, (0.5, 0.5))
+    rule._every, rule._steps, rule._last = 1, 0, None
+    apart = SmoothedImportance(2, (0.5, 0.5))
+    for taken in (True, False, True):
+        rule.before_update()
+        if not taken:
+            rule.take_back()
+    rule._observe_last()
+    for value in (1.0, 2.0):
+        apart.observe(torch.full((2,), value).double())
+    assert rule._domain.scores == apart.scores
