@@ -109,7 +109,7 @@ def select_layers(
     tie_break, too_large = None, False
     if section.tie_break == "cost" and replicates is not None:
         lowest, (chosen, tied) = chosen, cheapest_layers(deltas, k, replicates)
-        too_large = _over_budget(section, chosen, size)  # layers may differ in size
+        too_large = bool(_over_budget(section, chosen, size))  # layers may differ in size
         if too_large:
             chosen = lowest
         tie_break = _tie_break(lowest, chosen, tied, replicates, cost, deltas)

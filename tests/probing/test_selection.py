@@ -226,7 +226,7 @@ def test_of_layers_that_cannot_be_told_apart_the_highest_are_chosen() -> None:
 
 def test_where_the_limits_forbid_what_trains_faster_the_reason_says_so() -> None:
     """Layer 2 is as low as layer 0 and above it, and too large."""
-    deltas, size = [0.30, 0.9, 0.31], ModelSize((10, 10, 40), 100, (1.0, 1.0, 4.0), 10.0)
+    deltas, size = [0.30, 0.9, 0.31], ModelSize((10, 10, 40), 100, (1.0, 1.0, 4.0), 10)
     section = {"k": "auto", "rule": "budget", "max_trainable_share": 0.1, "tie_break": "cost"}
     found = select(deltas, scattered(deltas, own={0: 0.1, 2: 0.1}), size, **section)
     assert found.layers == (0,)

@@ -107,7 +107,7 @@ def test_a_record_of_another_model_is_refused(tmp_path: Path) -> None:
 
 def test_the_gradient_of_a_step_that_is_not_taken_is_no_observation() -> None:
     """Of one that is skipped as a spike, say. A score is the first observation's, half way to the second one's."""
-    rule = ConsolidationRule.__new__(ConsolidationRule)  # no engine: sums are given
+    rule: Any = ConsolidationRule.__new__(ConsolidationRule)  # no engine: sums are given
     sums = iter([1.0, 1000.0, 2.0])
     rule._unit_sums = SimpleNamespace(local_later=lambda: partial(torch.full, (2,), next(sums)))
     rule._mean = lambda found: found.double()
