@@ -23,6 +23,7 @@ from adept_ds.base.errors import InputError
 from adept_ds.base.files import read_json
 from adept_ds.base.records import first_mistake
 from adept_ds.base.run_dir import RunDirectory
+from adept_ds.config.layer_sections import ExpandSection
 from adept_ds.report.presence import check_something_to_report
 from adept_ds.report.shapes import (
     ChoiceShape,
@@ -134,6 +135,19 @@ class RunFiles:
         """Whether the copies stand elsewhere than where their gains put them."""
         chosen = sorted(self.places.get("selected") or [])
         return bool(self.copies and chosen) and chosen != sorted(self.copies.values())
+
+    @property
+    def probes(self) -> bool:
+        """Whether a probe chooses layers, as far as the configuration can be read."""
+        with suppress(Exception):  # of an older version, say
+            return ExpandSection.model_validate(self.config["expand"]).needs_probe
+        return True
+
+    @property
+    def one_rate(self) -> bool:
+        """Whether all units learn alike, as far as the configuration can be read."""
+        policy = self.config.get("lr_policy")
+        return isinstance(policy, dict) and policy.get("map") == "constant"
 
     @property
     def within_noise(self) -> list[int]:

@@ -133,3 +133,13 @@ def test_units_whose_weights_overflowed_are_counted_and_left_out(tmp_path: Path)
     assert "layers.1.c" not in text and "layers.1.d" not in text and "nan" not in text
     broken = movement_of(tmp_path, interval(0, 10, moved("layers.1.c", 1.0, math.nan, math.nan)))
     assert "Left out: no weight is a finite number any more." in broken
+
+
+def test_where_all_units_have_one_rate_there_is_no_line_to_look_for(tmp_path: Path) -> None:
+    units = [moved("layers.1.a", 1, 1, 3), moved("layers.1.b", 1, 1, 1), moved("layers.1.c", 1, 1, math.nan)]
+    section = movement_of(tmp_path, interval(0, 10, *units))
+    assert "<svg" not in section
+    text = words(section)
+    assert "How far each unit moved All units had the same learning rate" in text
+    assert "layers.1.a 1.000 1.5" in text and "layers.1.b 1.000 0.5" in text
+    assert "1 unit has weights that are not finite numbers" in text

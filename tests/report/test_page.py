@@ -115,6 +115,17 @@ def test_only_the_probe_has_run(tmp_path: Path) -> None:
     assert page.count("Left out") == 8
 
 
+def test_what_the_configuration_does_without_is_not_missed(tmp_path: Path) -> None:
+    """Places without a probe, and one rate for all units."""
+    write_lines(tmp_path / "metrics.jsonl", [{"step": 1, "loss": 2.0}])
+    (tmp_path / "config.yaml").write_text("method: adept\n")
+    sections = {name: f'<section id="{name}">' in page_of(tmp_path) for name in TITLES}
+    assert all(sections.values())
+    (tmp_path / "config.yaml").write_text("expand: {k: 8, choose: uniform}\nlr_policy: {map: constant}\n")
+    sections = {name: f'<section id="{name}">' in page_of(tmp_path) for name in TITLES}
+    assert {name for name, there in sections.items() if not there} == {"layers", "units"}
+
+
 def test_only_metrics(tmp_path: Path) -> None:
     write_lines(tmp_path / "metrics.jsonl", [{"step": 1, "loss": 2.0}, {"step": 2, "loss": math.nan}, {"step": 3}])
     page = page_of(tmp_path)
