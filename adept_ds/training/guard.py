@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,8 +46,12 @@ class Guard:
     def keeps_best(self) -> bool:
         return self._section.action == "stop"
 
-    def judge(self, step: int, reading: Reading) -> dict[str, Any]:
-        """Take in what was found after step `step`; what joins the log."""
+    def judge(self, step: int, reading: Reading, *, is_kept: bool = True) -> dict[str, Any]:
+        """Take in what was found after step `step`; what joins the log.
+
+        Args:
+            is_kept: whether there may be a checkpoint of this step. Without one it is not the best.
+        """
         section, worst = self._section, reading.general[reading.worst]
         self.complaint = None
         if worst.lower > section.max_general_rise:
@@ -57,7 +61,7 @@ class Guard:
             )
             if section.action == "slow":
                 self.factor *= section.slow_by
-        elif step and reading.domain < self._lowest:
+        elif step and is_kept and reading.domain < self._lowest:
             self.best, self._lowest = step, reading.domain
         record = reading.to_json() | {"forgotten": self.complaint is not None, "worst": reading.worst}
         return record | ({"factor": self.factor} if section.action == "slow" else {})
@@ -86,5 +90,9 @@ class Guard:
     def state_dict(self) -> dict[str, Any]:
         return {"factor": self.factor, "best": self.best, "lowest": self._lowest}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.factor, self.best, self._lowest = state["factor"], state["best"], state["lowest"]
+    def load_state_dict(self, state: dict[str, Any], checkpoints: Collection[int]) -> None:
+        """Args: checkpoints: steps of those that there are: what was put aside, or stayed with the trunk of a branch,
+        is no result of this run."""
+        self.factor = state["factor"]
+        if state["best"] in checkpoints:
+            self.best, self._lowest = state["best"], state["lowest"]
