@@ -201,6 +201,23 @@ def test_going_on_without_the_best_checkpoint_does_not_name_it_again(copied: Gua
     assert read_json(copied.files.guard)["best"] == 0
 
 
+@pytest.mark.parametrize("changed", ["guard.confidence=0.9", "data.eval_sequences=190"])
+def test_what_was_the_best_by_other_measures_is_not_exported(copied: GuardedRun, changed: str) -> None:
+    """It goes on after its end, forgets more, and is ended with nothing that was found good by what holds now."""
+    put_aside(copied, copied.files.guard)
+    result = adept(2, "train", copied.config, changed)
+    assert result.returncode == 2, result.stdout
+    assert_one_line(result.stderr, ["guard.max_general_rise: ", "by step 6", "no checkpoint has less"])
+    assert read_json(copied.files.guard)["best"] == 0
+
+
+def test_what_was_the_best_stays_so_by_the_same_measures(copied: GuardedRun) -> None:
+    put_aside(copied, copied.files.guard)
+    result = adept(2, "train", copied.config)
+    assert result.returncode == 0, result.stderr
+    assert (read_json(copied.files.guard)["step"], exported_step(load_config(copied.config))) == (6, 2)
+
+
 def test_lower_multipliers_are_lower_rates_and_resume_bit_for_bit(
     workspace: Workspace, tmp_path: Path, warned: GuardedRun
 ) -> None:

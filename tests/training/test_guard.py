@@ -14,11 +14,11 @@ from adept_ds.config.guard_section import GuardSection
 from adept_ds.training.guard import Guard
 
 
-def guard(**keys: Any) -> Guard:
+def guard(texts: str = "held out", **keys: Any) -> Guard:
     def never(progress: Any) -> Any:
         raise AssertionError("nothing is measured here")
 
-    return Guard(GuardSection.model_validate(keys), never)
+    return Guard(GuardSection.model_validate(keys), never, texts)
 
 
 def reading(lower: float, domain: float = 2.0, **others: float) -> Reading:
@@ -96,6 +96,30 @@ def test_a_best_checkpoint_that_is_gone_is_none() -> None:
     assert second.best == 0
     second.judge(40, reading(-0.1, 2.5))
     assert second.best == 40
+
+
+@pytest.mark.parametrize(
+    ("changed", "best"),
+    [
+        ({}, 10),
+        ({"max_general_rise": 0.01}, 0),
+        ({"max_general_rise": 0.06}, 10),
+        ({"confidence": 0.9}, 0),
+        ({"max_general_rise": 0.06, "confidence": 0.9}, 0),
+        ({"texts": "others"}, 0),
+    ],
+    ids=str,
+)
+def test_the_best_by_other_limits_or_other_texts_is_not_the_best(changed: dict[str, Any], best: int) -> None:
+    """It has risen by 0.04 at least: within 0.05, and so within 0.06, but not within 0.01. By other limits or of other
+    texts nobody knows."""
+    first = guard(action="stop", max_general_rise=0.05)
+    second = guard(**{"action": "stop", "max_general_rise": 0.05, **changed})
+    first.judge(10, reading(0.04, 2.0))
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())), [10])
+    assert second.best == best
+    second.judge(20, reading(0.0, 2.5))
+    assert second.best == (best or 20), "whatever loss the best of before had"
 
 
 # --- its end of training --------------------------------------------------------------------------------------------
