@@ -144,7 +144,8 @@ def training_settings(config: Config, identity: Identity, layers: Sequence[int] 
     data, importance, method = config.data, config.importance, method_of(config)
     sections = {
         "method": method.model_dump(mode="json", context=EVERY_KEY),
-        "train": config.train.model_dump(mode="json", exclude=_NOT_PART_OF_TRAINING),
+        # A dump leaves out what is not set, and what is left out could be set on the way.
+        "train": {"spike_sigma": None} | config.train.model_dump(mode="json", exclude=_NOT_PART_OF_TRAINING),
         "data": reading_settings(data),
     }
     if "importance" in method.sections:
@@ -162,13 +163,14 @@ def training_settings(config: Config, identity: Identity, layers: Sequence[int] 
     settings["data.replay_share"] = data.replay_share if data.replay else None
     if anchor:
         settings["anchor.corpus"] = identity.corpus("anchor.corpus", anchor.corpus)
-        settings["probe.seed"] = config.probe.seed
     if guard:
         settings["guard.every"] = config.train.eval_every
         settings["data.general_eval"] = identity.corpus("data.general_eval", data.general_eval)
+        settings["data.eval_sequences"] = data.eval_sequences
     if config.reads_general_text:
         settings["probe.corpus"] = identity.corpus("probe.corpus", config.probe.corpus)
         settings["probe.seq_len"] = config.probe.seq_len
+    if anchor or config.reads_general_text or (config.refreshes and importance.initial == "source"):
         settings["probe.seed"] = config.probe.seed
     if layers is not None and method.starts_from == "base" and method.chooses_layers:
         settings["expand.layers"] = list(layers)
