@@ -11,6 +11,7 @@ Frozen weights are not saved: they come from the expanded checkpoint, whose fing
 from __future__ import annotations
 
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -138,12 +139,16 @@ def check_same_training(directory: Path, expected: CheckpointManifest) -> None:
     """
     place = directory / checkpoint_tag(expected.step)
     found = CheckpointManifest.load(manifest_of(place))
-    for key, value in found.settings.items():
-        now = expected.settings.get(key)
-        if now != value:
-            how = "on other texts" if _are_texts(value) or _are_texts(now) else f"with {value!r}, not {now!r}"
-            raise InputError(f"{key}: '{place}' was trained {how}; {_GO_ON}")
+    check_same_settings(found.settings, expected.settings, place)
     check_same_start(found, expected.fingerprint, place)
+
+
+def check_same_settings(found: Mapping[str, Any], expected: Mapping[str, Any], place: Path) -> None:
+    """Raises `InputError` if the checkpoint at `place` was trained by `found`, and not by what is expected."""
+    for key, value in found.items():
+        now = expected.get(key)
+        if now != value:
+            raise InputError(f"{key}: '{place}' was trained {_otherwise(value, now)}; {_GO_ON}")
 
 
 def check_same_start(found: CheckpointManifest, fingerprint: str, place: Path) -> None:
@@ -164,6 +169,15 @@ def change_of_shape(directory: Path, expected: CheckpointManifest) -> str:
 
 def _count(ranks: int) -> str:
     return "1 rank" if ranks == 1 else f"{ranks} ranks"
+
+
+def _otherwise(value: Any, now: Any) -> str:
+    if _are_texts(value) or _are_texts(now):
+        return "on other texts"
+    if isinstance(value, dict):  # digests too
+        other = [name for name in value if not isinstance(now, dict) or now.get(name) != value[name]]
+        return f"with another {' and another '.join(other)}"
+    return f"with {value!r}, not {now!r}"
 
 
 def _are_texts(value: Any) -> bool:

@@ -154,8 +154,9 @@ def test_a_key_that_changes_the_course_of_training_is_among_its_settings(
     are of a sample by `probe.seed`, and a guard that slows does so by what it measures; without either it is no
     matter."""
     config = workspace.config(tmp_path / "run", data={"replay": [str(workspace.root / "general.jsonl")]})
+    model = ModelDirectory.read(workspace.model)
     first, second = (
-        training_settings(load_config(config, overrides), identity) for overrides in (given, [*given, change])
+        training_settings(load_config(config, overrides), identity, model) for overrides in (given, [*given, change])
     )
     for before, now in ((first, second), (second, first)):
         differ = [name for name, value in before.items() if now.get(name) != value]
