@@ -83,7 +83,7 @@ def training_manifest(run: Context, fingerprint: str, settings: dict[str, Any], 
         precision=str(run.precision).removeprefix("torch."),
         adept_ds=__version__,
         fingerprint=fingerprint,
-        settings=settings,
+        settings=settings | {"train.precision": run.precision_name},  # "auto" is not the same on every device
     )
 
 

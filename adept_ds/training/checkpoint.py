@@ -15,11 +15,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from pydantic import Field, NonNegativeInt, model_validator
 
 from adept_ds.base.errors import DamagedError, InputError
 from adept_ds.base.proofs import FileProof, InnerName, Sealed, check_file, check_size
 from adept_ds.base.run_dir import checkpoint_tag, manifest_of
+from adept_ds.models.device import name_of_precision
 from adept_ds.ranks.collectives import Ranks
 from adept_ds.training.random_states import load_random_state
 from adept_ds.weights.saved_state import read_saved_state
@@ -29,6 +31,7 @@ from adept_ds.zero.resuming import resume
 UNIT_NAMES = "unit_names.json"
 """The names of all units, once, in the order of the multipliers in every rank's file of optimizer states."""
 
+_PRECISION = "train.precision"
 _GO_ON = "set it back to go on with this run, or start another one in a run_dir of its own"
 
 
@@ -139,7 +142,7 @@ def check_same_training(directory: Path, expected: CheckpointManifest) -> None:
     """
     place = directory / checkpoint_tag(expected.step)
     found = CheckpointManifest.load(manifest_of(place))
-    check_same_settings(found.settings, expected.settings, place)
+    check_same_settings(_told(found), expected.settings, place)
     check_same_start(found, expected.fingerprint, place)
 
 
@@ -147,6 +150,11 @@ def check_same_settings(found: Mapping[str, Any], expected: Mapping[str, Any], p
     """Raises `InputError` if the checkpoint at `place` was trained by `found`, and not by what is expected."""
     for key, value in found.items():
         now = expected.get(key)
+        if now != value and key == _PRECISION:
+            raise InputError(
+                f"{key}: '{place}' was trained in {value}, not {now}; set {key} to {value} to go on with this run, or "
+                "start another one in a run_dir of its own"
+            )
         if now != value:
             raise InputError(f"{key}: '{place}' was trained {_otherwise(value, now)}; {_GO_ON}")
 
@@ -169,6 +177,15 @@ def change_of_shape(directory: Path, expected: CheckpointManifest) -> str:
 
 def _count(ranks: int) -> str:
     return "1 rank" if ranks == 1 else f"{ranks} ranks"
+
+
+def _told(manifest: CheckpointManifest) -> dict[str, Any]:
+    """Its settings; older versions left the precision to the device, and told what it was beside them."""
+    settings, known = manifest.settings, manifest.precision
+    if settings.get(_PRECISION) != "auto":
+        return settings
+    told = {_PRECISION: name_of_precision(getattr(torch, known))} if known else {}
+    return {key: value for key, value in settings.items() if key != _PRECISION} | told
 
 
 def _otherwise(value: Any, now: Any) -> str:

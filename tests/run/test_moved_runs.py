@@ -12,13 +12,14 @@ import re
 import shutil
 import subprocess
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from harness.complaints import assert_one_line
-from harness.launching import ROOT, adept
+from harness.launching import ROOT, adept, launch
 from harness.method_runs import MethodRun
 from harness.spoiling import changed_json, flip_bit
 from harness.trained_run import TrainedRun
@@ -273,6 +274,65 @@ def test_another_model_is_noticed_by_the_probe_before_it_takes_the_place_of_the_
     assert result.returncode == 2
     assert_one_line(result.stderr, ["model: ", "(weights differ)"])
     assert contents(copy) == before
+
+
+# --- another device --------------------------------------------------------------------------------------------------
+
+ON_AN_ACCELERATOR = """
+import torch
+from adept_ds.cli.app import main
+from adept_ds.run import context
+
+resolve_precision = context.resolve_precision
+context.resolve_precision = lambda said: torch.bfloat16 if said == "auto" else resolve_precision(said)
+main()
+"""
+"""`train.precision: auto` is bf16 there, which the CPU computes as well."""
+
+
+def on_an_accelerator(command: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    return launch(1, ["-c", ON_AN_ACCELERATOR, command, *map(str, arguments)])
+
+
+def test_what_a_cpu_trained_is_not_trained_on_in_the_precision_of_another_device(copy: TrainedRun) -> None:
+    """The way out that the complaint names is one; what the device would choose anyway may be said, too."""
+    before = contents(copy)
+    result = on_an_accelerator("run", copy.config())
+    assert result.returncode == 2, result.stdout
+    words = ["train.precision: ", "step_4' was trained in fp32, not bf16; set train.precision to fp32 to go on"]
+    assert_one_line(result.stderr, words)
+    assert contents(copy) == before
+    for start in (on_an_accelerator, partial(adept, 1)):
+        result = start("run", copy.config(), "train.precision=fp32")
+        assert result.returncode == 0, result.stderr
+        assert result.stdout.count("not run again") == STAGES, result.stdout
+
+
+@pytest.mark.parametrize("command", ["probe", "eval"])
+def test_what_a_cpu_computed_is_computed_again_in_the_precision_of_another_device(
+    copy: TrainedRun, command: str
+) -> None:
+    """Losses of the base are not compared with those of another precision, and layers are not chosen by them."""
+    made = copy.files.layer_scores() if command == "probe" else copy.files.base_document_losses
+    before = made.read_bytes()
+    assert adept(1, command, copy.config()).returncode == 0
+    assert made.read_bytes() == before
+    result = on_an_accelerator(command, copy.config())
+    assert result.returncode == 0, result.stderr
+    assert made.read_bytes() != before
+
+
+def test_a_checkpoint_of_an_older_version_tells_its_precision_beside_its_settings(copy: TrainedRun) -> None:
+    """These say auto, whatever that was."""
+    interrupt(copy)
+    file = manifest_of(copy.files.checkpoints / checkpoint_tag(2))
+    manifest = CheckpointManifest.load(file)
+    settings = manifest.settings | {"train.precision": "auto"}
+    manifest.model_copy(update={"settings": settings}).sealed().save(file)
+    result = on_an_accelerator("train", copy.config())
+    assert result.returncode == 2, result.stdout
+    assert_one_line(result.stderr, ["train.precision: ", "was trained in fp32, not bf16"])
+    assert adept(1, "train", copy.config()).returncode == 0
 
 
 # --- training in place, which keeps no model that it began with ------------------------------------------------------
