@@ -62,7 +62,7 @@ class GuardStop(Record):
             return None
         if not found.best:
             raise InputError(
-                f"guard.max_general_rise: {max_general_rise:g}, but {found.reason}, and no evaluation before had less; "
+                f"guard.max_general_rise: {max_general_rise:g}, but {found.reason}, and no checkpoint has less; "
                 "lower train.lr in another run_dir, evaluate more often (train.eval_every), or raise it"
             )
         return found

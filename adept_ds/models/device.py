@@ -47,6 +47,9 @@ def bound_device() -> torch.device | None:
     return current_device() if device_name() == "cuda" and not hangs else None
 
 
+_PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
 def resolve_precision(precision: str) -> torch.dtype:
     """Of `train.precision`: `auto` is bf16 on an accelerator, where it is fast, and fp32 on a CPU, where bf16 is not.
 
@@ -63,7 +66,12 @@ def resolve_precision(precision: str) -> torch.dtype:
             f"train.precision: DeepSpeed does not train in fp16 on this device ({accelerator.device_name()}); "
             "use bf16 or fp32"
         )
-    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    return _PRECISIONS[precision]
+
+
+def name_of_precision(precision: torch.dtype) -> str:
+    """As `train.precision` says it, where it does not leave it to the device."""
+    return next(name for name, dtype in _PRECISIONS.items() if dtype == precision)
 
 
 def _uses_cuda() -> bool:

@@ -14,7 +14,7 @@ from adept_ds.base.run_dir import RunDirectory
 from adept_ds.base.terminal import Terminal
 from adept_ds.base.version import __version__
 from adept_ds.config.resolved import ResolvedConfig
-from adept_ds.models.device import resolve_precision
+from adept_ds.models.device import name_of_precision, resolve_precision
 from adept_ds.models.liger import Liger, find_liger
 from adept_ds.models.loading import check_architecture
 from adept_ds.ranks.collectives import Ranks
@@ -65,6 +65,11 @@ class Context:
         """Of all engines. Raises `InputError`: the device cannot compute in the precision that is asked for."""
         return resolve_precision(self.settings.config.train.precision)
 
+    @property
+    def precision_name(self) -> str:
+        """Of what numbers are made in: `auto` is not the same on every device."""
+        return name_of_precision(self.precision)
+
     @cached_property
     def liger(self) -> Liger | None:
         """Kernels of all engines, where they are not PyTorch's. Raises `InputError`: those that are asked for cannot be
@@ -92,7 +97,7 @@ def _keep(settings: ResolvedConfig, ranks: Ranks, terminal: Terminal, stage: str
         "ranks": ranks.world_size,
         "deepspeed": settings.deepspeed,
         "batches": [config.probe.micro_batch_size, config.probe.max_stack_tokens, config.train.micro_batch_size],
-        "precision": config.train.precision,
+        "precision": name_of_precision(resolve_precision(config.train.precision)),
         "kernels": [config.train.kernels, config.train.compile],
         "versions": [__version__, torch.__version__],
     }

@@ -38,12 +38,12 @@ def begin_branch(run: Context, trunk: Config, step: int) -> None:
     verify(checkpoint, run.ranks)
 
     def take_over_training() -> None:
-        trained = training_settings(trunk, run.identity, found.start.layers)
+        trained = training_settings(trunk, run.identity, run.settings.model, found.start.layers)
         expected = training_manifest(run, found.fingerprint, trained, step)
         check_same_training(source.checkpoints, expected)
         _copy_logs(source, target)
         write_text(target.config, dump_config(run.settings.config))
-        settings = training_settings(run.settings.config, run.identity, found.start.layers)
+        settings = training_settings(run.settings.config, run.identity, run.settings.model, found.start.layers)
         adopt_checkpoint(
             checkpoint, target.checkpoints, training_manifest(run, found.fingerprint, settings, step)
         )  # last: with it the branch has begun

@@ -168,7 +168,7 @@ def held_out_texts(run: Context) -> dict[str, Any]:
         "corpora": [run.identity.corpus(key, entries) for key, entries in corpora.items()],
         "sources": [[source.title for source in corpus_sources(entries)] for entries in corpora.values()],
         "reading": reading_settings(data),
-        "data": [data.seq_len, data.eval_sequences, run.settings.config.train.precision],
+        "data": [data.seq_len, data.eval_sequences, run.precision_name],
     }
 
 

@@ -29,7 +29,13 @@ from adept_ds.run.ledger import Stage
 from adept_ds.run.prerequisites import exported_step
 from adept_ds.run.replacing import keep_aside
 from adept_ds.run.start import start_directory
-from adept_ds.training.checkpoint import CheckpointManifest, check_same_start, check_whole, verify
+from adept_ds.training.checkpoint import (
+    CheckpointManifest,
+    check_same_settings,
+    check_same_start,
+    check_whole,
+    verify,
+)
 from adept_ds.weights.deepspeed_files import tag_of
 from adept_ds.weights.expansion import Expansion
 from adept_ds.weights.export import export_checkpoint
@@ -118,7 +124,13 @@ def _made_of(run: Context, checkpoint: Path) -> dict[str, Any]:
     fingerprint = Expansion.read(start).fingerprint if expands else run.identity.weights(run.settings.model)
     manifest = check_whole(checkpoint)
     check_same_start(manifest, fingerprint, checkpoint)
-    return {"checkpoint": manifest.to_json(), "dtype": run.settings.config.export.dtype}
+    made_of = {"checkpoint": manifest.to_json(), "dtype": run.settings.config.export.dtype}
+    if expands:  # the checkpoint says by its start what is beside the weights
+        return made_of
+    besides = run.identity.besides_weights(run.settings.model)
+    if "model" in manifest.settings:  # of an older version not
+        check_same_settings({"model": manifest.settings["model"]}, {"model": besides}, checkpoint)
+    return made_of | {"model": besides}
 
 
 def export_learned(

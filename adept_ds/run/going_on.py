@@ -15,6 +15,7 @@ from adept_ds.base.version import __version__
 from adept_ds.config.method import EVERY_KEY
 from adept_ds.config.schema import Config
 from adept_ds.methods.shape import method_of
+from adept_ds.models.directory import ModelDirectory
 from adept_ds.run.context import Context
 from adept_ds.run.expand import check_same_model, selected_layers
 from adept_ds.run.identity import Identity, reading_settings
@@ -66,7 +67,7 @@ def check_can_go_on(run: Context) -> None:
             check_same_model(run, known)  # the expansion's fingerprint: when it is there
         else:
             fingerprint, layers = run.identity.weights(run.settings.model), known
-        settings = training_settings(config, run.identity, layers)
+        settings = training_settings(config, run.identity, run.settings.model, layers)
         _check_fits(run, newest, training_manifest(run, fingerprint, settings, newest.step))
 
     run.ranks.on_main(check)
@@ -82,7 +83,7 @@ def training_manifest(run: Context, fingerprint: str, settings: dict[str, Any], 
         precision=str(run.precision).removeprefix("torch."),
         adept_ds=__version__,
         fingerprint=fingerprint,
-        settings=settings,
+        settings=settings | {"train.precision": run.precision_name},  # "auto" is not the same on every device
     )
 
 
@@ -135,16 +136,20 @@ def _check_fits(run: Context, found: CheckpointManifest, expected: CheckpointMan
     check_same_training(run.run_dir.checkpoints, expected)
 
 
-def training_settings(config: Config, identity: Identity, layers: Sequence[int] | None = None) -> dict[str, Any]:
+def training_settings(
+    config: Config, identity: Identity, base: ModelDirectory, layers: Sequence[int] | None = None
+) -> dict[str, Any]:
     """Everything that determines the course of training, by dotted key: a resumed run must have the same.
 
     Args:
+        base: of which nothing but its weights would be known where training begins with it; copies have their own.
         layers: that are trained in place; of copies the model says itself where they are. None: not known yet.
     """
     data, importance, method = config.data, config.importance, method_of(config)
     sections = {
         "method": method.model_dump(mode="json", context=EVERY_KEY),
-        "train": config.train.model_dump(mode="json", exclude=_NOT_PART_OF_TRAINING),
+        # A dump leaves out what is not set, and what is left out could be set on the way.
+        "train": {"spike_sigma": None} | config.train.model_dump(mode="json", exclude=_NOT_PART_OF_TRAINING),
         "data": reading_settings(data),
     }
     if "importance" in method.sections:
@@ -162,14 +167,17 @@ def training_settings(config: Config, identity: Identity, layers: Sequence[int] 
     settings["data.replay_share"] = data.replay_share if data.replay else None
     if anchor:
         settings["anchor.corpus"] = identity.corpus("anchor.corpus", anchor.corpus)
-        settings["probe.seed"] = config.probe.seed
     if guard:
         settings["guard.every"] = config.train.eval_every
         settings["data.general_eval"] = identity.corpus("data.general_eval", data.general_eval)
+        settings["data.eval_sequences"] = data.eval_sequences
     if config.reads_general_text:
         settings["probe.corpus"] = identity.corpus("probe.corpus", config.probe.corpus)
         settings["probe.seq_len"] = config.probe.seq_len
+    if anchor or config.reads_general_text or (config.refreshes and importance.initial == "source"):
         settings["probe.seed"] = config.probe.seed
+    if method.starts_from == "base":
+        settings["model"] = identity.besides_weights(base)
     if layers is not None and method.starts_from == "base" and method.chooses_layers:
         settings["expand.layers"] = list(layers)
     return dict(plain(settings))

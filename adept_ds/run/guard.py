@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from adept_ds.base.digests import json_digest
 from adept_ds.base.guard_record import Reading
 from adept_ds.base.progress import ProgressCallback
 from adept_ds.config.dial_section import fewest_documents
@@ -9,7 +10,8 @@ from adept_ds.evaluation.held_out import DocumentLosses, by_corpus, document_los
 from adept_ds.evaluation.rises import Pairs, check_halves
 from adept_ds.evaluation.row_losses import Evaluator
 from adept_ds.run.context import Context
-from adept_ds.run.evaluate import base_losses
+from adept_ds.run.evaluate import base_losses, held_out_texts
+from adept_ds.run.ledger import plain
 from adept_ds.training.guard import Guard, Measured
 from adept_ds.zero.engine import Engine
 
@@ -41,7 +43,12 @@ def make_guard(run: Context, engine: Engine, base: DocumentLosses | None) -> Gua
         # Rank 0 alone: ranks that computed limits by themselves could disagree in a last bit.
         return Measured(corpora, ranks.on_main(lambda: _reading(pairs, losses)))
 
-    return Guard(config.guard, measure)
+    return Guard(config.guard, measure, ranks.on_main(lambda: _digest_of_texts(run)))
+
+
+def _digest_of_texts(run: Context) -> str:
+    """Of what is in them, whatever sources are called."""
+    return json_digest(plain({key: value for key, value in held_out_texts(run).items() if key != "sources"}))
 
 
 def _reading(pairs: Pairs, losses: DocumentLosses) -> Reading:

@@ -33,11 +33,10 @@ class Identity:
 
     def model(self, model: ModelDirectory) -> dict[str, str]:
         """Tensors, however they fall on files; configuration, without where it comes from; tokenizer."""
-        return {
-            "weights": self.weights(model),
-            "config.json": config_digest(model.config),
-            "tokenizer": tokenizer_fingerprint(model.path),
-        }
+        return {"weights": self.weights(model)} | self.besides_weights(model)
+
+    def besides_weights(self, model: ModelDirectory) -> dict[str, str]:
+        return {"config.json": config_digest(model.config), "tokenizer": tokenizer_fingerprint(model.path)}
 
     def corpus(self, key: str, entries: Sequence[Path | CorpusFiles]) -> list[dict[str, Any]]:
         """Of each source its texts, in the order of its files, and how it is read and weighed."""

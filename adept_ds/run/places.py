@@ -43,7 +43,7 @@ def _place_scores(run: Context) -> PlaceScores:
             "domain": run.identity.corpus("data.domain", config.data.domain),
             "general": run.identity.corpus("probe.corpus", config.probe.corpus),
             "reading": reading_settings(config.data),
-            "precision": config.train.precision,
+            "precision": run.precision_name,
         }
 
     def make(unfinished: Unfinished) -> None:

@@ -108,20 +108,30 @@ def exported_step(config: Config, step: int | None = None) -> int:
     one that is asked for.
 
     Raises:
-        InputError: there is none.
+        InputError: there is none, or the best one is gone: those that are left are others, and where the guard ended
+            training general text was forgotten.
     """
-    checkpoints, stop = RunDirectory(config.run_dir).checkpoints, guard_stop(config)
+    run, stop = RunDirectory(config.run_dir), guard_stop(config)
+    checkpoints = run.checkpoints
     steps = checkpoint_steps(checkpoints)
     if not steps:
         raise InputError(f"export: '{checkpoints}' has no checkpoint; run `adept train CONFIG` first")
     if step is not None and step not in steps:
         raise InputError(f"--step: '{checkpoints}' has no checkpoint of step {step}; choose one of {steps}")
-    best = stop.best if stop and stop.best in steps else steps[-1]
-    return best if step is None else step
+    if step is not None or stop is None:
+        return steps[-1] if step is None else step
+    if stop.best not in steps:
+        raise InputError(
+            f"export: '{checkpoints}' lacks the checkpoint of step {stop.best}, which is the result since the guard "
+            f"ended training after step {stop.step}; copy it there again, or put those of later steps and "
+            f"'{run.guard}' aside and run `adept train CONFIG`, which makes it again, or choose one of {steps} with "
+            "`adept export CONFIG --step`"
+        )
+    return stop.best
 
 
 def guard_stop(config: Config) -> GuardStop | None:
-    """Whether the guard has ended training, by its settings of now.
+    """Whether the guard has ended training, by its settings of now. Without any checkpoint training is not begun.
 
     Raises:
         InputError: it has, and nothing was good.
@@ -129,4 +139,7 @@ def guard_stop(config: Config) -> GuardStop | None:
     guard = config.guard
     if guard is None or guard.action != "stop":
         return None
-    return GuardStop.of(RunDirectory(config.run_dir).guard, guard.max_general_rise, guard.confidence)
+    run = RunDirectory(config.run_dir)
+    if not checkpoint_steps(run.checkpoints):
+        return None
+    return GuardStop.of(run.guard, guard.max_general_rise, guard.confidence)

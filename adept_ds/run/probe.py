@@ -112,7 +112,7 @@ def _layer_scores(
             "corpus": run.identity.corpus(key, corpus),
             "reading": reading_settings(config.data),
             "seed": probe.seed,
-            "precision": config.train.precision,
+            "precision": run.precision_name,
         }
 
     def make(unfinished: Unfinished) -> None:

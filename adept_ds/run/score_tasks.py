@@ -148,7 +148,7 @@ def _inputs(run: Context, models: Sequence[ModelDirectory]) -> dict[str, Any]:
         "lm_eval": [*tasks.harness, _version() if tasks.harness else ""],
         "dial": dial,
         "reading": reading_settings(config.data),
-        "precision": config.train.precision,
+        "precision": run.precision_name,
     }
 
 

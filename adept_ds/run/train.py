@@ -61,7 +61,9 @@ def train_stage(run: Context) -> None:
     config, run_dir = run.settings.config, run.run_dir
     found = find_start(run)
     _check_copy_dropout(config, found.start)
-    settings = run.ranks.on_main(lambda: training_settings(config, run.identity, found.start.layers))
+    settings = run.ranks.on_main(
+        lambda: training_settings(config, run.identity, run.settings.model, found.start.layers)
+    )
     manifest_at = partial(training_manifest, run, found.fingerprint, settings)
     run.ranks.on_main(lambda: remove_abandoned(run_dir.checkpoints))
     first_step = first_step_of(run, manifest_at)

@@ -11,14 +11,17 @@ Frozen weights are not saved: they come from the expanded checkpoint, whose fing
 from __future__ import annotations
 
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from pydantic import Field, NonNegativeInt, model_validator
 
 from adept_ds.base.errors import DamagedError, InputError
 from adept_ds.base.proofs import FileProof, InnerName, Sealed, check_file, check_size
 from adept_ds.base.run_dir import checkpoint_tag, manifest_of
+from adept_ds.models.device import name_of_precision
 from adept_ds.ranks.collectives import Ranks
 from adept_ds.training.random_states import load_random_state
 from adept_ds.weights.saved_state import read_saved_state
@@ -28,6 +31,7 @@ from adept_ds.zero.resuming import resume
 UNIT_NAMES = "unit_names.json"
 """The names of all units, once, in the order of the multipliers in every rank's file of optimizer states."""
 
+_PRECISION = "train.precision"
 _GO_ON = "set it back to go on with this run, or start another one in a run_dir of its own"
 
 
@@ -138,12 +142,21 @@ def check_same_training(directory: Path, expected: CheckpointManifest) -> None:
     """
     place = directory / checkpoint_tag(expected.step)
     found = CheckpointManifest.load(manifest_of(place))
-    for key, value in found.settings.items():
-        now = expected.settings.get(key)
-        if now != value:
-            how = "on other texts" if _are_texts(value) or _are_texts(now) else f"with {value!r}, not {now!r}"
-            raise InputError(f"{key}: '{place}' was trained {how}; {_GO_ON}")
+    check_same_settings(_told(found), expected.settings, place)
     check_same_start(found, expected.fingerprint, place)
+
+
+def check_same_settings(found: Mapping[str, Any], expected: Mapping[str, Any], place: Path) -> None:
+    """Raises `InputError` if the checkpoint at `place` was trained by `found`, and not by what is expected."""
+    for key, value in found.items():
+        now = expected.get(key)
+        if now != value and key == _PRECISION:
+            raise InputError(
+                f"{key}: '{place}' was trained in {value}, not {now}; set {key} to {value} to go on with this run, or "
+                "start another one in a run_dir of its own"
+            )
+        if now != value:
+            raise InputError(f"{key}: '{place}' was trained {_otherwise(value, now)}; {_GO_ON}")
 
 
 def check_same_start(found: CheckpointManifest, fingerprint: str, place: Path) -> None:
@@ -164,6 +177,24 @@ def change_of_shape(directory: Path, expected: CheckpointManifest) -> str:
 
 def _count(ranks: int) -> str:
     return "1 rank" if ranks == 1 else f"{ranks} ranks"
+
+
+def _told(manifest: CheckpointManifest) -> dict[str, Any]:
+    """Its settings; older versions left the precision to the device, and told what it was beside them."""
+    settings, known = manifest.settings, manifest.precision
+    if settings.get(_PRECISION) != "auto":
+        return settings
+    told = {_PRECISION: name_of_precision(getattr(torch, known))} if known else {}
+    return {key: value for key, value in settings.items() if key != _PRECISION} | told
+
+
+def _otherwise(value: Any, now: Any) -> str:
+    if _are_texts(value) or _are_texts(now):
+        return "on other texts"
+    if isinstance(value, dict):  # digests too
+        other = [name for name in value if not isinstance(now, dict) or now.get(name) != value[name]]
+        return f"with another {' and another '.join(other)}"
+    return f"with {value!r}, not {now!r}"
 
 
 def _are_texts(value: Any) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,10 +25,11 @@ class Guard:
 
     Args:
         measure: evaluates the model that trains, by document.
+        texts: a digest of what it is evaluated on.
     """
 
-    def __init__(self, section: GuardSection, measure: Callable[[ProgressCallback], Measured]) -> None:
-        self._section, self.measure = section, measure
+    def __init__(self, section: GuardSection, measure: Callable[[ProgressCallback], Measured], texts: str) -> None:
+        self._section, self.measure, self._texts = section, measure, texts
         self.factor = 1.0
         """Of all multipliers."""
         self.best = 0
@@ -46,8 +47,12 @@ class Guard:
     def keeps_best(self) -> bool:
         return self._section.action == "stop"
 
-    def judge(self, step: int, reading: Reading) -> dict[str, Any]:
-        """Take in what was found after step `step`; what joins the log."""
+    def judge(self, step: int, reading: Reading, *, is_kept: bool = True) -> dict[str, Any]:
+        """Take in what was found after step `step`; what joins the log.
+
+        Args:
+            is_kept: whether there may be a checkpoint of this step. Without one it is not the best.
+        """
         section, worst = self._section, reading.general[reading.worst]
         self.complaint = None
         if worst.lower > section.max_general_rise:
@@ -57,7 +62,7 @@ class Guard:
             )
             if section.action == "slow":
                 self.factor *= section.slow_by
-        elif step and reading.domain < self._lowest:
+        elif step and is_kept and reading.domain < self._lowest:
             self.best, self._lowest = step, reading.domain
         record = reading.to_json() | {"forgotten": self.complaint is not None, "worst": reading.worst}
         return record | ({"factor": self.factor} if section.action == "slow" else {})
@@ -84,7 +89,28 @@ class Guard:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        return {"factor": self.factor, "best": self.best, "lowest": self._lowest}
+        judged_by = {
+            "max_general_rise": self._section.max_general_rise,
+            "confidence": self._section.confidence,
+            "texts": self._texts,
+        }
+        return {"factor": self.factor, "best": self.best, "lowest": self._lowest, "judged_by": judged_by}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.factor, self.best, self._lowest = state["factor"], state["best"], state["lowest"]
+    def load_state_dict(self, state: dict[str, Any], checkpoints: Collection[int]) -> None:
+        """The best so far stays the best where this guard would have found it good, too, and where it is there.
+
+        Args:
+            checkpoints: steps of those that there are: what was put aside, or stayed with the trunk of a branch, is no
+                result of this run.
+        """
+        self.factor = state["factor"]
+        if state["best"] in checkpoints and self._as_strict(state.get("judged_by")):  # of an older version not told
+            self.best, self._lowest = state["best"], state["lowest"]
+
+    def _as_strict(self, judged_by: dict[str, Any] | None) -> bool:
+        """Whether what was judged so keeps the limit of now. Losses on other texts cannot be compared either."""
+        if judged_by is None or judged_by["texts"] != self._texts:
+            return False
+        section = self._section
+        lower = judged_by["max_general_rise"] <= section.max_general_rise
+        return lower and bool(judged_by["confidence"] == section.confidence)

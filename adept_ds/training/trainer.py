@@ -129,7 +129,7 @@ class Trainer:
                     self._end_by_guard(step + 1)
                     break
                 self._save_is_due |= stop_agreed or (step + 1) % train.checkpoint_every == 0
-                if is_last or (self._save_is_due and not self._skips.in_a_row):
+                if is_last or (self._save_is_due and self._may_save(step + 1)):
                     self._save(step + 1)
                 if stop_agreed and not is_last:
                     self._writer.finish()
@@ -156,6 +156,10 @@ class Trainer:
         """Multipliers and losses before the first step."""
         self._refresh(self.rule.start, 0)
         self._evaluate(0)
+
+    def _may_save(self, step: int) -> bool:
+        """Not behind a step that was skipped, but for the last one."""
+        return step == self.config.train.steps or not self._skips.in_a_row
 
     def _save(self, step: int) -> None:
         self._log.catch_up()
@@ -196,7 +200,8 @@ class Trainer:
         if "skips" in state:  # of an older version not
             self._skips.load_state_dict(state["skips"])
         if self.guard and "guard" in state:
-            self.guard.load_state_dict(state["guard"])
+            there = self.ranks.on_main(lambda: checkpoint_steps(self.run_dir.checkpoints))
+            self.guard.load_state_dict(state["guard"], there)
 
     def _keep_frozen_gathered(self) -> None:
         """Use the memory that the first step left over; after it, because a step's peak is known then."""
@@ -343,7 +348,7 @@ class Trainer:
         losses = ", ".join(f"{name} {result['loss']:.4f}" for name, result in results.items())
         self.terminal.stage("", f"step {step}: held-out loss {losses}")
         if self.guard and found:
-            self._log.guard(step, self.guard.judge(step, found.reading))
+            self._log.guard(step, self.guard.judge(step, found.reading, is_kept=self._may_save(step)))
             if self.guard.complaint:
                 self.terminal.stage("guard", self.guard.words())
             self._save_is_due |= self.guard.keeps_best and self.guard.best == step > 0

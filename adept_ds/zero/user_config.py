@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from deepspeed.comm.config import CommsLoggerConfig
 from deepspeed.compile.config import CompileConfig
 from deepspeed.monitor.config import CometConfig, CSVConfig, TensorBoardConfig, WandbConfig
@@ -22,7 +21,7 @@ from adept_ds.base.errors import InputError
 from adept_ds.config.deepspeed_keys import AUTO
 from adept_ds.config.deepspeed_merge import check_precision
 from adept_ds.config.mistakes import Mistake, mistakes_in, nearest, shown
-from adept_ds.models.device import device_name, resolve_precision
+from adept_ds.models.device import device_name, name_of_precision, resolve_precision
 
 CLASSES: dict[str, type[BaseModel]] = {
     "bf16": DeepSpeedBF16Config,
@@ -77,7 +76,7 @@ def _check_device(path: Path, tree: Mapping[str, Any], precision: str) -> None:
             f"for CUDA, but this device is '{device}'; remove it"
         )
     if precision == AUTO:
-        here = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[resolve_precision(AUTO)]
+        here = name_of_precision(resolve_precision(AUTO))
         check_precision(path, tree, here, f"auto, which is {here} on this device ('{device}')")
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from harness.complaints import assert_one_line
 from harness.finished_run import Finished
 from harness.forgetting import write_held_out
 from harness.launching import adept
@@ -148,6 +149,73 @@ def test_it_stays_at_its_end_by_the_same_settings_and_by_no_others(stopped: Guar
     }
     assert exported == {4}
     assert (exported_step(load_config(stopped.config)), exported_step(load_config(stopped.config), 4)) == (2, 4)
+
+
+@pytest.fixture
+def copied(stopped: GuardedRun, tmp_path: Path) -> GuardedRun:
+    """Of the run that was ended after step 4, with the checkpoint of step 2 as its result."""
+    shutil.copytree(stopped.folder, tmp_path / "copy")
+    config = tmp_path / "copy" / "run.yaml"
+    config.write_text(config.read_text().replace(str(stopped.files.root), str(config.with_suffix(""))))
+    return GuardedRun(config.parent, config, stopped.said)
+
+
+def put_aside(run: GuardedRun, *paths: Path) -> None:
+    for path in paths:
+        path.rename(run.folder / f"{path.name}.aside")
+
+
+def test_without_the_best_checkpoint_the_forgotten_one_is_not_exported(copied: GuardedRun) -> None:
+    """What the complaint names as remedies are some: the best is made again, or the end is asked for by its number."""
+    weights, checkpoints = copied.finished.weights(), copied.files.checkpoints
+    put_aside(copied, checkpoints / checkpoint_tag(2))
+    result = adept(2, "run", copied.config)
+    assert result.returncode == 2, result.stdout
+    words = ["export: ", "lacks the checkpoint of step 2", "ended training after step 4", "one of [4] with"]
+    assert_one_line(result.stderr, words)
+    assert exported_step(load_config(copied.config), 4) == 4
+    put_aside(copied, checkpoints / checkpoint_tag(4), copied.files.guard)
+    result = adept(2, "run", copied.config)
+    assert result.returncode == 0, result.stderr
+    assert "trained tensors of step 2 in" in result.stdout
+    again = copied.finished.weights()
+    assert all(torch.equal(tensor, again[name]) for name, tensor in weights.items())
+
+
+def test_without_any_checkpoint_training_begins_anew_whatever_the_guard_did(copied: GuardedRun) -> None:
+    put_aside(copied, copied.files.checkpoints)
+    with pytest.raises(InputError, match="has no checkpoint; run `adept train CONFIG` first"):
+        exported_step(load_config(copied.config))
+    result = adept(2, "train", copied.config)
+    assert result.returncode == 0, result.stderr
+    assert checkpoint_steps(copied.files.checkpoints) == [2, 4]
+    assert exported_step(load_config(copied.config)) == 2
+
+
+def test_going_on_without_the_best_checkpoint_does_not_name_it_again(copied: GuardedRun) -> None:
+    """From its end, without the record of that, it is ended again two steps later, with nothing to show."""
+    put_aside(copied, copied.files.checkpoints / checkpoint_tag(2), copied.files.guard)
+    result = adept(2, "train", copied.config)
+    assert result.returncode == 2, result.stdout
+    assert_one_line(result.stderr, ["guard.max_general_rise: ", "by step 6", "no checkpoint has less"])
+    assert read_json(copied.files.guard)["best"] == 0
+
+
+@pytest.mark.parametrize("changed", ["guard.confidence=0.9", "data.eval_sequences=190"])
+def test_what_was_the_best_by_other_measures_is_not_exported(copied: GuardedRun, changed: str) -> None:
+    """It goes on after its end, forgets more, and is ended with nothing that was found good by what holds now."""
+    put_aside(copied, copied.files.guard)
+    result = adept(2, "train", copied.config, changed)
+    assert result.returncode == 2, result.stdout
+    assert_one_line(result.stderr, ["guard.max_general_rise: ", "by step 6", "no checkpoint has less"])
+    assert read_json(copied.files.guard)["best"] == 0
+
+
+def test_what_was_the_best_stays_so_by_the_same_measures(copied: GuardedRun) -> None:
+    put_aside(copied, copied.files.guard)
+    result = adept(2, "train", copied.config)
+    assert result.returncode == 0, result.stderr
+    assert (read_json(copied.files.guard)["step"], exported_step(load_config(copied.config))) == (6, 2)
 
 
 def test_lower_multipliers_are_lower_rates_and_resume_bit_for_bit(

@@ -11,14 +11,17 @@ from typing import Any
 import pytest
 from datasets import Dataset
 from harness.models import save_tiny_model
+from harness.workspace import Workspace
 
 from adept_ds.base.digests import FileDigests
 from adept_ds.base.terminal import Terminal
 from adept_ds.config.corpus_entries import CorpusSource
 from adept_ds.config.data_section import DataSection
+from adept_ds.config.loading import load_config
 from adept_ds.models.directory import ModelDirectory
 from adept_ds.ranks.collectives import Ranks
 from adept_ds.ranks.stopping import StopRequest
+from adept_ds.run.going_on import training_settings
 from adept_ds.run.identity import Identity, reading_settings
 from adept_ds.run.progress import StageProgress
 from adept_ds.weights.expansion import Expansion, expand_checkpoint
@@ -124,3 +127,37 @@ def test_an_expansion_says_the_same_of_its_base(identity: Identity, tmp_path: Pa
     found = identity.model(ModelDirectory.read(model))
     assert found["weights"] == Expansion.read(tmp_path / "expanded").base_fingerprint
     assert found["tokenizer"] == identity.model(ModelDirectory.read(tmp_path / "expanded"))["tokenizer"]
+
+
+# --- the settings of training ---------------------------------------------------------------------------------------
+
+ONLINE, SLOW = "importance.source=online", "guard={action: slow}"
+
+
+@pytest.mark.parametrize(
+    ("given", "change", "key"),
+    [
+        ([], "train.spike_sigma=6", "train.spike_sigma"),
+        (["train.spike_sigma=6"], "train.spike_window=64", "train.spike_window"),
+        ([ONLINE], "probe.seed=7", "probe.seed"),
+        ([ONLINE, "importance.initial=ones"], "probe.seed=7", None),
+        ([SLOW], "data.eval_sequences=5", "data.eval_sequences"),
+        ([], "data.eval_sequences=5", None),
+        (["guard={action: warn}"], "data.eval_sequences=5", None),
+    ],
+    ids=str,
+)
+def test_a_key_that_changes_the_course_of_training_is_among_its_settings(
+    identity: Identity, workspace: Workspace, tmp_path: Path, given: list[str], change: str, key: str | None
+) -> None:
+    """Whichever of both was there first: a checkpoint is asked for what it says itself. First importances of `online`
+    are of a sample by `probe.seed`, and a guard that slows does so by what it measures; without either it is no
+    matter."""
+    config = workspace.config(tmp_path / "run", data={"replay": [str(workspace.root / "general.jsonl")]})
+    model = ModelDirectory.read(workspace.model)
+    first, second = (
+        training_settings(load_config(config, overrides), identity, model) for overrides in (given, [*given, change])
+    )
+    for before, now in ((first, second), (second, first)):
+        differ = [name for name, value in before.items() if now.get(name) != value]
+        assert (key in differ) if key else not differ, differ

@@ -12,19 +12,23 @@ import re
 import shutil
 import subprocess
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from harness.complaints import assert_one_line
-from harness.launching import ROOT, adept
+from harness.launching import ROOT, adept, launch
+from harness.method_runs import MethodRun
 from harness.spoiling import changed_json, flip_bit
 from harness.trained_run import TrainedRun
-from harness.workspace import write_corpus
+from harness.workspace import Workspace, write_corpus
 from safetensors.torch import load_file, save_file
 
 from adept_ds.base.files import read_json
+from adept_ds.base.run_dir import RunDirectory, checkpoint_tag, manifest_of
+from adept_ds.training.checkpoint import CheckpointManifest
 
 STAGES = 5
 """probe, expand, train, export, eval."""
@@ -270,6 +274,140 @@ def test_another_model_is_noticed_by_the_probe_before_it_takes_the_place_of_the_
     assert result.returncode == 2
     assert_one_line(result.stderr, ["model: ", "(weights differ)"])
     assert contents(copy) == before
+
+
+# --- another device --------------------------------------------------------------------------------------------------
+
+ON_AN_ACCELERATOR = """
+import torch
+from adept_ds.cli.app import main
+from adept_ds.run import context
+
+resolve_precision = context.resolve_precision
+context.resolve_precision = lambda said: torch.bfloat16 if said == "auto" else resolve_precision(said)
+main()
+"""
+"""`train.precision: auto` is bf16 there, which the CPU computes as well."""
+
+
+def on_an_accelerator(command: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    return launch(1, ["-c", ON_AN_ACCELERATOR, command, *map(str, arguments)])
+
+
+def test_what_a_cpu_trained_is_not_trained_on_in_the_precision_of_another_device(copy: TrainedRun) -> None:
+    """The way out that the complaint names is one; what the device would choose anyway may be said, too."""
+    before = contents(copy)
+    result = on_an_accelerator("run", copy.config())
+    assert result.returncode == 2, result.stdout
+    words = ["train.precision: ", "step_4' was trained in fp32, not bf16; set train.precision to fp32 to go on"]
+    assert_one_line(result.stderr, words)
+    assert contents(copy) == before
+    for start in (on_an_accelerator, partial(adept, 1)):
+        result = start("run", copy.config(), "train.precision=fp32")
+        assert result.returncode == 0, result.stderr
+        assert result.stdout.count("not run again") == STAGES, result.stdout
+
+
+@pytest.mark.parametrize("command", ["probe", "eval"])
+def test_what_a_cpu_computed_is_computed_again_in_the_precision_of_another_device(
+    copy: TrainedRun, command: str
+) -> None:
+    """Losses of the base are not compared with those of another precision, and layers are not chosen by them."""
+    made = copy.files.layer_scores() if command == "probe" else copy.files.base_document_losses
+    before = made.read_bytes()
+    assert adept(1, command, copy.config()).returncode == 0
+    assert made.read_bytes() == before
+    result = on_an_accelerator(command, copy.config())
+    assert result.returncode == 0, result.stderr
+    assert made.read_bytes() != before
+
+
+def test_a_checkpoint_of_an_older_version_tells_its_precision_beside_its_settings(copy: TrainedRun) -> None:
+    """These say auto, whatever that was."""
+    interrupt(copy)
+    file = manifest_of(copy.files.checkpoints / checkpoint_tag(2))
+    manifest = CheckpointManifest.load(file)
+    settings = manifest.settings | {"train.precision": "auto"}
+    manifest.model_copy(update={"settings": settings}).sealed().save(file)
+    result = on_an_accelerator("train", copy.config())
+    assert result.returncode == 2, result.stdout
+    assert_one_line(result.stderr, ["train.precision: ", "was trained in fp32, not bf16"])
+    assert adept(1, "train", copy.config()).returncode == 0
+
+
+# --- training in place, which keeps no model that it began with ------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained_in_place(workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> MethodRun:
+    run = MethodRun(workspace, tmp_path_factory.mktemp("in_place"), {"name": "full"})
+    run.start()
+    return run
+
+
+@pytest.fixture
+def in_place(trained_in_place: MethodRun, tmp_path: Path) -> TrainedRun:
+    """A copy of it, with copies of its inputs; its configuration is `configured`."""
+    places = {trained_in_place.workspace.root: tmp_path / "inputs", trained_in_place.folder: tmp_path / "made"}
+    for old, new in places.items():
+        shutil.copytree(old, new, copy_function=shutil.copy)
+    file = tmp_path / "made" / "run.yaml"
+    text = file.read_text()
+    for old, new in places.items():
+        text = text.replace(str(old), str(new))
+    file.write_text(text)
+    return TrainedRun(Workspace(tmp_path / "inputs"), RunDirectory(tmp_path / "made" / "run"))
+
+
+def configured(copy: TrainedRun) -> Path:
+    return copy.files.root.with_suffix(".yaml")
+
+
+@pytest.mark.parametrize("command", ["run", "train", "export"])
+@pytest.mark.parametrize(
+    ("change", "what"), [(one_setting_of_the_model, "config.json"), (the_tokenizer, "tokenizer")], ids=["config", "tok"]
+)
+def test_in_place_another_configuration_or_tokenizer_is_refused_without_harm(
+    in_place: TrainedRun, command: str, change: Callable[[TrainedRun], None], what: str
+) -> None:
+    """It would train on in another model, or export what was learned beside another tokenizer."""
+    change(in_place)
+    before = contents(in_place)
+    result = adept(1, command, configured(in_place))
+    assert result.returncode == 2, result.stdout + result.stderr
+    assert_one_line(result.stderr, ["model: ", f"step_4' was trained with another {what}; set it back"])
+    after = contents(in_place)
+    assert {name for name, content in before.items() if after[name] != content} <= {"config.yaml"}
+
+
+@pytest.mark.parametrize("move", [split_weights, rewrite_config, into_a_hub_snapshot], ids=lambda f: f.__name__)
+def test_in_place_a_run_that_was_moved_with_its_model_finds_every_stage_unchanged(
+    in_place: TrainedRun, move: Callable[[TrainedRun], None]
+) -> None:
+    move(in_place)
+    stamps = times(in_place)
+    result = adept(1, "run", configured(in_place))
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("not run again") == 2, "training and export"
+    assert times(in_place) == stamps
+
+
+def test_in_place_checkpoints_that_do_not_tell_are_exported_again_beside_another_tokenizer(
+    in_place: TrainedRun,
+) -> None:
+    """Of an older version: what is in export/ is at least made of what is there."""
+    for step in (2, 4):
+        file = manifest_of(in_place.files.checkpoints / checkpoint_tag(step))
+        manifest = CheckpointManifest.load(file)
+        told = {key: value for key, value in manifest.settings.items() if key != "model"}
+        assert len(told) < len(manifest.settings)
+        manifest.model_copy(update={"settings": told}).sealed().save(file)
+    assert adept(1, "export", configured(in_place)).returncode == 0
+    the_tokenizer(in_place)
+    result = adept(1, "export", configured(in_place))
+    assert result.returncode == 0, result.stderr
+    tokenizers = [folder / "tokenizer.json" for folder in (in_place.files.export, in_place.workspace.model)]
+    assert tokenizers[0].read_bytes() == tokenizers[1].read_bytes()
 
 
 # --- what was lost -------------------------------------------------------------------------------------------------

@@ -14,11 +14,11 @@ from adept_ds.config.guard_section import GuardSection
 from adept_ds.training.guard import Guard
 
 
-def guard(**keys: Any) -> Guard:
+def guard(texts: str = "held out", **keys: Any) -> Guard:
     def never(progress: Any) -> Any:
         raise AssertionError("nothing is measured here")
 
-    return Guard(GuardSection.model_validate(keys), never)
+    return Guard(GuardSection.model_validate(keys), never, texts)
 
 
 def reading(lower: float, domain: float = 2.0, **others: float) -> Reading:
@@ -73,9 +73,53 @@ def test_it_goes_on_from_a_checkpoint_as_if_nothing_had_been() -> None:
         whole, first, second = (guard(action=action) for _ in range(3))
         wanted = [whole.judge(*of) for of in readings]
         found = [first.judge(*of) for of in readings[:5]]
-        second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+        second.load_state_dict(json.loads(json.dumps(first.state_dict())), range(9))
         assert found + [second.judge(*of) for of in readings[5:]] == wanted
         assert (second.best, second.factor) == (whole.best, whole.factor)
+
+
+def test_only_what_may_be_kept_is_the_best() -> None:
+    """A step that was skipped gets no checkpoint: another step's would be exported in its place."""
+    watch = guard(action="stop")
+    watch.judge(10, reading(-0.1, 3.0))
+    watch.judge(20, reading(-0.1, 2.0), is_kept=False)
+    assert watch.best == 10
+    watch.judge(30, reading(-0.1, 2.5))
+    assert watch.best == 30, "and it sets no mark for those after it"
+
+
+def test_a_best_checkpoint_that_is_gone_is_none() -> None:
+    """Put aside since it was damaged, or left with the trunk: the best of those to come is the result."""
+    first, second = guard(action="stop"), guard(action="stop")
+    first.judge(10, reading(-0.1, 2.0))
+    second.load_state_dict(first.state_dict(), [20, 30])
+    assert second.best == 0
+    second.judge(40, reading(-0.1, 2.5))
+    assert second.best == 40
+
+
+@pytest.mark.parametrize(
+    ("changed", "best"),
+    [
+        ({}, 10),
+        ({"max_general_rise": 0.01}, 0),
+        ({"max_general_rise": 0.06}, 10),
+        ({"confidence": 0.9}, 0),
+        ({"max_general_rise": 0.06, "confidence": 0.9}, 0),
+        ({"texts": "others"}, 0),
+    ],
+    ids=str,
+)
+def test_the_best_by_other_limits_or_other_texts_is_not_the_best(changed: dict[str, Any], best: int) -> None:
+    """It has risen by 0.04 at least: within 0.05, and so within 0.06, but not within 0.01. By other limits or of other
+    texts nobody knows."""
+    first = guard(action="stop", max_general_rise=0.05)
+    second = guard(**{"action": "stop", "max_general_rise": 0.05, **changed})
+    first.judge(10, reading(0.04, 2.0))
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())), [10])
+    assert second.best == best
+    second.judge(20, reading(0.0, 2.5))
+    assert second.best == (best or 20), "whatever loss the best of before had"
 
 
 # --- its end of training --------------------------------------------------------------------------------------------

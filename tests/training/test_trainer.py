@@ -12,6 +12,7 @@ import method_oracle
 import oracle
 import pytest
 import torch
+from harness.forgetting import write_held_out
 from harness.launching import adept, launch
 from harness.method_runs import MIDDLE, MethodRun
 from harness.workspace import Workspace
@@ -73,6 +74,7 @@ main()
 
 FAULTS = {1: "nan", 3: "gradient", 5: "spike", 6: "inf"}
 STEPS = 8
+HELD_OUT = {"general": "letters.jsonl", "domain": "words.jsonl"}
 
 
 def run_with_faults(world_size: int, faults: dict[int, str], folder: Path, *arguments: object) -> Any:
@@ -156,6 +158,27 @@ def test_skipping_resumes_bit_for_bit(skipping: dict[int, MethodRun]) -> None:
     again = run.finished.weights()
     assert all(torch.equal(tensor, again[name]) for name, tensor in before.items())
     assert read_json(run.files.summary)["skipped_steps"] == 4
+
+
+def test_a_skipped_step_is_not_the_best_of_the_guard(workspace: Workspace, tmp_path: Path) -> None:
+    """It gets no checkpoint, and what the guard names as its result is one that there is; here no other was good."""
+    write_held_out(workspace.root)
+    texts = {f"{name}_eval": [str(workspace.root / file)] for name, file in HELD_OUT.items()}
+    config = workspace.config(
+        tmp_path / "run",
+        data=texts | {"eval_sequences": 200},
+        expand={"k": None, "layers": [1, 3]},
+        importance={"initial": "ones", "every": 100},
+        train={"steps": STEPS, "eval_every": 2, "checkpoint_every": 100, "lr": 0.05},
+        guard={"action": "stop"},
+    )
+    result = run_with_faults(1, {1: "nan"}, tmp_path, "run", config)
+    run = RunDirectory(config.with_suffix(""))
+    readings = {line["step"]: line["guard"]["forgotten"] for line in read_json_lines(run.metrics) if "guard" in line}
+    assert readings == {0: False, 2: False, 4: True}, "or this shows nothing"
+    assert result.returncode == 2
+    assert "no checkpoint has less" in result.stderr
+    assert read_json(run.guard)["best"] == 0
 
 
 # --- training that breaks down --------------------------------------------------------------------------------------
