@@ -183,6 +183,11 @@ class WindowMaker:
         self._coming: Future[Window] | None = None
         self._said = 0
 
+    @property
+    def has_begun(self) -> bool:
+        """Whether a window was made, in this process or before."""
+        return bool(self._windows)
+
     def covering(self, block: int) -> Window:
         """The window that holds a block, made if need be; the one after it is begun."""
         if self._coming is not None:
@@ -282,6 +287,12 @@ class StreamedSource:
         self._make_maker = maker
         self._mapped: list[_Mapped] = []
 
+    def begin(self) -> None:
+        """Make the first window, where most mistakes show, unless that was done at an earlier start: then the present
+        one is asked for first. Collective."""
+        if not self._ranks.on_main(lambda: self._on_main.has_begun):
+            self._covering(0)
+
     def order(self, first: int, last: int, seed: int) -> list[int]:
         """Blocks at positions `first` to `last` of training; collective where they are in a new window."""
         found = list[int]()
@@ -309,10 +320,8 @@ class StreamedSource:
                 return mapped
 
         def make() -> tuple[Window, str]:
-            if self._maker is None:
-                self._maker = self._make_maker()
-            window = self._maker.covering(position)
-            return window, str(self._maker.path(window))
+            window = self._on_main.covering(position)
+            return window, str(self._on_main.path(window))
 
         window, path = self._ranks.on_main(make)
         remedy = f"all hosts must see '{path}': use a file system that they share"
@@ -320,12 +329,24 @@ class StreamedSource:
         self._mapped.append(_Mapped(window, Blocks.of(file, self._packing, self._bos_id, self._ranks)))
         return self._mapped[-1]
 
+    @property
+    def _on_main(self) -> WindowMaker:
+        """Of rank 0."""
+        if self._maker is None:
+            self._maker = self._make_maker()
+        return self._maker
+
 
 class StreamedCorpus:
     """Weighted sources that training draws from, as from a `Mixture`."""
 
     def __init__(self, sources: Sequence[StreamedSource], weights: Sequence[float]) -> None:
         self._sources, self._weights = sources, weights
+
+    def begin(self) -> None:
+        """As `StreamedSource.begin`, of all sources."""
+        for source in self._sources:
+            source.begin()
 
     def drawn(self, first: int, count: int, seed: int) -> list[int]:
         """As `Mixture.drawn`; every rank has to ask for the same ones."""

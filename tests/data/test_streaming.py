@@ -251,3 +251,30 @@ def test_windows_that_were_remembered_without_bad_records_are_as_good(
         check = window.pop("check")
         unsealed = json.dumps(window | {"check": None}, sort_keys=True, separators=(",", ":"))
         assert hashlib.sha256(unsealed.encode()).hexdigest() == check
+
+
+@pytest.mark.parametrize("weights", [(1.0,), (9.0, 1.0)], ids=["one source", "two sources"])
+def test_only_the_first_start_begins_at_the_beginning(
+    tmp_path: Path, tokenizer_dir: Path, corpus: list[Path], weights: tuple[float, ...]
+) -> None:
+    """A run that goes on has its windows still, and no other: nothing is tokenised twice."""
+
+    def windows() -> dict[Path, int]:
+        return {path: path.stat().st_ino for path in tmp_path.glob("stream_*/window_*")}
+
+    *_, expected = steps_of(open_stream(corpus, tokenizer_dir, tmp_path / "whole", weights=weights), range(61))
+    source = open_stream(corpus, tokenizer_dir, tmp_path, weights=weights)
+    source.begin()
+    assert len({path.parent for path in windows() if path.name == "window_0"}) == len(weights), "of each source"
+    steps_of(source, range(60))
+    let_it_end(source)
+    before = windows()
+    assert "window_0" not in {path.name for path in before}
+    again = open_stream(corpus, tokenizer_dir, tmp_path, weights=weights)
+    again.begin()
+    let_it_end(again)
+    assert windows() == before
+    assert steps_of(again, range(60, 61)) == [expected]
+    let_it_end(again)
+    after = windows()
+    assert all(after[path] == before[path] for path in after.keys() & before.keys())
