@@ -1,7 +1,8 @@
 """What can end a command, and the exit code each end has.
 
 0 done; 2 bad input (`InputError`); 3 stopped on request, and nothing lost (`StopRequestedError`); 4 the machine failed
-(`MachineError`); anything else is a bug and shows its traceback.
+(`MachineError`); 130 interrupted before there was anything to lose; what a signal ends by itself, as before the ranks
+have met, has its code (docs/launching.md); anything else is a bug and shows its traceback.
 """
 
 from __future__ import annotations

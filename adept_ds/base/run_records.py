@@ -175,7 +175,7 @@ class LogLine(Record):
 
     @classmethod
     def remedy(cls) -> str:
-        return "restore it from a copy, or remove this line"
+        return "restore it from a copy, or move this line to another file"
 
 
 class GuardLine(Record):

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import glob
+import itertools
 import os
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from adept_ds.base.errors import InputError
@@ -31,6 +35,8 @@ def check_run_dir(config: Config, model: Path) -> None:
             for path in (path for source in corpus_sources(corpus) for path in source.files):
                 if path.is_dir() and lies_in(config.run_dir, path):
                     raise InputError(f"'{config.run_dir}' lies in '{path}', which {key} reads; {_REMEDY}")
+                if _may_match(path, config.run_dir):
+                    raise InputError(f"'{config.run_dir}' may hold what '{path}' matches, which {key} reads; {_REMEDY}")
     except InputError as error:
         raise InputError(f"run_dir: {error}") from None
     except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle
@@ -55,9 +61,32 @@ def _check_place(run_dir: Path) -> None:
         raise InputError(f"'{other}' is a {found}, where a {belongs} of the run belongs; move it away, or {_REMEDY}")
 
 
+def _may_match(pattern: Path, run_dir: Path) -> bool:
+    """Whether a pattern, as `find_files` understands it, stands for the directory of a run, for one around it, or
+    perhaps for something in it: what a run will write there is not asked."""
+    if os.path.lexists(pattern) or not glob.has_magic(str(pattern)):
+        return False
+    fixed = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), pattern.parts))
+    place, root = run_dir.resolve(), fixed.resolve()
+    if not place.is_relative_to(root):
+        return False
+    return _may_begin_alike(pattern.parts[len(fixed.parts) :], place.relative_to(root).parts)
+
+
+def _may_begin_alike(pattern: Sequence[str], names: Sequence[str]) -> bool:
+    """Whether one matches a beginning of the other."""
+    if not pattern or not names:
+        return True
+    if pattern[0] == "**":
+        return _may_begin_alike(pattern[1:], names) or _may_begin_alike(pattern, names[1:])
+    return fnmatchcase(names[0], pattern[0]) and _may_begin_alike(pattern[1:], names[1:])
+
+
 def _corpora(config: Config) -> dict[str, list[Path | CorpusFiles]]:
+    """What is read, by key."""
     data, stability = config.data, config.probe.stability
     other = stability.corpus if isinstance(stability, Stability) else None
+    anchor = config.anchor.corpus if config.anchor else []
     return {
         "data.domain": [*data.domain],
         "data.replay": [*data.replay],
@@ -65,4 +94,6 @@ def _corpora(config: Config) -> dict[str, list[Path | CorpusFiles]]:
         "data.domain_eval": [*data.domain_eval],
         "probe.corpus": [*config.probe.corpus],
         "probe.stability.corpus": [*(other or [])],
+        "anchor.corpus": [*anchor],
+        "eval.tasks": [*config.eval.tasks],
     }

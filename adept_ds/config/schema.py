@@ -13,6 +13,7 @@ from pydantic import AfterValidator, Field, SerializerFunctionWrapHandler, model
 
 from adept_ds.config.anchor_section import AnchorSection
 from adept_ds.config.checkpoint_section import CheckpointSection
+from adept_ds.config.corpus_entries import corpus_sources
 from adept_ds.config.data_section import DataSection
 from adept_ds.config.dial_section import DialSection
 from adept_ds.config.eval_section import EvalSection
@@ -124,6 +125,11 @@ class Config(Section):
         return self.refreshes and self.lr_policy.map == "ratio"
 
     @property
+    def _first_importances_are_of_replay(self) -> bool:
+        """Whether `data.replay` is sampled for those before the first step; later ones see what training draws."""
+        return self.refreshes and self.importance.source == "online" and self.importance.initial == "source"
+
+    @property
     def reads_general_text(self) -> bool:
         """Whether training estimates something on `probe.corpus`, or is anchored to it."""
         estimates = self.method.needs_general_text or (self.refreshes and self.importance.source == "corpus")
@@ -201,6 +207,12 @@ class Config(Section):
             raise ValueError(
                 f"importance.sequences: {count} leaves none for some of the {sources} sources of probe.corpus: "
                 f"raise it to at least {sources}"
+            )
+        replayed = len(corpus_sources(self.data.replay))
+        if self._first_importances_are_of_replay and replayed > count:
+            raise ValueError(
+                f"importance.sequences: {count} leaves none for some of the {replayed} sources of data.replay, which "
+                f"importance.source: online samples before the first step: raise it to at least {replayed}"
             )
         if self.anchor and self.anchor.reads_probe_corpus and sources > self.anchor.sequences:
             raise ValueError(

@@ -135,7 +135,7 @@ def read_pieces(
 
 
 def read_questions(source: TextSource) -> Iterator[tuple[int, Question | None]]:
-    """Of each document of a source that is a record: what it is known by, and its question, where it can be asked.
+    """Of each document of a source: what it is known by, and its question, where it is one that can be asked.
 
     Raises:
         InputError: as `read_pieces`.
@@ -199,8 +199,9 @@ class _FileReader:
             yield from pieces_of(text, place, (self.number, index + 1))
 
     def questions(self) -> Iterator[tuple[int, Question | None]]:
-        """Of each record, in order, what its document is known by, and the question that it is, if it is one."""
+        """Of each document, in order, what it is known by, and the question that it is, if it is one."""
         if self.format == "text":
+            yield from ((piece.document_id, None) for piece in self._text() if piece.ends)
             return
         record_text = self._record_text
 

@@ -139,8 +139,12 @@ def share_out(count: int, weights: Sequence[float], available: Sequence[int]) ->
     """`count` sequences among sources, in proportion to their weights (largest remainder; ties to the first).
 
     Every source gets at least one and at most what it has; the others share the difference in the same proportion.
+    Where there is not one for each, those of the largest weights get one.
     """
     count = min(count, sum(available))
+    if count < len(weights):
+        heaviest = sorted(range(len(weights)), key=lambda source: -weights[source])[:count]
+        return [int(source in heaviest) for source in range(len(weights))]
     low, high = 0.0, count / min(weights)
     for _ in range(100):  # halves the interval: far below the rounding of a float
         factor = (low + high) / 2

@@ -5,8 +5,8 @@ they map whole corpora. Blocks are shuffled within a window. A window ends with 
 near that of the corpus at the latest, so that the next pass over it is shuffled anew.
 
 Which blocks a window has follows from the text alone, so training is the same wherever it was interrupted and on any
-number of ranks. Where each window began is remembered (`windows.jsonl`), so that going on does not mean reading all
-again.
+number of ranks. Where each window began is remembered (`windows.jsonl`), and which records before it were bad, so that
+going on does not mean reading all again.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from pydantic import NonNegativeInt, PositiveInt, ValidationError
+from pydantic import NonNegativeInt, PositiveInt, SerializerFunctionWrapHandler, ValidationError, model_serializer
 
 from adept_ds.base.background import in_background
 from adept_ds.base.errors import InputError
@@ -28,7 +29,7 @@ from adept_ds.base.files import new_directory, write_text
 from adept_ds.base.proofs import Sealed
 from adept_ds.base.records import Record
 from adept_ds.data.blocks import Batch, Blocks
-from adept_ds.data.documents import BadRecords, TextSource, read_pieces
+from adept_ds.data.documents import BadRecords, Place, TextSource, read_pieces
 from adept_ds.data.mixture import shares_before
 from adept_ds.data.order import endless_order
 from adept_ds.data.packing import Packing, fit_documents
@@ -50,6 +51,20 @@ class Cursor(Record):
     record: NonNegativeInt = 0
     tokens: NonNegativeInt = 0
     """So many of the document that begins there are behind."""
+    skipped: NonNegativeInt = 0
+    """Bad records of this pass that are behind."""
+    skipped_first: tuple[tuple[Place, str], ...] = ()
+    """See `BadRecords.up_to`."""
+
+    @property
+    def place(self) -> Place:
+        return self.file, self.record
+
+    @model_serializer(mode="wrap")
+    def _as_it_always_was(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Where nothing was skipped, no word of it: windows of older runs were sealed so."""
+        tree: dict[str, Any] = serialize(self)
+        return {key: value for key, value in tree.items() if self.skipped or not key.startswith("skipped")}
 
 
 class Window(Sealed):
@@ -74,7 +89,8 @@ class _EndlessText:
         least_tokens: that a whole pass must have.
         """
         self._source, self._tokenisation, self._least = source, tokenisation, least_tokens
-        self.bad = BadRecords(source)
+        self.bad = {begins.epoch: BadRecords(source, begins.skipped, begins.skipped_first)}
+        """Of each pass that the last window has a part of."""
         self._pieces = self._passes(begins)
         self._documents = deque([(-begins.tokens, begins.model_copy(update={"tokens": 0}))])
         self._kept: np.ndarray = np.empty(0, np.int32)
@@ -86,14 +102,19 @@ class _EndlessText:
         Returns:
             Where the next call goes on: behind the last whole block of `block_tokens`.
         """
+        epoch = self._documents[0][1].epoch
+        self.bad = {later: bad for later, bad in self.bad.items() if later >= epoch}
         if len(self._kept):
             writer.add(TokenisedPiece(self._kept, begins=True, ends=False, place=""))
         for epoch, piece in self._pieces:
-            writer.bad = self.bad
+            start, following = self._documents[-1]
             if piece is None:
+                # Behind bad records that no document follows.
+                self._documents[-1] = start, Cursor(epoch=epoch, file=len(self._source.files))
                 if writer.num_tokens >= block_tokens:
                     break
                 continue
+            writer.bad, writer.begins = self.bad[epoch], following.place if following.epoch == epoch else (0, 0)
             writer.add(self._not_behind(piece))
             if piece.ends:
                 file, record = piece.following
@@ -112,7 +133,8 @@ class _EndlessText:
             self._documents.popleft()
         self._documents = deque((start - used, cursor) for start, cursor in self._documents)
         start, cursor = self._documents[0]
-        return cursor.model_copy(update={"tokens": -start})
+        skipped, first = self.bad[cursor.epoch].up_to(cursor.place)
+        return cursor.model_copy(update={"tokens": -start, "skipped": skipped, "skipped_first": tuple(first)})
 
     def _not_behind(self, piece: TokenisedPiece) -> TokenisedPiece:
         behind = min(self._behind, len(piece.tokens))
@@ -123,8 +145,8 @@ class _EndlessText:
         """Pieces with the number of their pass; None where one ends."""
         skip, workers = (begins.file, begins.record), self._tokenisation.workers_for(self._source.num_bytes)
         for epoch in itertools.count(begins.epoch):
-            self.bad = BadRecords(self._source)
-            pieces, num_tokens = read_pieces(self._source, skip=skip, bad=self.bad), 0
+            bad = self.bad.setdefault(epoch, BadRecords(self._source))
+            pieces, num_tokens = read_pieces(self._source, skip=skip, bad=bad), 0
             for piece in tokenise(pieces, self._tokenisation.tokenizer, workers):
                 num_tokens += len(piece.tokens)
                 yield epoch, piece
@@ -159,6 +181,12 @@ class WindowMaker:
         self._text: _EndlessText | None = None
         self._at: Cursor | None = None
         self._coming: Future[Window] | None = None
+        self._said = 0
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether a window was made, in this process or before."""
+        return bool(self._windows)
 
     def covering(self, block: int) -> Window:
         """The window that holds a block, made if need be; the one after it is begun."""
@@ -169,6 +197,7 @@ class WindowMaker:
         window = next(window for window in self._windows if block in window)
         if not is_there(self.path(window), self._tokenisation):
             self._write(window.number, window.first, window.begins)
+        self._say_skipped(window)
         self._remove_all_but(range(window.number - 1, window.number + 2))
         if window.number + 1 == len(self._windows):
             self._coming = in_background(self._make_next)
@@ -176,6 +205,15 @@ class WindowMaker:
 
     def path(self, window: Window) -> Path:
         return self.directory / f"{_WINDOW}{window.number}"
+
+    def _say_skipped(self, window: Window) -> None:
+        """Bad records, when there are more of them than in any pass, or part of one, that was spoken of."""
+        known = [(window.ends.skipped, [text for _, text in window.ends.skipped_first])]
+        known += [(bad.count, bad.places) for bad in self._text.bad.values()] if self._text is not None else []
+        skipped, places = max(known, key=lambda found: found[0])
+        if skipped > self._said:
+            self._said = skipped
+            self._tokenisation.say(f"{self._source.key}: {skipped} bad records skipped, the first: {places[0]}")
 
     def _remove_all_but(self, numbers: range) -> None:
         """What others have mapped stays readable."""
@@ -201,7 +239,7 @@ class WindowMaker:
             self.directory / f"{_WINDOW}{number}", ignore_errors=True
         )  # of a run that ended before it counted
         with new_directory(self.directory / f"{_WINDOW}{number}") as folder:
-            with TokenWriter(folder, self._text.bad) as writer:
+            with TokenWriter(folder, BadRecords(self._source)) as writer:
                 self._at = self._text.write(writer, self._window_tokens, unit)
                 writer.finish()
             file = TokenFile.open(folder)
@@ -249,6 +287,12 @@ class StreamedSource:
         self._make_maker = maker
         self._mapped: list[_Mapped] = []
 
+    def begin(self) -> None:
+        """Make the first window, where most mistakes show, unless that was done at an earlier start: then the present
+        one is asked for first. Collective."""
+        if not self._ranks.on_main(lambda: self._on_main.has_begun):
+            self._covering(0)
+
     def order(self, first: int, last: int, seed: int) -> list[int]:
         """Blocks at positions `first` to `last` of training; collective where they are in a new window."""
         found = list[int]()
@@ -276,10 +320,8 @@ class StreamedSource:
                 return mapped
 
         def make() -> tuple[Window, str]:
-            if self._maker is None:
-                self._maker = self._make_maker()
-            window = self._maker.covering(position)
-            return window, str(self._maker.path(window))
+            window = self._on_main.covering(position)
+            return window, str(self._on_main.path(window))
 
         window, path = self._ranks.on_main(make)
         remedy = f"all hosts must see '{path}': use a file system that they share"
@@ -287,12 +329,24 @@ class StreamedSource:
         self._mapped.append(_Mapped(window, Blocks.of(file, self._packing, self._bos_id, self._ranks)))
         return self._mapped[-1]
 
+    @property
+    def _on_main(self) -> WindowMaker:
+        """Of rank 0."""
+        if self._maker is None:
+            self._maker = self._make_maker()
+        return self._maker
+
 
 class StreamedCorpus:
     """Weighted sources that training draws from, as from a `Mixture`."""
 
     def __init__(self, sources: Sequence[StreamedSource], weights: Sequence[float]) -> None:
         self._sources, self._weights = sources, weights
+
+    def begin(self) -> None:
+        """As `StreamedSource.begin`, of all sources."""
+        for source in self._sources:
+            source.begin()
 
     def drawn(self, first: int, count: int, seed: int) -> list[int]:
         """As `Mixture.drawn`; every rank has to ask for the same ones."""

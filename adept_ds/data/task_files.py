@@ -24,7 +24,6 @@ from adept_ds.data.record_text import MAX_LINE_BYTES, QUESTION_KEYS, parse_line
 
 _KEY = "eval.tasks"
 _TASK = re.compile(r"^task:\s*['\"]?([^\s'\"#\[]+)", re.MULTILINE)
-
 _GROUP = re.compile(r"^group:", re.MULTILINE)
 
 
@@ -107,9 +106,7 @@ def _described(directory: Path) -> Sequence[str]:
     """Names of the tasks of lm-eval in a directory; templates and groups have none."""
     files = sorted([*directory.glob("*.yaml"), *directory.glob("*.yml")])
     texts = [path.read_text(encoding="utf-8", errors="replace") for path in files]
-    return [
-        found[1] for text in texts if (found := _TASK.search(text)) and not re.search("^group:", text, re.MULTILINE)
-    ]
+    return [found[1] for text in texts if (found := _TASK.search(text)) and not _GROUP.search(text)]
 
 
 def _source(path: Path, data: DataSection) -> TextSource:

@@ -146,7 +146,8 @@ class TokenWriter:
         self._ids = _opened(directory / _IDS, so_far.documents * _ID.itemsize)
         self.num_tokens, self._documents = so_far.tokens, so_far.documents
         self._document_start, self._dropping = so_far.document_start, so_far.dropping
-        self._begins, self._pieces = so_far.begins, so_far.pieces
+        self.begins, self._pieces = so_far.begins, so_far.pieces
+        """Where the document of the next piece begins in the source, and its pieces that are behind."""
 
     def __enter__(self) -> TokenWriter:
         return self
@@ -162,8 +163,8 @@ class TokenWriter:
         """Append a piece; one that was refused takes the whole of its document with it."""
         if piece.begins:
             self._document_start, self._dropping = self.num_tokens, False
-        begins = self._begins
-        self._begins, self._pieces = (piece.following, 0) if piece.ends else (begins, self._pieces + 1)
+        begins = self.begins
+        self.begins, self._pieces = (piece.following, 0) if piece.ends else (begins, self._pieces + 1)
         if piece.refusal is not None and not self._dropping:
             self.bad.add(piece.place, piece.refusal, begins)
             self._tokens.seek(self._document_start * _TOKEN.itemsize)
@@ -181,13 +182,13 @@ class TokenWriter:
         for file in (self._tokens, self._ends, self._ids):
             file.flush()
             os.fsync(file.fileno())
-        skipped, first = self.bad.up_to(self._begins)
+        skipped, first = self.bad.up_to(self.begins)
         TokensSoFar(
             tokens=self.num_tokens,
             documents=self._documents,
             document_start=self._document_start,
             dropping=self._dropping,
-            begins=self._begins,
+            begins=self.begins,
             pieces=self._pieces,
             skipped=skipped,
             skipped_first=tuple(first),

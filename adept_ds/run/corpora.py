@@ -190,7 +190,7 @@ class Corpora:
         ]
         corpus = StreamedCorpus(streams, [source.weight for source in sources])
         with self.progress.on_main(f"tokenising the beginning of {key}"):
-            corpus.drawn(0, len(sources), self.settings.config.train.seed)  # where most mistakes show
+            corpus.begin()
         return corpus
 
     def _blocks(self, key: str, source: CorpusSource, packing: Packing) -> Blocks:

@@ -286,6 +286,16 @@ def test_a_refresh_must_see_every_source() -> None:
     parse_config(tree | {"data": {"replay": ["c"]}, "importance": {"sequences": 1, "source": "online"}})
 
 
+def test_importances_before_the_first_step_see_every_source_that_is_replayed() -> None:
+    """Where nothing is estimated before it, or on the probe's text, they need not."""
+    data, online = {"replay": ["c", WEIGHTED]}, {"sequences": 1, "source": "online"}
+    with pytest.raises(InputError, match=r"importance\.sequences: 1 leaves none .* of data\.replay, .* at least 2"):
+        parse_config(BASE | {"data": data, "importance": online})
+    parse_config(BASE | {"data": data, "importance": online | {"sequences": 2}})
+    parse_config(BASE | {"data": data, "importance": online | {"initial": "ones"}})
+    parse_config(BASE | {"data": data, "importance": {"sequences": 1}})
+
+
 @pytest.mark.parametrize(
     ("sections", "words"),
     [

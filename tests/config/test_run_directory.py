@@ -56,7 +56,7 @@ def test_a_run_directory_that_is_somebody_elses_place_is_refused(place: str, wor
 CORPORA = ("data.domain", "data.replay", "data.general_eval", "data.domain_eval", "probe.corpus")
 
 
-@pytest.mark.parametrize("key", [*CORPORA, "probe.stability.corpus"])
+@pytest.mark.parametrize("key", [*CORPORA, "probe.stability.corpus", "anchor.corpus", "eval.tasks"])
 @pytest.mark.parametrize("inside", ["", "runs/first"])
 def test_a_run_in_a_directory_of_texts_is_refused_for_every_corpus(
     key: str, inside: str, workspace: Workspace, home: Path
@@ -64,11 +64,54 @@ def test_a_run_in_a_directory_of_texts_is_refused_for_every_corpus(
     texts = home / "texts"
     texts.mkdir()
     section, *rest = key.split(".")
-    entry: list[Any] = [{"files": [str(texts)]}]
-    values = {"stability": {"corpus": entry}} if "stability" in rest else {rest[0]: entry}
+    entry: list[Any] = [str(texts)] if section == "eval" else [{"files": [str(texts)]}]
+    values: dict[str, Any] = {"stability": {"corpus": entry}} if "stability" in rest else {rest[0]: entry}
+    values |= {"kind": "kl"} if section == "anchor" else {}
     with pytest.raises(InputError, match=rf"^run_dir: '.*' lies in '.*texts', which {key} reads; give"):
         _check(workspace, texts / inside, **{section: values})
     _check(workspace, home / "texts_too", **{section: values})
+
+
+@pytest.mark.parametrize(
+    ("pattern", "run_dir"),
+    [
+        ("texts/**/*.jsonl", "texts/run"),
+        ("texts/**/*.jsonl", "texts"),
+        ("texts/*", "texts/runs/first"),
+        ("texts/r*/second/*.jsonl", "texts/run"),
+        ("texts/**/r?n/*.jsonl", "texts/deep/run/first"),
+        ("**/*.jsonl", "run"),
+        ("../cwd/texts/[rs]*", "texts/run"),
+    ],
+)
+def test_a_run_whose_files_a_pattern_may_match_is_refused(
+    pattern: str, run_dir: str, workspace: Workspace, home: Path
+) -> None:
+    """When it goes on it would read, among the texts, what it wrote itself."""
+    Path("texts").mkdir()
+    with pytest.raises(
+        InputError, match=r"^run_dir: .* which data\.domain reads; give a directory of its own"
+    ) as caught:
+        _check(workspace, Path(run_dir), data={"domain": [pattern]})
+    assert f"'{pattern}'" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "run_dir"),
+    [
+        ("*.jsonl", "runs/first"),
+        ("texts/*.jsonl", "texts/run"),
+        ("texts/**/*.jsonl", "texts_too/run"),
+        ("texts/*/part-*", "texts/runs/first"),
+        ("nowhere/**/*.jsonl", "run"),
+        ("texts/[ab]/**", "texts/run"),
+    ],
+)
+def test_a_run_may_be_beside_what_a_pattern_matches(
+    pattern: str, run_dir: str, workspace: Workspace, home: Path
+) -> None:
+    Path("texts").mkdir()
+    _check(workspace, Path(run_dir), data={"domain": [pattern]})
 
 
 def test_a_run_may_be_new_or_go_on_wherever_it_is(workspace: Workspace, home: Path) -> None:

@@ -22,6 +22,9 @@ from adept_ds.data.mixture import Mixture, share_out, shares_before
         pytest.param(8, [100, 1, 1], [50, 50, 50], [6, 1, 1], id="at least one each"),
         pytest.param(12, [1, 1, 1], [2, 50, 50], [2, 5, 5], id="one has too little, the others share the rest"),
         pytest.param(7, [3, 2, 2], [9, 1, 9], [4, 1, 2], id="the rest in proportion"),
+        pytest.param(2, [1, 1, 1], [9, 9, 9], [1, 1, 0], id="fewer than sources: the first"),
+        pytest.param(2, [1, 2, 90, 3], [9, 9, 9, 9], [0, 0, 1, 1], id="fewer than sources: one each of the heaviest"),
+        pytest.param(1, [1, 5], [9, 9], [0, 1], id="only one"),
     ],
 )
 def test_sequences_are_shared_out_by_weight(
@@ -45,6 +48,15 @@ def test_any_stretch_of_a_sample_is_mixed_like_the_whole() -> None:
     tokens = found.batch(range(48))[0][:, 0].tolist()
     assert [token // 100 for token in tokens] == list(found.sources), "indices point into their own source"
     assert len(set(tokens)) == 48
+
+
+@pytest.mark.parametrize("count", range(1, 20))
+def test_a_sample_has_as_many_sequences_as_were_asked_for(count: int) -> None:
+    """Of six sources, also where there is not one for each; none of them twice."""
+    mixture = Mixture.of([fake_blocks(5, 0)] * 6, (1, 30, 2, 2, 9, 1), tuple("abcdef"))
+    found = mixture.sample(count, seed=0)
+    assert len(set(found.indices)) == len(found) == count
+    assert len(set(found.sources)) == min(count, 6), "of as many sources as can be"
 
 
 def test_one_source_is_sampled_as_any_other_corpus() -> None:
@@ -109,3 +121,4 @@ def test_held_out_text_of_several_sources_is_taken_from_each_in_proportion() -> 
     mixture = Mixture.of([fake_blocks(count, 0) for count in (20, 10, 2)], (1, 1, 1), ("a", "b", "c"))
     assert mixture.first(16) == (*range(10), *range(20, 25), 30)
     assert mixture.first(99) == tuple(range(32))
+    assert mixture.first(2) == (0, 20), "of the longest two, where there are fewer than sources"

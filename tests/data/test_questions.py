@@ -37,9 +37,11 @@ def test_an_empty_choice_has_no_likelihood_so_its_question_is_none(tmp_path: Pat
     assert question is None
 
 
-def test_plain_text_has_no_questions(tmp_path: Path) -> None:
-    (tmp_path / "plain.txt").write_text("Question: 2 + 2?")
-    assert list(read_questions(text_source([tmp_path / "plain.txt"]))) == []
+def test_a_file_of_plain_text_is_a_document_and_no_question(tmp_path: Path) -> None:
+    """Known by its text as it is read, with line ends as '\\n'."""
+    (tmp_path / "plain.txt").write_bytes(b"Question:\r\n2 + 2?")
+    found = list(read_questions(text_source([tmp_path / "plain.txt"])))
+    assert found == [(document_id("Question:\n2 + 2?"), None)]
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import re
 import shutil
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +16,7 @@ from harness.marks import slow
 from harness.packing import byte_ids, stream, text_source, tokenisation, write_texts
 
 from adept_ds.base.errors import InputError
+from adept_ds.data import tokenising
 from adept_ds.data.packing import Packing
 from adept_ds.data.streaming import StreamedCorpus, StreamedSource, WindowMaker
 from adept_ds.ranks.collectives import Ranks
@@ -29,14 +34,28 @@ def corpus(tmp_path: Path) -> list[Path]:
 
 
 def open_stream(
-    files: list[Path], tokenizer_dir: Path, cache: Path, *, documents: bool = False, weights: tuple[float, ...] = (1.0,)
+    files: list[Path],
+    tokenizer_dir: Path,
+    cache: Path,
+    *,
+    documents: bool = False,
+    weights: tuple[float, ...] = (1.0,),
+    max_bad_records: int = 0,
+    said: list[str] | None = None,
 ) -> StreamedCorpus:
-    """One source for each weight: all files, or each file."""
+    """One source for each weight: all files, or each file.
+
+    Args:
+        said: what is told the user is added to it.
+    """
     packing = Packing(8, documents=documents)
     parts = [files] if len(weights) == 1 else [[file] for file in files]
+    refusing = tokenisation(tokenizer_dir, cache, special_tokens_in_text="error")
+    telling = replace(refusing, say=([] if said is None else said).append)
 
     def maker(part: list[Path]) -> WindowMaker:
-        return WindowMaker(text_source(part), tokenisation(tokenizer_dir, cache), packing, window_tokens=WINDOW)
+        source = text_source(part, max_bad_records=max_bad_records)
+        return WindowMaker(source, telling, packing, window_tokens=WINDOW)
 
     sources = [
         StreamedSource(lambda part=part: maker(part), packing, number, None, Ranks())  # type: ignore[misc]
@@ -142,3 +161,120 @@ def test_a_mistake_in_the_text_is_said_where_it_is_reached(
     source = open_stream(corpus, tokenizer_dir, tmp_path / "cache")
     with pytest.raises(InputError, match=r"^data\.domain: .*2\.jsonl' line 12"):
         steps_of(source, range(12))
+
+
+@pytest.fixture
+def without_reading_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a corpus of a few bytes is not read to its end before its first window is there."""
+    monkeypatch.setattr(tokenising, "_BATCH_CHARACTERS", 1)
+
+
+def spoil(corpus: list[Path]) -> list[str]:
+    """Make three records bad: one of the first window, one that the tokenizer refuses where a window begins, the last.
+
+    Returns:
+        Where they are, in order.
+    """
+    first, second = (file.read_text().splitlines() for file in corpus)
+    first[1], second[0], second[-1] = "{broken", json.dumps({"text": "a<|end|>"}), "{broken"
+    for file, lines in zip(corpus, (first, second), strict=True):
+        file.write_text("".join(f"{line}\n" for line in lines))
+    return ["1.jsonl' line 2", "2.jsonl' line 1:", f"2.jsonl' line {len(second)}"]
+
+
+def end_of(corpus: StreamedCorpus, steps: range) -> str:
+    """How a run ends in them."""
+    with pytest.raises(InputError) as caught:
+        steps_of(corpus, steps)
+    return str(caught.value)
+
+
+@pytest.mark.usefixtures("without_reading_ahead")
+@pytest.mark.parametrize("allowed", [1, 2])
+@pytest.mark.parametrize("documents", [False, True], ids=["concat", "documents"])
+@pytest.mark.parametrize("lost", ["nothing", "windows"])
+def test_bad_records_before_an_interruption_count_behind_it(
+    tmp_path: Path, tokenizer_dir: Path, corpus: list[Path], allowed: int, documents: bool, lost: str
+) -> None:
+    """One more than is allowed ends the run with the same words, whether it was interrupted or not."""
+    places = spoil(corpus)
+
+    def run(cache: str) -> StreamedCorpus:
+        return open_stream(corpus, tokenizer_dir, tmp_path / cache, documents=documents, max_bad_records=allowed)
+
+    expected = end_of(run("whole"), range(40))
+    assert f"{allowed + 1} bad records are more than data.max_bad_records ({allowed}) allows" in expected
+    found = [expected.index(place) for place in places[: allowed + 1]]
+    assert found == sorted(found), "in their order"
+    interrupted = run("cut")
+    steps_of(interrupted, range(2))
+    let_it_end(interrupted)
+    if lost == "windows":
+        for window in (tmp_path / "cut").glob("stream_*/window_*"):
+            shutil.rmtree(window)
+    assert end_of(run("cut"), range(2, 40)) == expected
+
+
+@pytest.mark.usefixtures("without_reading_ahead")
+def test_bad_records_are_said_when_they_are_reached_and_when_a_run_goes_on(
+    tmp_path: Path, tokenizer_dir: Path, corpus: list[Path]
+) -> None:
+    """Each number once, not again in every pass; the last one too, behind which there is no document."""
+    places = spoil(corpus)
+
+    def said(cache: Path, steps: range) -> list[int]:
+        lines = list[str]()
+        source = open_stream(corpus, tokenizer_dir, cache, max_bad_records=3, said=lines)
+        steps_of(source, steps)
+        let_it_end(source)
+        assert all(re.match(rf"data\.domain: \d bad records skipped, the first: .*{places[0]}", line) for line in lines)
+        return [int(line.split()[1]) for line in lines]
+
+    in_the_first_pass, in_a_later_one = 3, 30
+    assert said(tmp_path / "early", range(in_the_first_pass)) == [1]
+    assert said(tmp_path / "early", range(in_the_first_pass, 60)) == [1, 2, 3]
+    assert said(tmp_path / "late", range(in_a_later_one)) == [1, 2, 3]
+    assert said(tmp_path / "late", range(in_a_later_one, 60))[-1] == 3
+
+
+def test_windows_that_were_remembered_without_bad_records_are_as_good(
+    tmp_path: Path, tokenizer_dir: Path, corpus: list[Path]
+) -> None:
+    """A line with the keys that it had before bad records were counted, and its digest, is what is written today."""
+    source = open_stream(corpus, tokenizer_dir, tmp_path)
+    steps_of(source, range(3))
+    let_it_end(source)
+    (remembered,) = tmp_path.glob("stream_*/windows.jsonl")
+    for line in remembered.read_text().splitlines():
+        window = json.loads(line)
+        assert window["begins"].keys() == window["ends"].keys() == {"epoch", "file", "record", "tokens"}
+        check = window.pop("check")
+        unsealed = json.dumps(window | {"check": None}, sort_keys=True, separators=(",", ":"))
+        assert hashlib.sha256(unsealed.encode()).hexdigest() == check
+
+
+@pytest.mark.parametrize("weights", [(1.0,), (9.0, 1.0)], ids=["one source", "two sources"])
+def test_only_the_first_start_begins_at_the_beginning(
+    tmp_path: Path, tokenizer_dir: Path, corpus: list[Path], weights: tuple[float, ...]
+) -> None:
+    """A run that goes on has its windows still, and no other: nothing is tokenised twice."""
+
+    def windows() -> dict[Path, int]:
+        return {path: path.stat().st_ino for path in tmp_path.glob("stream_*/window_*")}
+
+    *_, expected = steps_of(open_stream(corpus, tokenizer_dir, tmp_path / "whole", weights=weights), range(61))
+    source = open_stream(corpus, tokenizer_dir, tmp_path, weights=weights)
+    source.begin()
+    assert len({path.parent for path in windows() if path.name == "window_0"}) == len(weights), "of each source"
+    steps_of(source, range(60))
+    let_it_end(source)
+    before = windows()
+    assert "window_0" not in {path.name for path in before}
+    again = open_stream(corpus, tokenizer_dir, tmp_path, weights=weights)
+    again.begin()
+    let_it_end(again)
+    assert windows() == before
+    assert steps_of(again, range(60, 61)) == [expected]
+    let_it_end(again)
+    after = windows()
+    assert all(after[path] == before[path] for path in after.keys() & before.keys())

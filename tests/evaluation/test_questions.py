@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 from harness.launching import adept
 from harness.marks import slow
-from harness.models import save_tiny_model
-from harness.packing import write_records
+from harness.models import save_byte_tokenizer, save_tiny_model
+from harness.packing import text_source, tokenised, write_records
 from harness.plain_evaluation import chosen
 from harness.questions import made_up_questions
+
+from adept_ds.evaluation.questions import questions_among
 
 QUESTIONS = made_up_questions(40)
 
@@ -71,3 +73,16 @@ def test_questions_that_are_not_evaluated_as_text_are_not_asked(
     count = source["documents"]
     assert 2 < count < 40
     assert source == source | shares(answers, 0, count)
+
+
+@pytest.mark.parametrize("order", [("wiki.txt", "exams.jsonl"), ("exams.jsonl", "wiki.txt")])
+def test_questions_are_found_before_and_behind_a_file_of_plain_text(tmp_path: Path, order: tuple[str, str]) -> None:
+    """In one source. The text is longer than the pieces in which it is read (256 Ki characters)."""
+    (tmp_path / "wiki.txt").write_text("of zero\n" * 40_000)
+    write_records(tmp_path / "exams.jsonl", *QUESTIONS[:2], {"text": "no question"}, *QUESTIONS[2:5])
+    files = [tmp_path / name for name in order]
+    save_byte_tokenizer(tmp_path / "tokenizer")
+    documents = tokenised(files, tmp_path / "tokenizer", tmp_path / "cache").ids
+    assert len(documents) == 7
+    found = questions_among(text_source(files), documents)
+    assert [question.question for question in found] == [question["question"] for question in QUESTIONS[:5]]
