@@ -23,7 +23,6 @@ from adept_ds.base.errors import InputError
 from adept_ds.base.files import read_json
 from adept_ds.base.records import first_mistake
 from adept_ds.base.run_dir import RunDirectory
-from adept_ds.config.layer_sections import ExpandSection
 from adept_ds.report.presence import check_something_to_report
 from adept_ds.report.shapes import (
     ChoiceShape,
@@ -139,9 +138,10 @@ class RunFiles:
     @property
     def probes(self) -> bool:
         """Whether a probe chooses layers, as far as the configuration can be read."""
-        with suppress(Exception):  # of an older version, say
-            return ExpandSection.model_validate(self.config["expand"]).needs_probe
-        return True
+        expand = self.config.get("expand")
+        if not isinstance(expand, dict) or expand.get("k") == "auto":
+            return True
+        return not expand.get("layers") and expand.get("choose", "lowest") in ("lowest", "highest", "gain")
 
     @property
     def one_rate(self) -> bool:
