@@ -30,9 +30,9 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
             "smoothing": 0.0,
         },
     },
-    # What came out ahead of everything else that was measured (docs/evidence.md): many small changes, evenly spread and
-    # none behind the last layers; one rate for all units; outputs on general text held where they were; and what is
-    # exported is turned down where that is not enough.
+    # What measurements have left of it (docs/evidence.md): many small changes, evenly spread and none behind the last
+    # layers; one rate for all units; outputs on general text held where they were; and what is exported is turned down
+    # where that is not enough.
     "recommended": {
         "method": "adept",
         "expand": {"k": 8, "choose": "uniform", "spare_top": 2},
