@@ -95,9 +95,14 @@ def best_by_stage(task: Task, cluster: Cluster) -> dict[int, Candidate]:
     found = {}
     for stage in sorted(task.settings):
         fitting = list(_fitting(task, cluster, stage))
-        smallest = min(_micro_batches(task, cluster, stage), default=1)
+        smallest = smallest_micro_batch(task, cluster, stage) or 1
         found[stage] = best(fitting) or candidate(task, cluster, stage, smallest, recompute=True)
     return found
+
+
+def smallest_micro_batch(task: Task, cluster: Cluster, stage: int) -> int | None:
+    """Its sequences; None: a run takes none."""
+    return min(_micro_batches(task, cluster, stage), default=None)
 
 
 def recommended(task: Task, cluster: Cluster, by_stage: Mapping[int, Candidate]) -> Candidate | None:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from adept_ds.base.errors import InputError
-from adept_ds.planning.candidates import Candidate, Task, best_by_stage, candidate, recommended
+from adept_ds.planning.candidates import Candidate, Task, best_by_stage, candidate, recommended, smallest_micro_batch
 from adept_ds.planning.cluster import HOP_BETWEEN_NODES, HOP_IN_NODE, Cluster
 from adept_ds.planning.memory import Memory, activation_bytes
 from adept_ds.planning.quantities import in_gb, in_seconds
@@ -56,9 +56,11 @@ def too_small(task: Task, cluster: Cluster, by_stage: Mapping[int, Candidate]) -
     least = min(by_stage.values(), key=lambda each: each.found.memory.peak)
     memory = least.found.memory
     remedies = []
-    gpus = _gpus_that_fit(task, cluster)
-    if gpus is not None:
-        remedies.append(f"take {gpus} GPUs of this size")
+    larger = _gpus_that_fit(task, cluster)
+    if larger is not None:
+        gpus, batch = larger
+        with_batch = f" with train.global_batch_size {batch}" if batch != task.global_batch_size else ""
+        remedies.append(f"take {gpus} GPUs of this size{with_batch}")
     in_step = memory.activations + max(memory.logits, memory.working)
     if in_step > memory.peak / 3:
         remedies.append(f"lower data.seq_len, of which {in_gb(in_step)} depend")
@@ -82,14 +84,16 @@ def _offloading(least: Candidate, memory: Memory) -> Iterator[str]:
         yield f"use ds_configs/zero3_offload_params.json, which moves {in_gb(weights)} to the host"
 
 
-def _gpus_that_fit(task: Task, cluster: Cluster) -> int | None:
-    """The smallest multiple by a power of two; a batch of a sequence for each is supposed."""
+def _gpus_that_fit(task: Task, cluster: Cluster) -> tuple[int, int] | None:
+    """The smallest multiple by a power of two at which a run takes a step that fits, and the batch: the smallest that
+    is no less than the present one and divides evenly."""
     gpus = 2 * cluster.gpus
     while gpus <= _MOST_GPUS:
         larger = replace(cluster, gpus=gpus, nodes=cluster.nodes * gpus // cluster.gpus)
-        tried = candidate(replace(task, global_batch_size=gpus), larger, 3, 1, recompute=True)
-        if tried.fits(larger):
-            return gpus
+        stepped = replace(task, global_batch_size=-(-task.global_batch_size // gpus) * gpus)
+        rows = smallest_micro_batch(stepped, larger, 3)
+        if rows is not None and candidate(stepped, larger, 3, rows, recompute=True).fits(larger):
+            return gpus, stepped.global_batch_size
         gpus *= 2
     return None
 

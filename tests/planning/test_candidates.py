@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -94,6 +95,23 @@ def test_more_gpus_are_advised_only_where_they_fit() -> None:
     for count, fits in ((gpus, True), (gpus // 2, False)):
         one = candidate(task(batch=count), replace(small, gpus=count), 3, 1, recompute=True)
         assert one.fits(small) == fits
+
+
+@pytest.mark.parametrize(
+    ("batch", "takes", "said"),
+    [
+        (64, lambda stage, rows, batch, ranks: batch == 64, "; take 4 GPUs of this size, or"),
+        (64, lambda stage, rows, batch, ranks: rows % 2 == 0, "; take 8 GPUs of this size, or"),
+        (6, lambda *_: True, "; take 4 GPUs of this size with train.global_batch_size 8, or"),
+        (64, lambda stage, rows, batch, ranks: ranks <= 2, "; use ds_configs/zero3_offload.json"),
+    ],
+    ids=["its own batch", "two sequences at once", "no multiple", "no more GPUs"],
+)
+def test_more_gpus_are_advised_only_as_a_run_takes_them(batch: int, takes: Callable[..., bool], said: str) -> None:
+    """Of 10 GB, four GPUs hold one sequence and eight hold two; the batch is the configuration's if they divide it."""
+    with pytest.raises(InputError) as refusal:
+        make_plan(task(batch, run_takes=takes), cluster(10e9, gpus=2))
+    assert said in str(refusal.value)
 
 
 def test_without_rates_no_time_is_said_and_that_is_chosen_which_sends_least() -> None:
