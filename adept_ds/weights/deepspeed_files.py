@@ -8,6 +8,7 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -113,6 +114,12 @@ def reading_data_only() -> Iterator[None]:
 
     original = torch.load
 
+    def stage_by_name(stages: Any, name: str) -> Any:
+        """What Python 3.11 before 3.11.4 writes of a ZeRO stage: `getattr`, which could get hold of anything."""
+        if stages is not ZeroStageEnum:
+            raise UnpicklingError(f"GLOBAL getattr of {stages!r}")
+        return stages[name]
+
     def load(file: Any, *arguments: Any, **options: Any) -> Any:
         try:
             return original(file, *arguments, **(options | {"weights_only": True}))
@@ -121,7 +128,8 @@ def reading_data_only() -> Iterator[None]:
         except Exception as error:  # of whatever kind, for a damaged file
             raise _unreadable(file, error) from None
 
-    with torch.serialization.safe_globals([LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]):
+    data: list[Any] = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
+    with torch.serialization.safe_globals([*data, (stage_by_name, "builtins.getattr")]):
         torch.load = load  # type: ignore[assignment]
         try:
             yield

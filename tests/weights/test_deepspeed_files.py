@@ -61,3 +61,31 @@ def test_tensors_and_plain_values_are_read_and_the_switch_is_set_back(file: Path
     assert torch.load is before
     assert found["step"] == 3
     assert torch.equal(found["weight"], saved["weight"])
+
+
+class ByName:
+    """Pickled as Python 3.11.0 to 3.11.3 do it with members of an enumeration: getattr(its class, its name)."""
+
+    def __init__(self, of: object, name: str) -> None:
+        self._of, self._name = of, name
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (getattr, (self._of, self._name))
+
+
+def test_the_stage_that_another_python_wrote_by_name_is_read(file: Path) -> None:
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+
+    for written in (ByName(ZeroStageEnum, "weights"), ZeroStageEnum.weights):
+        torch.save({"zero_stage": written}, file)
+        with reading_data_only():
+            assert torch.load(file)["zero_stage"] is ZeroStageEnum.weights
+
+
+def test_by_name_nothing_else_is_got_hold_of(file: Path) -> None:
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+
+    for of, name in ((ZeroStageEnum, "__subclasses__"), (torch.Size, "numel"), (ByName, "__init__")):
+        torch.save({"zero_stage": ByName(of, name)}, file)
+        with reading_data_only(), pytest.raises(InputError, match=r"and could run code|cannot be read"):
+            torch.load(file)
