@@ -8,7 +8,6 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -117,7 +116,7 @@ def reading_data_only() -> Iterator[None]:
     def stage_by_name(stages: Any, name: str) -> Any:
         """What Python 3.11 before 3.11.4 writes of a ZeRO stage: `getattr`, which could get hold of anything."""
         if stages is not ZeroStageEnum:
-            raise UnpicklingError(f"GLOBAL getattr of {stages!r}")
+            raise ValueError(f"it names GLOBAL getattr of {stages!r}")
         return stages[name]
 
     def load(file: Any, *arguments: Any, **options: Any) -> Any:

@@ -95,7 +95,7 @@ def test_a_runs_checkpoint_becomes_one(workspace: Workspace, tmp_path: Path) -> 
     run = train_two_steps(workspace, tmp_path / "run")
     result = run_tool("tools/to_universal.py", run.root, tmp_path / "universal")
     assert result.returncode == 0, result.stderr
-    assert result.stdout.startswith("18 tensors with their moments, written by 2 ranks under ZeRO-3; universal ")
+    assert result.stdout.startswith("18 tensors with their moments, written by 2 ranks under ZeRO-3, in ")
     assert (tmp_path / "universal" / "latest_universal").read_text() == "step_2"
     from adept_ds.weights.hf_directory import stored_tensors
 
