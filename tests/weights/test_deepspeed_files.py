@@ -85,7 +85,13 @@ def test_the_stage_that_another_python_wrote_by_name_is_read(file: Path) -> None
 def test_by_name_nothing_else_is_got_hold_of(file: Path) -> None:
     from deepspeed.runtime.zero.config import ZeroStageEnum
 
-    for of, name in ((ZeroStageEnum, "__subclasses__"), (torch.Size, "numel"), (ByName, "__init__")):
+    of_data = {"weights": 3}
+    for of, name in (
+        (ZeroStageEnum, "__subclasses__"),
+        (torch.Size, "numel"),
+        (ByName, "__init__"),
+        (of_data, "weights"),
+    ):
         torch.save({"zero_stage": ByName(of, name)}, file)
         with reading_data_only(), pytest.raises(InputError, match=r"and could run code|cannot be read"):
             torch.load(file)
