@@ -6,8 +6,10 @@ weights when, are those of the model's own code, whatever its family; nothing he
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +23,8 @@ from adept_ds.models.loading import Trains
 from adept_ds.planning.contentless import StandIns, contentless_model
 from adept_ds.planning.live_bytes import LiveBytes
 from adept_ds.planning.outline import Call, Event, Outline, Saved, Weight
+from adept_ds.planning.repeats import Repeats
+from adept_ds.planning.trees import tensors_of
 
 _ROWS = (2, 3)
 """Sequences that are sent through, once so many and once one more: what the second pass adds is a sequence's, and the
@@ -85,7 +89,10 @@ class _Recorder:
         self.weights = tuple(Weight(name, p.numel(), p.requires_grad) for name, p in named.items())
         self._position = {id(parameter): index for index, parameter in enumerate(named.values())}
         self._of_weights = {parameter.untyped_storage()._cdata for parameter in named.values()}
+        self._layers = layers
         self._layer_of = {id(layer): index for index, layer in enumerate(layers)}
+        self._repeats = Repeats(layers)
+        self._within: dict[int, tuple[slice, slice]] = {}
         self._model = model
         self._layer: int | None = None
         self.calls: list[Call] = []
@@ -101,10 +108,14 @@ class _Recorder:
         for module in _separate_modules(self._model.base_model):
             hooks.append(module.register_forward_pre_hook(self._begin, with_kwargs=True))
             hooks.append(module.register_forward_hook(self._end))
+        for index, layer in enumerate(self._layers):
+            layer.forward = partial(self._send, index, layer.forward)
         with torch.autograd.graph.saved_tensors_hooks(self._keep, lambda kept: kept):
             yield
         for hook in hooks:
             hook.remove()
+        for layer in self._layers:
+            del layer.forward
 
     def add_head(self, head: torch.nn.Module, hidden: torch.Tensor) -> None:
         """It runs last, on what the rest of the model returned."""
@@ -116,14 +127,37 @@ class _Recorder:
 
     def saved_by(self, layer: int | None) -> int:
         """Bytes, by a decoder layer, or by what is around them."""
-        return _bytes_of(self._kept, layer)
+        return _bytes_of(self._kept, layer if layer is None else self._repeats.alike(layer))
 
     def inputs_of(self, layer: int) -> int:
         """Bytes that its linear layers are given else."""
-        return _bytes_of({key: value for key, value in self._inputs.items() if key not in self._kept}, layer)
+        others = {key: value for key, value in self._inputs.items() if key not in self._kept}
+        return _bytes_of(others, self._repeats.alike(layer))
 
     def sees_linear(self, given: torch.Tensor) -> None:
         self._inputs.setdefault(given.untyped_storage()._cdata, (given.detach(), self._layer))
+
+    def _send(self, layer: int, forward: Callable[..., Any], *inputs: Any, **kwargs: Any) -> Any:
+        calls, events = len(self.calls), len(self.events)
+        output = self._repeats.send(layer, forward, inputs, kwargs)
+        alike = self._repeats.alike(layer)
+        if alike == layer:
+            self._within[layer] = slice(calls, len(self.calls)), slice(events, len(self.events))
+        else:
+            self._repeat(alike, layer)
+        return output
+
+    def _repeat(self, alike: int, layer: int) -> None:
+        """Calls within a layer, as they were within another, of its own weights."""
+        calls, events = self._within[alike]
+        of = {self._position[id(there)]: self._position[id(here)] for there, here in self._weights_of(alike, layer)}
+        begun = len(self.calls) - calls.start
+        for call in self.calls[calls]:
+            self.calls.append(replace(call, weights=tuple(of[weight] for weight in call.weights), layer=layer))
+        self.events += [Event(begun + event.call, event.begins) for event in self.events[events]]
+
+    def _weights_of(self, one: int, other: int) -> Iterator[tuple[torch.nn.Parameter, torch.nn.Parameter]]:
+        return zip(self._layers[one].parameters(), self._layers[other].parameters(), strict=True)
 
     def _begin(self, module: torch.nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if id(module) in self._layer_of:
@@ -131,7 +165,7 @@ class _Recorder:
             self.arguments[self._layer] = (inputs, kwargs)
         recursive = _is_leaf(module)
         weights = [self._position[id(weight)] for weight in module.parameters(recurse=recursive)]
-        given = any(tensor.requires_grad for tensor in (*_tensors(inputs), *_tensors(kwargs)))
+        given = any(tensor.requires_grad for tensor in (*tensors_of(inputs), *tensors_of(kwargs)))
         self.calls.append(Call(tuple(weights), self._layer, id(module) in self._layer_of, False, given))
         self._open.append((module, len(self.calls) - 1))
         self.events.append(Event(len(self.calls) - 1, True))
@@ -140,7 +174,7 @@ class _Recorder:
         begun, index = self._open.pop()
         assert begun is module
         call = self.calls[index]
-        leaves = any(tensor.requires_grad for tensor in _tensors(output))
+        leaves = any(tensor.requires_grad for tensor in tensors_of(output))
         self.calls[index] = Call(call.weights, call.layer, call.is_layer, leaves, call.gradient_enters)
         self.events.append(Event(index, False))
         if call.is_layer:
@@ -167,14 +201,6 @@ _LEAVES = next(set(feature.off[-1]) for feature in UNSUPPORTED if feature.key.en
 
 def _is_leaf(module: torch.nn.Module) -> bool:
     return f"{type(module).__module__}.{type(module).__qualname__}" in _LEAVES
-
-
-def _tensors(tree: Any) -> list[torch.Tensor]:
-    if isinstance(tree, torch.Tensor):
-        return [tree]
-    if isinstance(tree, dict):
-        return [tensor for value in tree.values() for tensor in _tensors(value)]
-    return [tensor for item in tree for tensor in _tensors(item)] if isinstance(tree, list | tuple) else []
 
 
 def _bytes_of(found: Mapping[int, tuple[torch.Tensor, int | None]], layer: int | None) -> int:
@@ -210,15 +236,15 @@ def _held_in_backward(layer: torch.nn.Module, inputs: tuple[Any, ...], kwargs: d
     for weight in layer.parameters():
         if weight.requires_grad:
             hooks.append(weight.register_post_accumulate_grad_hook(_forget_gradient))
-    hidden = next(iter(_tensors(inputs) or _tensors(kwargs)))
+    hidden = next(iter(tensors_of(inputs) or tensors_of(kwargs)))
     given = hidden.detach().requires_grad_(True)
     with LiveBytes() as live, StandIns(lambda _: None):
-        if _tensors(inputs):
+        if tensors_of(inputs):
             output = layer(given, *inputs[1:], **kwargs)
         else:
             name = next(key for key, value in kwargs.items() if value is hidden)
             output = layer(**(kwargs | {name: given}))
-        (left,) = _tensors(output)[:1]
+        (left,) = tensors_of(output)[:1]
         gradient = torch.empty_like(left)
         kept, before = live.now, len(live.grown)
         left.backward(gradient)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,12 @@ from adept_ds.models.adapters import adapters_train
 from adept_ds.models.directory import ModelDirectory
 from adept_ds.models.hidden_states import final_hidden
 from adept_ds.models.loading import layers_train
+from adept_ds.planning import repeats
 from adept_ds.planning.live_bytes import LiveBytes
 from adept_ds.planning.memory import Step, working_bytes
+from adept_ds.planning.outline import Outline
 from adept_ds.planning.recording import outline_of
+from adept_ds.planning.repeats import Repeats
 from adept_ds.planning.zero_settings import SHIPPED
 
 TOKENS, ROWS, TRAINED = 24, 5, (2, 4)
@@ -77,6 +81,33 @@ def test_what_is_kept_for_the_backward_pass_is_what_autograd_keeps(model_type: s
     assert outline.other_saved.of(ROWS) - head_gradient == pytest.approx(found.get(None, 0), rel=1e-3)
     assert [w.numel for w in outline.weights] == [p.numel() for p in model.parameters()]
     assert outline.trainable == sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("model_type", sorted(FAMILY_OPTIONS))
+def test_layers_that_stand_for_one_another_are_as_if_each_was_sent_through(
+    model_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever kinds there are: sliding and full attention, with and without experts, below, behind and between."""
+    options = {"mlp_only_layers": [1, 4, 11]} if model_type == "qwen2_moe" else {}
+    directory = ModelDirectory.read(save_tiny_model(tmp_path / "model", model_type, num_hidden_layers=24, **options))
+    trains = layers_train(directory.family, (6, 15))
+    stood_for: set[int] = set()
+    send = Repeats.send
+
+    def watched(self: Repeats, layer: int, *arguments: Any) -> Any:
+        returned = send(self, layer, *arguments)
+        stood_for.update({layer} - {self.alike(layer)})
+        return returned
+
+    monkeypatch.setattr(Repeats, "send", watched)
+    short = outline_of(directory, trains, torch.float32, TOKENS)
+    assert len(stood_for) >= 4, "or nothing is saved"
+    stood_for.clear()
+    monkeypatch.setattr(repeats, "_SENT_THROUGH", 24)
+    whole = outline_of(directory, trains, torch.float32, TOKENS)
+    assert not stood_for
+    for field in dataclasses.fields(Outline):
+        assert getattr(short, field.name) == getattr(whole, field.name), field.name
 
 
 @pytest.mark.parametrize("tokens", [24, 32])
