@@ -94,7 +94,11 @@ class Hosts:
         self._switch.run(f"ip link set port{NAMES.index(name)} down")
 
     def join(self, name: str) -> None:
+        """Give it back, until the other finds it again, which looks anew only after some seconds."""
         self._switch.run(f"ip link set port{NAMES.index(name)} up")
+        reaches = f"exec 3<>/dev/tcp/{ADDRESSES[NAMES.index(name)]}/22"
+        (other,) = set(NAMES) - {name}
+        until(lambda: self._hosts[other].run(reaches, check=False) == 0)
 
     def start(self, command: str, *, out: Path, on: str = "hosta", **variables: str) -> subprocess.Popen[bytes]:
         """A shell's command on a host; what it says goes to `out`."""
