@@ -7,6 +7,7 @@ meet, and the stage runs. Exit codes: see `base.errors`.
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import sys
 import traceback
@@ -140,6 +141,9 @@ def main() -> None:
         share_cores(os.environ)
     ending = Ending(under_mpi=is_under_mpi(os.environ))
     code = _run(arguments, ending)
+    # The interpreter looks for cycles as it ends: more than a second over what torch and
+    # transformers leave behind, for memory that the system takes back anyway.
+    gc.freeze()
     if code:
         ending.exit(code)
 
