@@ -86,7 +86,7 @@ class UnitMismatchError(AdeptError):
 
 
 class LayoutError(AdeptError):
-    """DeepSpeed's partitions are not laid out as the version that this program was written against lays them out."""
+    """DeepSpeed is not inside as the version that this program was written against."""
 
 
 def exit_code(error: BaseException) -> int:

@@ -17,6 +17,7 @@ from adept_ds.models.directory import ModelDirectory
 from adept_ds.models.liger import Liger
 from adept_ds.models.loading import Trains, checkpoint_activations, compile_layers, load_causal_lm
 from adept_ds.ranks.collectives import Ranks
+from adept_ds.zero.assumptions import check_assumptions
 from adept_ds.zero.engine import Engine
 
 MakeOptimizer = Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]
@@ -75,6 +76,9 @@ def build_training_engine(
         seed: of dropout, which differs between ranks.
         recompute_activations: in the backward pass, from the lowest layer that gradients pass up.
         compiled: layers are (not under ZeRO-3).
+
+    Raises:
+        LayoutError: the installed DeepSpeed is not what this package was written against.
     """
     import deepspeed
 
@@ -92,6 +96,7 @@ def build_training_engine(
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     engine, *_ = deepspeed.initialize(model=model, optimizer=make_optimizer(trainable), config=config)
     built: Engine = engine
+    check_assumptions(built)
     return built
 
 

@@ -20,8 +20,8 @@ import torch
 
 from adept_ds.base.errors import LayoutError
 from adept_ds.models.bypass import bypassed
+from adept_ds.zero.assumptions import layout_complaint
 from adept_ds.zero.engine import Engine, zero_stage
-from adept_ds.zero.layout import layout_complaint
 from adept_ds.zero.outside_training import forget_module_order
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from adept_ds.base.errors import LayoutError
-from adept_ds.zero.layout import layout_complaint
+from adept_ds.zero.assumptions import layout_complaint
 
 Elements = Callable[[str, int, int], torch.Tensor]
 """Name of a parameter, start, stop -> elements start:stop of the flattened parameter, [stop - start] fp32."""

@@ -13,8 +13,8 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.utils import set_z3_leaf_modules
 
 from adept_ds.base.errors import LayoutError
+from adept_ds.zero.assumptions import layout_complaint
 from adept_ds.zero.engine import Engine, zero_stage
-from adept_ds.zero.layout import layout_complaint
 
 
 def gather_layers_whole(model: torch.nn.Module, layers: Sequence[torch.nn.Module]) -> None:

@@ -13,9 +13,8 @@ from dataclasses import dataclass
 import torch
 
 from adept_ds.base.errors import LayoutError
+from adept_ds.zero.assumptions import layout_complaint
 from adept_ds.zero.engine import Engine, zero_stage
-
-WRITTEN_AGAINST = "0.19.8"
 
 
 @dataclass(frozen=True)
@@ -117,13 +116,3 @@ def _layout_stage12(engine: Engine, names: dict[int, str]) -> list[FlatPartition
         flat_tensor = zero.single_partition_of_fp32_groups[index]
         layout.append(FlatPartition(flat_tensor, tuple(sorted(fragments, key=lambda fragment: fragment.flat_start))))
     return layout
-
-
-def layout_complaint(detail: str) -> str:
-    """Of a `LayoutError`."""
-    import deepspeed
-
-    return (
-        f"DeepSpeed {deepspeed.__version__} lays out partitions differently from {WRITTEN_AGAINST}, "
-        f"which adept-ds was written against ({detail}); install deepspeed=={WRITTEN_AGAINST}"
-    )

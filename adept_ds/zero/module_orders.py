@@ -15,8 +15,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from adept_ds.base.errors import LayoutError
+from adept_ds.zero.assumptions import layout_complaint
 from adept_ds.zero.engine import Engine, zero_stage
-from adept_ds.zero.layout import layout_complaint
 
 
 class ModuleOrders:

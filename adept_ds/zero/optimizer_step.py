@@ -20,8 +20,8 @@ from typing import Any
 import torch
 
 from adept_ds.base.errors import LayoutError, NonFiniteLossError
+from adept_ds.zero.assumptions import layout_complaint
 from adept_ds.zero.engine import Engine, client_optimizer, zero_stage
-from adept_ds.zero.layout import layout_complaint
 
 _TAKES_NORMS = {1: "scaled_global_norm", 2: "scaled_global_norm", 3: "_get_norm_groups"}
 """By stage, the function of DeepSpeed's that returns what it then looks at: the norm, or that of each sub-group."""

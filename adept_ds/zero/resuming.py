@@ -23,8 +23,9 @@ from deepspeed.checkpoint.constants import BASE_OPTIMIZER_STATE, OPTIMIZER_STATE
 
 from adept_ds.base.errors import InputError, LayoutError
 from adept_ds.weights.saved_state import WEIGHT, SavedState
+from adept_ds.zero.assumptions import layout_complaint
 from adept_ds.zero.engine import Engine, client_optimizer, parameter_shapes, zero_stage
-from adept_ds.zero.layout import FlatPartition, layout_complaint, partition_layout
+from adept_ds.zero.layout import FlatPartition, partition_layout
 
 
 def resume(engine: Engine, saved: SavedState) -> None:

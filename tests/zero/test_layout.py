@@ -12,7 +12,8 @@ from harness.trainings import Trainings
 from harness.workspace import Workspace
 
 from adept_ds.base.errors import LayoutError
-from adept_ds.zero.layout import WRITTEN_AGAINST, Fragment, partition_layout, trained_weights_are_finite
+from adept_ds.zero.assumptions import WRITTEN_AGAINST
+from adept_ds.zero.layout import Fragment, partition_layout, trained_weights_are_finite
 
 
 @pytest.fixture(scope="module")
