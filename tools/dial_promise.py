@@ -13,7 +13,6 @@ held: no general source rises above the promise on the other half. shown: neithe
 from __future__ import annotations
 
 import argparse
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -108,7 +107,7 @@ def main() -> None:
     table = Table(
         "study", "method", "choices", "0 chosen", "held", "shown", "mean dial", "domain", "worst general rise"
     )
-    console, totals, known = Console(), Counter[str](), set[str]()
+    console, every, known = Console(), list[Outcome](), set[str]()
     for study in arguments.studies:
         by_method: dict[str, list[Outcome]] = {}
         for name, model, evaluated in models_of(study, known):
@@ -119,20 +118,27 @@ def main() -> None:
                 found = outcome(model, evaluated, half, arguments.keep_general, arguments.confidence)
                 by_method.setdefault(name, []).append(found)
         for name, outcomes in by_method.items():
-            at_base = sum(of.alpha == 0 for of in outcomes)
-            held = sum(of.worst_rise <= arguments.keep_general for of in outcomes)
-            shown = sum(of.worst_limit <= arguments.keep_general for of in outcomes)
-            totals.update(choices=len(outcomes), base=at_base, held=held, shown=shown)
-            row = [study.name, name, len(outcomes), at_base, held, shown]
-            means = [sum(of.alpha for of in outcomes), sum(of.domain_rise for of in outcomes)]
-            table.add_row(
-                *map(str, row),
-                *(f"{total / len(outcomes):.2f}" for total in means),
-                f"{max(of.worst_rise for of in outcomes):+.3f}",
-            )
-    table.add_section()
-    table.add_row("all", "", *(str(totals[key]) for key in ("choices", "base", "held", "shown")), "", "", "")
+            table.add_row(study.name, name, *_counted(outcomes, arguments.keep_general))
+        of_study = [of for outcomes in by_method.values() for of in outcomes]
+        if of_study:
+            table.add_row(study.name, "all", *_counted(of_study, arguments.keep_general), end_section=True)
+        every += of_study
+    if every:
+        table.add_row("all", "", *_counted(every, arguments.keep_general))
     console.print(table)
+
+
+def _counted(outcomes: list[Outcome], promise: float) -> list[str]:
+    """Cells of a row, behind study and method."""
+    at_base = sum(of.alpha == 0 for of in outcomes)
+    held = sum(of.worst_rise <= promise for of in outcomes)
+    shown = sum(of.worst_limit <= promise for of in outcomes)
+    means = [sum(of.alpha for of in outcomes), sum(of.domain_rise for of in outcomes)]
+    return [
+        *map(str, (len(outcomes), at_base, held, shown)),
+        *(f"{total / len(outcomes):.2f}" for total in means),
+        f"{max(of.worst_rise for of in outcomes):+.3f}",
+    ]
 
 
 if __name__ == "__main__":
