@@ -142,7 +142,7 @@ def model_config_only(model: str) -> ModelDirectory:
 
 def _from_hub(model: str) -> Path:
     if model.count("/") != 1 or model.startswith((".", "~", "/")):
-        raise InputError(f"model: '{model}' does not exist; give a directory with a config.json")
+        raise InputError(f"model: '{model}' is no directory; give one with a config.json")
     from huggingface_hub import snapshot_download
 
     try:
