@@ -124,6 +124,8 @@ def resolve_model_dir(name: str, model: str) -> Path:
         except Exception as error:
             reason = str(error).strip().splitlines()[0]
             raise InputError(f"{name}: '{model}' is no directory and not to be had from the hub ({reason})") from None
+    if path.is_file():
+        raise InputError(f"{name}: '{model}' is a file; give the Hugging Face model directory that it is in")
     if not path.is_dir():
         raise InputError(f"{name}: '{model}' does not exist; give a Hugging Face model directory")
     check_model_dir(name, path)

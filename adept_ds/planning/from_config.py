@@ -133,6 +133,8 @@ def model_config_only(model: str) -> ModelDirectory:
         InputError: neither is to be had.
     """
     path = Path(model).expanduser()
+    if path.is_file():
+        raise InputError(f"model: '{model}' is a file; give a directory with it as config.json")
     if not path.is_dir():
         path = _from_hub(model)
     if not (path / "config.json").is_file():
@@ -142,7 +144,7 @@ def model_config_only(model: str) -> ModelDirectory:
 
 def _from_hub(model: str) -> Path:
     if model.count("/") != 1 or model.startswith((".", "~", "/")):
-        raise InputError(f"model: '{model}' is no directory; give one with a config.json")
+        raise InputError(f"model: '{model}' does not exist; give a directory with a config.json")
     from huggingface_hub import snapshot_download
 
     try:

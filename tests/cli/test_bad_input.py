@@ -180,6 +180,7 @@ CHEAP = [
     override("override that is no YAML", "train.betas=[0.9", words=["train.betas", "[0.9"]),
     # the model
     override("missing model", "model={bad}/nothing", words=["model:", "/nothing'", "does not exist", "give"]),
+    override("a file for a model", "model={bad}/no_count/config.json", words=["model:", "is a file", "give"]),
     override("a hub name offline", "model=some/model", words=["model:", "'some/model'", "give"]),
     override("no config.json", "model={bad}/no_config", words=["model:", "/no_config'", "config.json", "give"]),
     override("half a config.json", "model={bad}/half_config", words=["model:", "half_config", "give"]),
