@@ -37,8 +37,9 @@ def write_turned(
     """Write `adapted` at a position of the dial to `destination`.
 
     Args:
-        alphas: from 0 to 1: one for all, or of a model with copies one for each, lowest first.
-        base: the model that was adapted; needed where no copies were.
+        alphas: from 0 to 1: one for all, or where copies are turned one for each, lowest first.
+        base: the model that was trained in place, which all weights are turned towards; None: copies are turned, and
+            the rest stays. A model with copies may have been trained in place too.
         overwrite: an earlier export in its place may be replaced (see `outputs.check_output`).
 
     Returns:
@@ -52,15 +53,15 @@ def write_turned(
     check_output(destination, "export", inputs, overwrite=overwrite)
     model = ModelDirectory.read(adapted)
     files = {file: located(file, entries) for file, entries in weight_entries(adapted).items()}
-    if (adapted / EXPANSION_NAME).is_file():
-        expansion = Expansion.read(adapted)
+    expansion = Expansion.read(adapted) if (adapted / EXPANSION_NAME).is_file() else None
+    if expansion is not None and base is None:
         alphas = positions_of_copies(alphas, len(expansion.copies))
         of_copy = dict(zip(expansion.copy_indices, alphas, strict=True))
         turned = {file: turned_copies(tensors, model.family, of_copy) for file, tensors in files.items()}
         record: Expansion | None = expansion.turned(alphas)
     else:
         check_count(alphas, None)
-        record, origin = None, stored_tensors(_needed(base, adapted))
+        record, origin = expansion, stored_tensors(_needed(base, adapted))
         turned = {file: _interpolated(file, tensors, origin, float(alphas[0])) for file, tensors in files.items()}
     meter = Meter(sum(tensor.num_bytes for of in turned.values() for tensor in of.values()), progress)
     with new_output(destination, "export", overwrite=overwrite) as folder:
@@ -111,7 +112,10 @@ def _interpolated(
 ) -> dict[str, TensorContent]:
     for name in tensors:
         if name not in origin:
-            raise InputError(f"--base: '{file}' holds '{name}', which the base lacks; give the model that was adapted")
+            raise InputError(
+                f"--base: '{file}' holds '{name}', which the base lacks; give the model that was adapted, or none "
+                "where copies of layers were trained"
+            )
     return {name: turned_tensor(tensor, origin[name], alpha) for name, tensor in tensors.items()}
 
 

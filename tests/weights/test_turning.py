@@ -4,6 +4,7 @@ in between what torch computes."""
 from __future__ import annotations
 
 import itertools
+import shutil
 from pathlib import Path
 
 import pytest
@@ -135,6 +136,21 @@ def test_without_copies_all_weights_are_interpolated_with_the_base(tmp_path: Pat
     assert content(tmp_path / "at_1.0") == content(trained)
 
 
+def test_a_model_with_copies_that_was_trained_in_place_is_interpolated_with_what_it_was(tmp_path: Path) -> None:
+    """Its copies were another run's: they are weights like all others now."""
+    _, base = adapted(tmp_path)
+    trained = tmp_path / "in_place"
+    shutil.copytree(base, trained)
+    for file in trained.glob("*.safetensors"):
+        save_file({n: tensor + 0.1 for n, tensor in all_tensors_of(file).items()}, file, metadata={"format": "pt"})
+    write_turned(trained, tmp_path / "out", [0.5], base)
+    first, last, between = all_tensors(base), all_tensors(trained), all_tensors(tmp_path / "out")
+    assert between.keys() == last.keys()
+    for name, tensor in between.items():
+        assert torch.equal(tensor, first[name] + 0.5 * (last[name] - first[name])), name
+    assert Expansion.read(tmp_path / "out") == Expansion.read(base), "the same copies, as far turned as before"
+
+
 def test_what_cannot_be_turned_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     base, trained = adapted(tmp_path)
     other = save_base(tmp_path / "other", "llama", None)
@@ -144,6 +160,7 @@ def test_what_cannot_be_turned_is_refused_before_anything_is_written(tmp_path: P
         "--alpha: 3 positions for 2 copies; give one for all, or one for each": (trained, out, [0.1, 0.2, 0.3]),
         "--base is missing; .* has no copies": (base, out, [0.5]),
         "--alpha: 2 positions for a model without copies": (base, out, [0.5, 0.5], other),
+        "which the base lacks; .* or none where copies of layers were trained": (trained, out, [0.5], base),
         "--base: .* which the base lacks; give the model that was adapted": (base, out, [0.5], bigger),
         "OUT: .* is ADAPTED": (trained, trained, [0.5]),
     }.items():
