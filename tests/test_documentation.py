@@ -73,7 +73,7 @@ def test_every_file_that_the_documentation_names_exists() -> None:
 @pytest.fixture
 def users_folder(tmp_path: Path) -> Path:
     """What the example of the README supposes: a model, and text."""
-    save_tiny_model(tmp_path / "path" / "to" / "hf_model")
+    save_tiny_model(tmp_path / "path" / "to" / "hf_model", num_hidden_layers=10)
     for seed, name in enumerate(("domain", "domain_heldout", "general", "general_heldout")):
         write_corpus(tmp_path / f"{name}.jsonl", seed, documents=300)
     for name in ("launch", "ds_configs"):
