@@ -88,7 +88,7 @@ def test_the_readmes_own_example_runs(users_folder: Path) -> None:
     )
     writes_config = block[block.index("cat > math.yaml") : block.index("\nEOF\n") + len("\nEOF\n")]
     small = "data.seq_len=32 train.steps=2 train.global_batch_size=4 train.micro_batch_size=2"
-    small += " eval.diagnose=never data.eval_sequences=8 probe.sequences=8 importance.sequences=8"
+    small += " eval.diagnose=never data.eval_sequences=48 anchor.sequences=8 dial.per_copy=false"
     commands = [line for line in block.splitlines() if re.match(r"(adept|launch/local\.sh) ", line)]
     assert [command.split()[:2] for command in commands] == [
         ["adept", "show"],
