@@ -298,7 +298,7 @@ def test_every_ready_study_can_begin(
     assert len(plan.search) == sum(len(variant.rates) for variant in checked.variants)
     header = path.read_text().partition("study_dir:")[0]
     assert f"adept compare launch/studies/{path.name}" in header
-    assert f"{len(plan.search)} cell{'' if len(plan.search) == 1 else 's'} of" in header
+    assert f"{len(plan.search)} cell{'' if len(plan.search) == 1 else 's'} " in header
 
 
 def _files(value: Any) -> Iterator[str]:
