@@ -175,7 +175,8 @@ def test_losses_and_gradients_through_the_kernel_are_those_of_pytorch(
 
 
 @pytest.mark.skipif(
-    not (importlib.util.find_spec("liger_kernel") and importlib.util.find_spec("triton")), reason="not installed"
+    not (importlib.util.find_spec("liger_kernel") and importlib.util.find_spec("triton")),
+    reason="needs liger-kernel and triton: make test-kernels",
 )
 def test_its_own_kernel_computes_what_is_expected_of_it() -> None:
     """In Triton's interpreter, which has to be chosen before it is imported, and takes no number for a cap."""
